@@ -1,0 +1,25 @@
+"""kdecore: softmax attention over long sequences in near-linear time, with an error its user can see.
+
+Call `attention` on NumPy, CuPy, PyTorch or other array-API arrays. Importing kdecore imports neither PyTorch nor CuPy.
+"""
+
+from kdecore.attention import attention
+from kdecore.errors import DeviceError, DTypeError, KdecoreError, KernelUnavailable, OptionError, ShapeError
+from kdecore.options import Exact, Hyper, SortLSH
+from kdecore.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DTypeError",
+    "DeviceError",
+    "Exact",
+    "Hyper",
+    "KdecoreError",
+    "KernelUnavailable",
+    "OptionError",
+    "Report",
+    "ShapeError",
+    "SortLSH",
+    "attention",
+]

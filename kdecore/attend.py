@@ -1,0 +1,42 @@
+"""`attend`: the one engine, Selection → Part, through the kernels that the plan chose."""
+
+from kdecore.inputs import Problem
+from kdecore.merge import Part
+from kdecore.namespaces import Array, take_rows
+from kdecore.planning import Plan
+from kdecore.selection import Selection
+
+
+def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
+    """Evaluate a Selection.
+
+    Returns
+    -------
+    Part
+        out (G, n_q, d_v) and lse (G, n_q) in the accumulation dtype and in the order of the queries.
+    """
+    xp = problem.xp
+    if selection.blocks is None or selection.key_index is None:
+        part: Part = plan.kernels["attend_dense"].function(xp, problem.q, problem.k, problem.v, problem.scale)
+        return part
+
+    def flat(array: Array) -> Array:
+        return xp.reshape(array, (-1, *array.shape[2:]))
+
+    def global_index(index: Array, n: int) -> Array:
+        offset = xp.arange(problem.groups, dtype=xp.int64, device=problem.device) * n
+        return index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1)))
+
+    part = plan.kernels["attend_blocks"].function(
+        xp,
+        flat(problem.q),
+        flat(problem.k),
+        flat(problem.v),
+        flat(global_index(selection.blocks.index, problem.n_q)),
+        flat(global_index(selection.key_index, problem.n_k)),
+        flat(selection.log_weight),
+        problem.scale,
+    )
+    blocks, rows = selection.blocks.index.shape[1:]
+    row = global_index(selection.blocks.row, blocks * rows)
+    return Part(take_rows(xp, flat(part.out), row), take_rows(xp, flat(part.lse), row))

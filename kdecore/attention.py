@@ -1,0 +1,109 @@
+"""`attention`: the pipeline, in order. Every stage is a function in a file of its own."""
+
+import time
+from typing import Any
+
+from kdecore.attend import attend
+from kdecore.inputs import canonicalise
+from kdecore.methods import SELECT
+from kdecore.namespaces import Array
+from kdecore.options import Options
+from kdecore.planning import make_plan
+from kdecore.report import make_report
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    method: str | Options = "auto",
+    budget: int | None = None,
+    scale: float | None = None,
+    seed: int = 0,
+    kernels: str = "auto",
+    return_lse: bool = False,
+    return_report: bool = False,
+) -> Any:
+    """Softmax attention, softmax(scale · q kᵀ) v, exact or estimated from ``budget`` keys per query.
+
+    Parameters
+    ----------
+    q
+        (…, n_q, d) queries: a NumPy, CuPy, PyTorch or other array-API array of float16, bfloat16, float32 or float64.
+    k
+        (…, n_k, d) keys, with q's library, device, dtype and leading dimensions; n_k ≥ 1.
+    v
+        (…, n_k, d_v) values, likewise.
+    method
+        ``"exact"``; ``"sortlsh"`` (KDEformer's Algorithm 3); ``"hyper"`` (HyperAttention: the same with uniform sampling);
+        ``"auto"`` (exact below a measured crossover, sortlsh above; the report says which and why); or an options object,
+        `Exact`, `SortLSH` or `Hyper`, for control over a method's parts.
+    budget
+        Keys evaluated per query, at least 1; 512 if None. At or above n_k the result is exact, for every method.
+    scale
+        Finite factor on ⟨q, k⟩; 1/√d if None.
+    seed
+        Integer in [0, 2**64). One seed gives the same random numbers on every array library, and two calls with one seed
+        the same result. No global random state is read or written.
+    kernels
+        ``"auto"``, or the name of an implementation that every kernel must have, such as ``"array-api"``.
+    return_lse
+        Also return the natural log of each query's softmax denominator.
+    return_report
+        Also return a `Report` of what was done. On a GPU, making it waits for the device.
+
+    Returns
+    -------
+    out : Array
+        (…, n_q, d_v), of q's library, dtype and device. Computed in float64 for float64, in float32 for the others.
+    lse : Array
+        (…, n_q), log Σⱼ exp(scale · ⟨q, kⱼ⟩) or its estimate, in the accumulation dtype; only with ``return_lse``.
+    report : Report
+        Only with ``return_report``.
+
+    Raises
+    ------
+    ShapeError
+        Wrong rank, mismatched d, n_k or leading dimensions, n_k = 0.
+    DTypeError
+        Not an array, not a real floating-point dtype, or different dtypes.
+    DeviceError
+        Arrays of different libraries or on different devices.
+    OptionError
+        Unknown method, budget below 1, scale not finite, seed out of range, options that contradict the budget.
+    KernelUnavailable
+        The kernels asked for cannot run on these arrays.
+
+    Notes
+    -----
+    Time is O(n_q n_k (d + d_v)) for exact, and O(n_q · budget · (d + d_v) + (n_q + n_k)(d + log n)) for sortlsh and hyper,
+    for each leading index. Temporaries are O(budget · (n_q + n_k)); no n × n array is ever made.
+
+    References
+    ----------
+    Zandieh, Han, Daliri, Karbasi (2023). KDEformer: Accelerating Transformers via Kernel Density Estimation. ICML.
+    Han, Jayaram, Karbasi, Mirrokni, Woodruff, Zandieh (2023). HyperAttention: Long-context Attention in Near-Linear Time.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import kdecore
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 1000, 16), dtype=np.float32)
+    >>> out, report = kdecore.attention(q, k, v, method="sortlsh", budget=128, return_report=True)
+    >>> out.shape, report.method, report.keys_per_query
+    ((2, 1000, 16), 'sortlsh', 128.0)
+    """
+    started = time.perf_counter()
+    problem = canonicalise(q, k, v, scale)
+    plan = make_plan(problem, method=method, budget=budget, seed=seed, kernels=kernels)
+    selection = SELECT[plan.method](problem, plan)
+    part = attend(problem, plan, selection)
+    xp = problem.xp
+    out = xp.astype(xp.reshape(part.out, (*problem.lead, problem.n_q, problem.d_v)), q.dtype, copy=False)
+    results: list[Any] = [out]
+    if return_lse:
+        results.append(xp.reshape(part.lse, (*problem.lead, problem.n_q)))
+    if return_report:
+        results.append(make_report(problem, plan, selection, time.perf_counter() - started))
+    return tuple(results) if len(results) > 1 else out

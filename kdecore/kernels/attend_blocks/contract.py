@@ -1,0 +1,45 @@
+"""What every implementation of `attend_blocks` promises."""
+
+from typing import Protocol
+
+from kdecore.merge import Part
+from kdecore.namespaces import Array, Namespace
+
+
+class AttendBlocks(Protocol):
+    """Let each block of queries attend to its own list of keys."""
+
+    def __call__(
+        self,
+        xp: Namespace,
+        q: Array,
+        k: Array,
+        v: Array,
+        query_index: Array,
+        key_index: Array,
+        log_weight: Array,
+        scale: float,
+    ) -> Part:
+        """Return softmax attention with logits scale · ⟨q, k⟩ + log_weight.
+
+        Parameters
+        ----------
+        xp
+            Array namespace of the arrays.
+        q, k, v
+            (R_q, d), (R_k, d), (R_k, d_v) rows, float32 or float64.
+        query_index
+            (N, b) int64 into the rows of q: the queries of each block.
+        key_index
+            (N, s) int64 into the rows of k and v: the keys of each block.
+        log_weight
+            (N, s) of q's dtype; −inf where a slot does not count.
+        scale
+            Finite factor on ⟨q, k⟩.
+
+        Returns
+        -------
+        Part
+            out (N, b, d_v) and lse (N, b) of q's dtype; 0 and −inf for a block without counting slots.
+            O(N b s (d + d_v)) time; temporaries do not grow with N.
+        """

@@ -1,0 +1,34 @@
+"""`attend_blocks` in the array API: gather, product, softmax, product, over tiles that stay in cache."""
+
+from kdecore.merge import Part, softmax_part
+from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, spans, take_rows
+
+
+def attend_blocks(
+    xp: Namespace,
+    q: Array,
+    k: Array,
+    v: Array,
+    query_index: Array,
+    key_index: Array,
+    log_weight: Array,
+    scale: float,
+) -> Part:
+    """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
+    blocks, rows = query_index.shape
+    slots = int(key_index.shape[1])
+    rows_step = min(rows, max(1, TILE_ELEMENTS // slots))
+    blocks_step = max(1, TILE_ELEMENTS // (rows_step * slots))
+    out = xp.empty((blocks, rows, v.shape[1]), dtype=q.dtype, device=q.device)
+    lse = xp.empty((blocks, rows), dtype=q.dtype, device=q.device)
+    for block in spans(blocks, blocks_step):
+        keys = xp.matrix_transpose(take_rows(xp, k, key_index[block, :]))
+        values = take_rows(xp, v, key_index[block, :])
+        weight = log_weight[block, None, :]
+        for row in spans(rows, rows_step):
+            logits = (take_rows(xp, q, query_index[block, row]) * scale) @ keys
+            logits += weight
+            part = softmax_part(xp, logits, values)
+            out[block, row, :] = part.out
+            lse[block, row] = part.lse
+    return Part(out, lse)

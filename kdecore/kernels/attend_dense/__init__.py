@@ -1,0 +1,1 @@
+"""Attention of all queries to all keys, without the n × n matrix."""

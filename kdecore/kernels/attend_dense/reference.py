@@ -1,0 +1,31 @@
+"""`attend_dense` in the array API: tiles of logits, merged over the keys by log-sum-exp (as in FlashAttention)."""
+
+from functools import partial, reduce
+
+from kdecore.merge import Part, merge, softmax_part
+from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, spans
+
+ROWS = 256
+"""Queries in a tile: enough for the matrix product to run at full rate."""
+
+
+def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> Part:
+    """Follow `kdecore.kernels.attend_dense.contract.AttendDense`."""
+    groups, n_q, _ = q.shape
+    n_k = int(k.shape[1])
+    rows_step = max(1, min(n_q, ROWS))
+    keys_step = min(n_k, TILE_ELEMENTS // rows_step)
+    groups_step = max(1, TILE_ELEMENTS // (rows_step * keys_step))
+    out = xp.empty((groups, n_q, v.shape[2]), dtype=q.dtype, device=q.device)
+    lse = xp.empty((groups, n_q), dtype=q.dtype, device=q.device)
+    for group in spans(groups, groups_step):
+        for row in spans(n_q, rows_step):
+            queries = q[group, row, :] * scale
+            parts = (
+                softmax_part(xp, queries @ xp.matrix_transpose(k[group, key, :]), v[group, key, :])
+                for key in spans(n_k, keys_step)
+            )
+            part = reduce(partial(merge, xp), parts)
+            out[group, row, :] = part.out
+            lse[group, row] = part.lse
+    return Part(out, lse)

@@ -1,0 +1,1 @@
+"""Order of rows by bucket."""

@@ -1,0 +1,25 @@
+"""What every implementation of `bucket_order` promises."""
+
+from typing import Protocol
+
+from kdecore.namespaces import Array, Namespace
+
+
+class BucketOrder(Protocol):
+    """Sort rows by bucket."""
+
+    def __call__(self, xp: Namespace, codes: Array) -> Array:
+        """Return the stable ascending order of each group's codes.
+
+        Parameters
+        ----------
+        xp
+            Array namespace of ``codes``.
+        codes
+            (G, n) integers ≥ 0.
+
+        Returns
+        -------
+        Array
+            (G, n) int64, a permutation in each row; rows of one bucket keep their order. At most O(G n log n).
+        """

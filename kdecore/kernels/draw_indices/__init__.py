@@ -1,0 +1,1 @@
+"""Systematic sampling without replacement, outside each block's own window."""

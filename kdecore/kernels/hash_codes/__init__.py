@@ -1,0 +1,1 @@
+"""Sign-LSH bucket of every row, as its rank in Gray order."""

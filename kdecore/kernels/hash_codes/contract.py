@@ -1,0 +1,30 @@
+"""What every implementation of `hash_codes` promises."""
+
+from typing import Protocol
+
+from kdecore.namespaces import Array, Namespace
+
+
+class HashCodes(Protocol):
+    """Hash rows by the signs of their centred projections, and number the buckets along the Gray code."""
+
+    def __call__(self, xp: Namespace, x: Array, planes: Array) -> Array:
+        """Return each row's bucket.
+
+        Bit i of the sign pattern is ⟨x − mean(x), planes[:, i]⟩ > 0, the mean taken over each group's rows. The bucket
+        is the pattern's rank in Gray order (its inverse Gray code), so buckets r and r + 1 differ in one bit.
+
+        Parameters
+        ----------
+        xp
+            Array namespace of ``x``.
+        x
+            (G, n, d) floating-point.
+        planes
+            (d, r) hyperplane normals of x's dtype, r ≤ 30.
+
+        Returns
+        -------
+        Array
+            (G, n) int16 for r ≤ 15, else int32, in [0, 2**r). O(G n d r).
+        """

@@ -1,0 +1,20 @@
+"""`hash_codes` in the array API."""
+
+from kdecore.namespaces import Array, Namespace
+
+
+def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
+    """Follow `kdecore.kernels.hash_codes.contract.HashCodes`."""
+    bits = int(planes.shape[1])
+    projected = x @ planes
+    # Subtracting the mean of the projections is projecting the centred rows, without a centred copy of x.
+    signs = projected > xp.mean(projected, axis=1, keepdims=True)
+    integer = xp.int16 if bits <= 15 else xp.int32
+    code = xp.zeros(x.shape[:2], dtype=integer, device=x.device)
+    for bit in range(bits):
+        code = (code << 1) | xp.astype(signs[..., bit], integer)
+    shift = 1
+    while shift < bits:
+        code = code ^ (code >> shift)
+        shift *= 2
+    return code

@@ -1,0 +1,48 @@
+"""`Part`, attention over some of the keys, and its log-sum-exp merge."""
+
+from dataclasses import dataclass
+
+from kdecore.namespaces import Array, Namespace
+
+
+@dataclass(frozen=True)
+class Part:
+    """Softmax attention over a set of keys.
+
+    Attributes
+    ----------
+    out
+        (…, n, d_v), the softmax-weighted mean of the set's values; 0 where the set is empty.
+    lse
+        (…, n), natural log of the sum of exp(logit) over the set; −inf where the set is empty.
+    """
+
+    out: Array
+    lse: Array
+
+
+def merge(xp: Namespace, a: Part, b: Part) -> Part:
+    """Return the attention over the union of two disjoint sets of keys.
+
+    Associative and commutative up to rounding; O(n d_v).
+    """
+    lse = xp.logaddexp(a.lse, b.lse)
+    # Where both are empty, −inf − −inf would be NaN.
+    finite = xp.where(xp.isinf(lse) & (lse < 0), 0.0, lse)
+    weight_a, weight_b = xp.exp(a.lse - finite), xp.exp(b.lse - finite)
+    return Part(a.out * weight_a[..., None] + b.out * weight_b[..., None], lse)
+
+
+def softmax_part(xp: Namespace, logits: Array, v: Array) -> Part:
+    """Return the attention of logits (…, n, s) on values (…, s, d_v); **overwrites** ``logits``.
+
+    The maximum is subtracted before exp, so logits of any finite size are right; slots at −inf count for nothing, and a
+    row with no other slots gives 0 and lse −inf. O(n s d_v).
+    """
+    top = xp.max(logits, axis=-1, keepdims=True)
+    top = xp.where(xp.isinf(top) & (top < 0), 0.0, top)
+    logits -= top
+    weights = xp.exp(logits)
+    total = xp.sum(weights, axis=-1, keepdims=True)
+    out = (weights @ v) / xp.where(total == 0, 1.0, total)
+    return Part(out, xp.squeeze(top + xp.log(total), axis=-1))

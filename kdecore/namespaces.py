@@ -1,0 +1,164 @@
+"""The bridge to array libraries: the only importer of `array_api_compat`.
+
+Everything else in kdecore is written against the array API namespace ``xp`` found here, so that one source serves NumPy,
+CuPy, PyTorch and array-api-strict. Importing this file imports no array library but NumPy.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import array_api_compat
+import array_api_compat.numpy
+
+from kdecore.errors import DeviceError, DTypeError
+
+Array: TypeAlias = Any
+"""An array of any library that follows the Python array API standard."""
+Namespace: TypeAlias = Any
+"""An array API namespace, such as ``array_api_compat.numpy``."""
+
+host: Namespace = array_api_compat.numpy
+"""NumPy, for small arrays made on the host."""
+
+ACCUMULATION = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+"""Name of each dtype taken in → name of the dtype that it is computed in."""
+
+# A tile of this many logits is 1 MiB in float32: measured best on two cores with 512 KiB of L2 each (bench/NOTES.md).
+TILE_ELEMENTS = 2**18
+
+__all__ = [
+    "ACCUMULATION",
+    "TILE_ELEMENTS",
+    "Array",
+    "Namespace",
+    "accumulation_dtype",
+    "common_device",
+    "common_namespace",
+    "dtype_name",
+    "from_host",
+    "host",
+    "invert_permutation",
+    "namespace_name",
+    "namespace_of",
+    "row_norms",
+    "searchsorted_rows",
+    "spans",
+    "take_along_rows",
+    "take_rows",
+    "to_float",
+]
+
+
+def namespace_of(array: Array) -> Namespace:
+    """Return the array API namespace that ``array`` belongs to."""
+    return array_api_compat.array_namespace(array, use_compat=None)
+
+
+def namespace_name(xp: Namespace) -> str:
+    """Return the library's plain name: ``"numpy"``, ``"torch"``, ``"cupy"``, ``"array_api_strict"``."""
+    return str(xp.__name__).removeprefix("array_api_compat.").partition(".")[0]
+
+
+def common_namespace(**arrays: Array) -> Namespace:
+    """Return the one namespace of all named arrays.
+
+    Raises
+    ------
+    DTypeError
+        An argument is no array of a library that follows the array API.
+    DeviceError
+        Two arguments come from different libraries.
+    """
+    found = {}
+    for name, array in arrays.items():
+        if not array_api_compat.is_array_api_obj(array):
+            raise DTypeError(
+                f"{name} must be an array (NumPy, CuPy, PyTorch or another array-API library), got {type(array).__name__}"
+            )
+        if hasattr(array, "mask") and namespace_name(namespace_of(array)) == "numpy":
+            raise DTypeError(f"{name} must be a plain array, got {type(array).__name__}, whose mask would be ignored")
+        found[name] = namespace_of(array)
+    first, *others = found
+    for name in others:
+        if found[name] is not found[first]:
+            raise DeviceError(
+                f"{name} must come from the same library as {first} ({namespace_name(found[first])}), "
+                f"got {namespace_name(found[name])}"
+            )
+    return found[first]
+
+
+def common_device(**arrays: Array) -> Any:
+    """Return the one device of all named arrays, or raise `DeviceError` naming the odd one."""
+    devices = {name: array_api_compat.device(array) for name, array in arrays.items()}
+    first, *others = devices
+    for name in others:
+        if devices[name] != devices[first]:
+            raise DeviceError(f"{name} must be on the same device as {first} ({devices[first]}), got {devices[name]}")
+    return devices[first]
+
+
+def dtype_name(array: Array) -> str:
+    """Return the dtype's plain name, such as ``"float32"``, whatever the library calls it."""
+    return str(getattr(array.dtype, "name", None) or array.dtype).rpartition(".")[2]
+
+
+def accumulation_dtype(xp: Namespace, name: str) -> Any:
+    """Return the dtype object in which inputs of dtype ``name`` are computed."""
+    return getattr(xp, ACCUMULATION[name])
+
+
+def from_host(xp: Namespace, array: Array, *, dtype: Any, device: Any) -> Array:
+    """Copy a NumPy array to the namespace ``xp``, with the given dtype and device."""
+    return xp.asarray(array, dtype=dtype, device=device)
+
+
+def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:
+    """Gather ``rows[index]``: rows (n, …), index int64 of any shape → index.shape + rows.shape[1:]."""
+    flat = xp.take(rows, xp.reshape(index, (-1,)), axis=0)
+    return xp.reshape(flat, (*index.shape, *rows.shape[1:]))
+
+
+def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:
+    """Gather ``rows[g, index[g, …]]``: rows (G, n), index int64 (G, …) → index.shape."""
+    flat = xp.take_along_axis(rows, xp.reshape(index, (index.shape[0], -1)), axis=1)
+    return xp.reshape(flat, index.shape)
+
+
+def invert_permutation(xp: Namespace, order: Array) -> Array:
+    """Return ``inverse`` (G, n) with ``inverse[g, order[g, i]] = i``; order is int64 (G, n), one permutation a row."""
+    if namespace_name(xp) == "array_api_strict":  # forbids assignment through integer arrays
+        return xp.argsort(order, axis=-1)
+    groups, n = order.shape
+    device = array_api_compat.device(order)
+    inverse = xp.empty((groups, n), dtype=order.dtype, device=device)
+    inverse[xp.arange(groups, device=device)[:, None], order] = xp.arange(n, dtype=order.dtype, device=device)[None, :]
+    return inverse
+
+
+def searchsorted_rows(xp: Namespace, ascending: Array, values: Array, *, side: str) -> Array:
+    """Search each row of ``values`` (G, …) in the same row of ``ascending`` (G, n) → int64 (G, …)."""
+    found = [
+        xp.reshape(xp.searchsorted(ascending[g, :], xp.reshape(values[g, ...], (-1,)), side=side), values.shape[1:])
+        for g in range(values.shape[0])
+    ]
+    return xp.astype(xp.stack(found), xp.int64, copy=False)
+
+
+def row_norms(xp: Namespace, rows: Array) -> Array:
+    """Return Euclidean norms over the last axis, (…, d) → (…)."""
+    return xp.linalg.vector_norm(rows, axis=-1)
+
+
+def spans(length: int, step: int) -> Iterator[slice]:
+    """Cut ``range(length)`` into slices of ``step``, the last one ragged."""
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def to_float(value: Any) -> float:
+    """Return a number or 0-d array as a Python float; NaN where that is impossible."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -1,0 +1,112 @@
+"""`make_plan`: what will be done, from shapes and options alone. Touches no array data."""
+
+from dataclasses import dataclass
+
+from kdecore.errors import OptionError
+from kdecore.inputs import Problem
+from kdecore.kernels.registry import Choice, Site, choose
+from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS
+from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, Options, SortLSH, integer_at_least
+from kdecore.randomness import check_seed
+
+# Crossover between exact and sortlsh, fitted to bench/results (bench/NOTES.md): cost in units of one key evaluated for one
+# query by `exact`. A key evaluated through a gathered list costs more than one in a dense tile, and hashing, sorting and
+# un-permuting cost something for every query and key.
+LISTED_KEY_COST = 1.6
+ROW_COST = 600.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved call: integers and names only.
+
+    Attributes
+    ----------
+    options
+        Options object of the method that will run, every field set.
+    reason
+        Why this method.
+    budget_asked
+        The ``budget`` argument as given.
+    seed
+        In [0, 2**64).
+    kernels
+        Kernel name → implementation chosen.
+    temporary_bytes
+        Planned peak of temporaries above inputs and results.
+    """
+
+    options: Options
+    reason: str
+    budget_asked: int | None
+    seed: int
+    kernels: dict[str, Choice]
+    temporary_bytes: int
+
+    @property
+    def method(self) -> str:
+        """Name of the method that will run."""
+        return self.options.name
+
+
+def make_plan(
+    problem: Problem,
+    *,
+    method: str | Options = "auto",
+    budget: int | None = None,
+    seed: int = 0,
+    kernels: str = "auto",
+) -> Plan:
+    """Resolve method, budget and kernels for a problem; parameters as in `kdecore.attention`."""
+    seed = check_seed(seed)
+    if budget is not None:
+        budget = integer_at_least(1, "budget", budget)
+    options, reason = _resolve_method(problem, method, budget)
+    site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype])
+    chosen = {name: choose(name, site, kernels) for name in options.kernels}
+    return Plan(options, reason, budget, seed, chosen, _temporary_bytes(problem, options))
+
+
+def _resolve_method(problem: Problem, method: str | Options, budget: int | None) -> tuple[Options, str]:
+    if method == "auto":
+        return _choose_method(problem, DEFAULT_BUDGET if budget is None else budget)
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))} or an options object, got {method!r}")
+        options: Options = METHODS[method]()
+    elif isinstance(method, Options):
+        options = method
+    else:
+        raise OptionError(f"method must be a name or one of kdecore's options objects, got {method!r}")
+    options = options.resolve(budget)
+    if problem.groups * problem.n_q == 0:
+        return Exact(), "there are no queries"
+    if options.budget is not None and options.budget >= problem.n_k:
+        return Exact(), f"a budget of {options.budget} covers all {problem.n_k} keys"
+    return options, "asked for by name"
+
+
+def _choose_method(problem: Problem, budget: int) -> tuple[Options, str]:
+    options = SortLSH().resolve(budget)
+    exact = problem.n_q * problem.n_k
+    sampled = problem.n_q * budget * LISTED_KEY_COST + (problem.n_q + problem.n_k) * ROW_COST
+    if budget >= problem.n_k:
+        return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
+    if exact <= sampled:
+        return Exact(), f"auto: below the crossover, exact is expected to take {exact / sampled:.2f} × sortlsh's time"
+    return options, f"auto: above the crossover, expected {exact / sampled:.1f} × faster than exact"
+
+
+def _temporary_bytes(problem: Problem, options: Options) -> int:
+    """Count temporaries: one tile with its copies, the Selection, and results before they are put in order."""
+    size = 8 if ACCUMULATION[problem.input_dtype] == "float64" else 4
+    rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
+    total = 3 * TILE_ELEMENTS * size
+    if problem.input_dtype != ACCUMULATION[problem.input_dtype]:
+        total += size * (rows_q * (problem.d + problem.d_v) + rows_k * (problem.d + problem.d_v))
+    if isinstance(options, SortLSH) and options.budget:
+        blocks = -(-problem.n_q // options.rows) * problem.groups
+        total += blocks * options.budget * (8 + 8 + size)  # indices, float64 log-inclusion, log-weight
+        total += (rows_q + rows_k) * (2 + 8 + 8 + size * (options.num_hashes or 0))  # codes, order, inverse, projections
+        total += rows_k * 8 * 3 + rows_q * (problem.d_v + 1) * size
+    return total

@@ -1,0 +1,103 @@
+"""`Report`: what a call did, printed as a small table."""
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from kdecore.inputs import Problem
+from kdecore.namespaces import to_float
+from kdecore.planning import Plan
+from kdecore.selection import Selection
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call of `kdecore.attention` did.
+
+    Attributes
+    ----------
+    method
+        Name of the method that ran.
+    reason
+        Why that method.
+    options
+        Its options as they were resolved.
+    budget
+        Keys per query asked for; None where left to the method.
+    keys_per_query
+        Keys evaluated per query, measured: the mean over queries of the slots that counted.
+    shape
+        (groups, n_q, n_k, d, d_v).
+    dtype
+        The inputs' dtype.
+    library, device
+        Where the arrays are.
+    kernels
+        Kernel name → implementation that ran, and why it.
+    temporary_bytes
+        Planned peak of temporaries above inputs and results, in bytes.
+    seconds
+        Wall time of the call.
+    """
+
+    method: str
+    reason: str
+    options: dict[str, int]
+    budget: int | None
+    keys_per_query: float
+    shape: tuple[int, int, int, int, int]
+    dtype: str
+    library: str
+    device: str
+    kernels: dict[str, str]
+    temporary_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain Python values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        groups, n_q, n_k, d, d_v = self.shape
+        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        asked = "not given" if self.budget is None else str(self.budget)
+        rows = [
+            ("method", f"{self.method} ({self.reason})"),
+            *([("options", options)] if options else []),
+            ("keys per query", f"{self.keys_per_query:.1f} of {n_k} (budget asked: {asked})"),
+            ("problem", f"{groups} × {n_q} queries, d = {d}, d_v = {d_v}, {self.dtype}, {self.library} on {self.device}"),
+            *((f"kernel {name}", choice) for name, choice in self.kernels.items()),
+            ("temporaries planned", f"{self.temporary_bytes / 2**20:.1f} MiB"),
+            ("wall time", f"{self.seconds * 1e3:.2f} ms"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def make_report(problem: Problem, plan: Plan, selection: Selection, seconds: float) -> Report:
+    """Describe a finished call."""
+    return Report(
+        method=plan.method,
+        reason=plan.reason,
+        options=asdict(plan.options),
+        budget=plan.budget_asked,
+        keys_per_query=_keys_per_query(problem, selection),
+        shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
+        dtype=problem.input_dtype,
+        library=problem.library,
+        device=str(problem.device),
+        kernels={name: f"{choice.target} ({choice.reason})" for name, choice in plan.kernels.items()},
+        temporary_bytes=plan.temporary_bytes,
+        seconds=seconds,
+    )
+
+
+def _keys_per_query(problem: Problem, selection: Selection) -> float:
+    if selection.blocks is None:
+        return float(problem.n_k)
+    xp = problem.xp
+    counts = xp.sum(xp.astype(xp.isfinite(selection.log_weight), xp.float64), axis=-1)
+    starts = selection.blocks.starts
+    sizes = [end - start for start, end in pairwise(starts)]
+    weights = xp.asarray(sizes, dtype=xp.float64, device=problem.device)
+    return to_float(xp.sum(counts * weights)) / (problem.groups * problem.n_q)

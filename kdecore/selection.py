@@ -1,0 +1,71 @@
+"""`Selection`: which keys each block of queries attends to, and with which log-weight.
+
+Every estimator is a Selection. It is unbiased in numerator and denominator when, for every block and every key,
+Σ (inclusion probability × exp(log_weight)) = 1; tests/test_unbiasedness.py checks that exactly, without sampling.
+"""
+
+from dataclasses import dataclass
+
+from kdecore.namespaces import Array, Namespace, host, take_rows
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries cut into blocks of nearly equal size, in some order.
+
+    Attributes
+    ----------
+    index
+        (G, B, b) int64: the query in each row of each block. Blocks one shorter than the longest repeat their last
+        query; those rows are computed and dropped.
+    row
+        (G, n_q) int64: for every query, the row of the flattened (B · b) rows that holds it.
+    starts
+        B + 1 Python ints: block i holds the ordered queries starts[i] … starts[i + 1] − 1.
+    """
+
+    index: Array
+    row: Array
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Blocks of queries, and each block's list of keys with log-weights.
+
+    Attributes
+    ----------
+    blocks
+        The query blocks, or None where no query is set apart from any other.
+    key_index
+        (G, B, s) int64 into the keys, or None for all keys at log-weight 0.
+    log_weight
+        (G, B, s), added to the logits: −log of the inclusion probability, −inf for a slot that does not count; None
+        with ``key_index``.
+    """
+
+    blocks: Blocks | None = None
+    key_index: Array | None = None
+    log_weight: Array | None = None
+
+
+def equal_blocks(xp: Namespace, order: Array, inverse: Array, block_size: int) -> Blocks:
+    """Cut ``order`` (G, n) into ⌈n / block_size⌉ blocks whose sizes differ by at most one.
+
+    ``inverse`` (G, n) is the inverse permutation of each row of ``order``.
+    """
+    n = int(order.shape[1])
+    count = -(-n // block_size)
+    starts = [i * n // count for i in range(count + 1)]
+    longest = -(-n // count)
+    begin = host.asarray(starts[:-1])[:, None]
+    end = host.asarray(starts[1:])[:, None]
+    # Which ordered query each row holds, and which row each ordered query is in: the same in every group.
+    position = host.minimum(begin + host.arange(longest)[None, :], end - 1)
+    row = host.arange(n) + host.repeat(host.arange(count) * longest - begin[:, 0], (end - begin)[:, 0])
+    position, row = (xp.asarray(x, dtype=xp.int64, device=order.device) for x in (position, row))
+    return Blocks(
+        index=xp.reshape(xp.take(order, xp.reshape(position, (-1,)), axis=1), (-1, count, longest)),
+        row=take_rows(xp, row, inverse),
+        starts=tuple(starts),
+    )
