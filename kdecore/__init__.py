@@ -4,7 +4,7 @@ Call `attention` on NumPy, CuPy, PyTorch or other array-API arrays. Importing kd
 """
 
 from kdecore.attention import attention
-from kdecore.errors import DeviceError, DTypeError, KdecoreError, KernelUnavailable, OptionError, ShapeError
+from kdecore.errors import DeviceError, DTypeError, InputFileError, KdecoreError, KernelUnavailable, OptionError, ShapeError
 from kdecore.options import Exact, Hyper, SortLSH
 from kdecore.report import Report
 
@@ -15,6 +15,7 @@ __all__ = [
     "DeviceError",
     "Exact",
     "Hyper",
+    "InputFileError",
     "KdecoreError",
     "KernelUnavailable",
     "OptionError",

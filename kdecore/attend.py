@@ -2,7 +2,7 @@
 
 from kdecore.inputs import Problem
 from kdecore.merge import Part
-from kdecore.namespaces import Array, take_rows
+from kdecore.namespaces import Array
 from kdecore.planning import Plan
 from kdecore.selection import Selection
 
@@ -25,18 +25,18 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
 
     def global_index(index: Array, n: int) -> Array:
         offset = xp.arange(problem.groups, dtype=xp.int64, device=problem.device) * n
-        return index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1)))
+        return flat(index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
 
+    blocks, rows = selection.blocks.index.shape[1:]
     part = plan.kernels["attend_blocks"].function(
         xp,
         flat(problem.q),
         flat(problem.k),
         flat(problem.v),
-        flat(global_index(selection.blocks.index, problem.n_q)),
-        flat(global_index(selection.key_index, problem.n_k)),
+        global_index(selection.blocks.index, problem.n_q),
+        global_index(selection.blocks.row, blocks * rows),
+        global_index(selection.key_index, problem.n_k),
         flat(selection.log_weight),
         problem.scale,
     )
-    blocks, rows = selection.blocks.index.shape[1:]
-    row = global_index(selection.blocks.row, blocks * rows)
-    return Part(take_rows(xp, flat(part.out), row), take_rows(xp, flat(part.lse), row))
+    return Part(xp.reshape(part.out, (problem.groups, problem.n_q, -1)), xp.reshape(part.lse, (problem.groups, -1)))

@@ -23,3 +23,7 @@ class OptionError(KdecoreError, ValueError):
 
 class KernelUnavailable(KdecoreError, RuntimeError):
     """A kernel that was asked for by name cannot run here; the message says why."""
+
+
+class InputFileError(KdecoreError, ValueError):
+    """An input file cannot be read or does not hold what is needed; the message names the file."""

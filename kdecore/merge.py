@@ -1,5 +1,6 @@
 """`Part`, attention over some of the keys, and its log-sum-exp merge."""
 
+import math
 from dataclasses import dataclass
 
 from kdecore.namespaces import Array, Namespace
@@ -44,5 +45,7 @@ def softmax_part(xp: Namespace, logits: Array, v: Array) -> Part:
     logits -= top
     weights = xp.exp(logits)
     total = xp.sum(weights, axis=-1, keepdims=True)
-    out = (weights @ v) / xp.where(total == 0, 1.0, total)
-    return Part(out, xp.squeeze(top + xp.log(total), axis=-1))
+    empty = total == 0
+    total = xp.where(empty, 1.0, total)
+    lse = xp.where(empty, -math.inf, top + xp.log(total))
+    return Part((weights @ v) / total, xp.squeeze(lse, axis=-1))

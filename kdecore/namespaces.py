@@ -5,11 +5,12 @@ CuPy, PyTorch and array-api-strict. Importing this file imports no array library
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import array_api_compat
 import array_api_compat.numpy
+import numpy as np
 
 from kdecore.errors import DeviceError, DTypeError
 
@@ -33,14 +34,17 @@ __all__ = [
     "Array",
     "Namespace",
     "accumulation_dtype",
+    "chebyshev_coefficients",
     "common_device",
     "common_namespace",
     "dtype_name",
     "from_host",
     "host",
+    "host_view",
     "invert_permutation",
     "namespace_name",
     "namespace_of",
+    "needs_gradient",
     "row_norms",
     "searchsorted_rows",
     "spans",
@@ -114,6 +118,22 @@ def from_host(xp: Namespace, array: Array, *, dtype: Any, device: Any) -> Array:
     return xp.asarray(array, dtype=dtype, device=device)
 
 
+def host_view(array: Array) -> Array:
+    """Return a read-only, aligned, C-contiguous NumPy array of the same numbers: a view of arrays on the CPU where possible.
+
+    One layout and mutability means one compiled version of a Numba kernel for each dtype.
+    """
+    detach = getattr(array, "detach", None)
+    view = np.require(np.asarray(array if detach is None else detach()), requirements=["C", "A"]).view()
+    view.flags.writeable = False
+    return view
+
+
+def needs_gradient(*arrays: Array) -> bool:
+    """Return whether a library with automatic differentiation is to record what is done with any of the arrays."""
+    return any(getattr(array, "requires_grad", False) for array in arrays)
+
+
 def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:
     """Gather ``rows[index]``: rows (n, …), index int64 of any shape → index.shape + rows.shape[1:]."""
     flat = xp.take(rows, xp.reshape(index, (-1,)), axis=0)
@@ -148,7 +168,7 @@ def searchsorted_rows(xp: Namespace, ascending: Array, values: Array, *, side: s
 
 def row_norms(xp: Namespace, rows: Array) -> Array:
     """Return Euclidean norms over the last axis, (…, d) → (…)."""
-    return xp.linalg.vector_norm(rows, axis=-1)
+    return xp.sqrt(xp.vecdot(rows, rows))
 
 
 def spans(length: int, step: int) -> Iterator[slice]:
@@ -162,3 +182,9 @@ def to_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def chebyshev_coefficients(function: Callable[[Array], Array], degree: int) -> tuple[float, ...]:
+    """Return the polynomial, lowest power first, that interpolates ``function`` on [-1/2, 1/2] in the Chebyshev points."""
+    polynomial = np.polynomial.Chebyshev.interpolate(function, degree, domain=[-0.5, 0.5])
+    return tuple(float(c) for c in polynomial.convert(kind=np.polynomial.Polynomial, domain=[-1, 1]).coef)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
 from kdecore.kernels.registry import Choice, Site, choose
-from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS
+from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
 from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, Options, SortLSH, integer_at_least
 from kdecore.randomness import check_seed
 
@@ -62,7 +62,8 @@ def make_plan(
     if budget is not None:
         budget = integer_at_least(1, "budget", budget)
     options, reason = _resolve_method(problem, method, budget)
-    site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype])
+    gradient = needs_gradient(problem.q, problem.k, problem.v)
+    site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
     chosen = {name: choose(name, site, kernels) for name in options.kernels}
     return Plan(options, reason, budget, seed, chosen, _temporary_bytes(problem, options))
 

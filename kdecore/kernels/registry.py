@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdecore.errors import KernelUnavailable, OptionError
-from kdecore.kernels.attend_blocks.reference import attend_blocks
-from kdecore.kernels.attend_dense.reference import attend_dense
-from kdecore.kernels.bucket_order.reference import bucket_order
-from kdecore.kernels.draw_indices.reference import draw_indices
-from kdecore.kernels.hash_codes.reference import hash_codes
+from kdecore.kernels import attend_blocks, attend_dense, bucket_order, draw_indices, hash_codes
 
 
 @dataclass(frozen=True)
@@ -29,15 +25,30 @@ class Site:
         Device as the library prints it, such as ``"cpu"`` or ``"cuda:0"``.
     dtype
         Accumulation dtype, ``"float32"`` or ``"float64"``.
+    gradient
+        Whether q, k or v is recorded for automatic differentiation.
     """
 
     library: str
     device: str
     dtype: str
+    gradient: bool = False
 
 
 def _anywhere(site: Site) -> str | None:
     return None
+
+
+def _host_integers(site: Site) -> str | None:
+    if site.library not in ("numpy", "torch") or site.device != "cpu":
+        return f"needs NumPy arrays or PyTorch tensors on the CPU, got {site.library} on {site.device}"
+    return None
+
+
+def _host_floats(site: Site) -> str | None:
+    if site.gradient:
+        return "records no gradients"
+    return _host_integers(site)
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,18 @@ class Choice:
     function: Callable[..., Any]
 
 
+def _implementations(
+    reference: Callable[..., Any], cpu: Callable[..., Any], unsupported: Callable[[Site], str | None]
+) -> tuple[Implementation, ...]:
+    return (Implementation("numba-cpu", cpu, unsupported), Implementation("array-api", reference))
+
+
 KERNELS: dict[str, tuple[Implementation, ...]] = {
-    function.__name__: (Implementation("array-api", function),)
-    for function in (hash_codes, bucket_order, draw_indices, attend_blocks, attend_dense)
+    "hash_codes": _implementations(hash_codes.reference.hash_codes, hash_codes.cpu.hash_codes, _host_integers),
+    "bucket_order": _implementations(bucket_order.reference.bucket_order, bucket_order.cpu.bucket_order, _host_integers),
+    "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_integers),
+    "attend_blocks": _implementations(attend_blocks.reference.attend_blocks, attend_blocks.cpu.attend_blocks, _host_floats),
+    "attend_dense": _implementations(attend_dense.reference.attend_dense, attend_dense.cpu.attend_dense, _host_floats),
 }
 """Kernel name → its implementations, fastest first; the last one, ``"array-api"``, runs everywhere."""
 

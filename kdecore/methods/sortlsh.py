@@ -39,7 +39,7 @@ def value_weights(problem: Problem) -> Array:
     dividing by the mean makes the choice independent of V's units (derived).
     """
     xp = problem.xp
-    norms = row_norms(xp, xp.astype(problem.v, xp.float64, copy=False))
+    norms = xp.astype(row_norms(xp, problem.v), xp.float64)
     norms = xp.where(xp.isfinite(norms), norms, 0.0)
     mean = xp.mean(norms, axis=1, keepdims=True)
     return 1.0 + norms / xp.where(mean > 0, mean, 1.0)

@@ -16,6 +16,7 @@ class AttendBlocks(Protocol):
         k: Array,
         v: Array,
         query_index: Array,
+        query_row: Array,
         key_index: Array,
         log_weight: Array,
         scale: float,
@@ -29,7 +30,10 @@ class AttendBlocks(Protocol):
         q, k, v
             (R_q, d), (R_k, d), (R_k, d_v) rows, float32 or float64.
         query_index
-            (N, b) int64 into the rows of q: the queries of each block.
+            (N, b) int64 into the rows of q: the queries of each block. Every row of q is in one block; it may be there
+            more than once.
+        query_row
+            (R_q,) int64: for every row of q, a place in the flattened query_index that holds it.
         key_index
             (N, s) int64 into the rows of k and v: the keys of each block.
         log_weight
@@ -40,6 +44,6 @@ class AttendBlocks(Protocol):
         Returns
         -------
         Part
-            out (N, b, d_v) and lse (N, b) of q's dtype; 0 and −inf for a block without counting slots.
+            out (R_q, d_v) and lse (R_q,) of q's dtype, in q's order; 0 and −inf for a block without counting slots.
             O(N b s (d + d_v)) time; temporaries do not grow with N.
         """

@@ -10,6 +10,7 @@ def attend_blocks(
     k: Array,
     v: Array,
     query_index: Array,
+    query_row: Array,
     key_index: Array,
     log_weight: Array,
     scale: float,
@@ -31,4 +32,5 @@ def attend_blocks(
             part = softmax_part(xp, logits, values)
             out[block, row, :] = part.out
             lse[block, row] = part.lse
-    return Part(out, lse)
+    out, lse = xp.reshape(out, (blocks * rows, -1)), xp.reshape(lse, (-1,))
+    return Part(take_rows(xp, out, query_row), take_rows(xp, lse, query_row))

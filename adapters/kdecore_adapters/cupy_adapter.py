@@ -1,0 +1,48 @@
+"""CuPy: the functions that every adapter has. Importing it needs no device; using arrays does."""
+
+from typing import Any
+
+import cupy as cp
+
+
+def version() -> str:
+    """Return CuPy's version."""
+    return str(cp.__version__)
+
+
+def unusable() -> str | None:
+    """Return why no device can be used, or None where one can."""
+    try:
+        available = cp.cuda.is_available()
+    except Exception as error:  # a broken driver raises errors of many kinds
+        return f"CUDA does not start: {error}"
+    return None if available else "no CUDA device or driver found"
+
+
+def devices() -> list[str]:
+    """Return the names of the devices that arrays can lie on."""
+    if unusable() is not None:
+        return []
+    return [f"cuda:{index}" for index in range(cp.cuda.runtime.getDeviceCount())]
+
+
+def threads() -> int | None:
+    """Return how many threads the library uses on the CPU; None where it doesn't tell."""
+    return None
+
+
+def to_numpy(array: Any) -> Any:
+    """Return a NumPy copy."""
+    host = cp.asnumpy(array)
+    return host.astype("float32") if host.dtype.name == "bfloat16" else host
+
+
+def from_numpy(array: Any, device: str | None = None) -> Any:
+    """Return a copy of a NumPy array on a device, the current one if None."""
+    with cp.cuda.Device(None if device is None else int(device.removeprefix("cuda:"))):
+        return cp.asarray(array)
+
+
+def synchronize() -> None:
+    """Wait until all work on the current device is done."""
+    cp.cuda.Device().synchronize()

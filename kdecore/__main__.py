@@ -1,0 +1,8 @@
+"""`python -m kdecore` is the command `kdecore`."""
+
+import sys
+
+from kdecore.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Measure methods against exact attention: time, error and memory on one case. Used by `kdecore compare` and by bench/."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from kdecore.attention import attention
+from kdecore.errors import OptionError, ShapeError
+from kdecore.inputs import Problem, canonicalise
+from kdecore.loading import Case
+from kdecore.machine import library_problem, load_adapter, peak_memory
+from kdecore.metrics import Errors, errors
+from kdecore.namespaces import Array, host
+from kdecore.options import METHODS, integer_at_least
+from kdecore.randomness import check_seed, uniform
+from kdecore.report import Report
+
+EXACT_LIMIT = 2**28
+"""Most query-key pairs on which exact attention is computed unless asked for: n = 16,384 in one group, a few seconds."""
+FEWEST_ROWS = 64
+ROWS_STREAM = 2**31
+"""Random stream of the sampled query rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget.
+
+    Attributes
+    ----------
+    method
+        Name asked for; for the baseline a label that says what computed it.
+    ran
+        Name of the method that ran: ``"auto"`` resolves to one, and a budget of n_k or more is exact.
+    budget
+        Keys per query asked for; None for exact methods.
+    keys_per_query
+        Keys evaluated per query, measured, mean over seeds.
+    milliseconds
+        Median of ``timings``.
+    timings
+        Wall time of every call in milliseconds, for all queries; for each seed one warm-up call is left out.
+    timed_rows
+        Queries per group that the timed calls computed; where below n_q, the times are scaled up by n_q / timed_rows.
+    speedup
+        The baseline's milliseconds divided by these.
+    errors, errors_std
+        Mean over seeds, and sample standard deviation (NaN for one seed).
+    error_rows
+        Queries per group that the errors are computed on.
+    peak_bytes
+        Peak of resident memory above the inputs during one more call, result included; None where not known.
+    kernels
+        Kernel name → implementation that ran.
+    """
+
+    method: str
+    ran: str
+    budget: int | None
+    keys_per_query: float
+    milliseconds: float
+    timings: tuple[float, ...]
+    timed_rows: int
+    speedup: float
+    errors: Errors
+    errors_std: Errors
+    error_rows: int
+    peak_bytes: int | None
+    kernels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What one `Row` measures: ``call(seed)`` returns the output, ``describe(seed)`` also a report, None for the baseline.
+
+    ``rows`` are the queries that the output is for, None for all.
+    """
+
+    method: str
+    budget: int | None
+    call: Callable[[int], Array]
+    describe: Callable[[int], tuple[Array, Report | None]]
+    rows: Array | None
+
+
+Progress = Callable[[int, int, str], None]
+"""Called as (steps done, steps in all, what comes next)."""
+
+
+def measure(
+    case: Case,
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    library: str = "numpy",
+    repeats: int = 3,
+    exact_rows: int | None = None,
+    progress: Progress = lambda done, total, label: None,
+) -> list[Row]:
+    """Measure every method at every budget against exact attention.
+
+    Parameters
+    ----------
+    case
+        Inputs.
+    methods
+        Names in `kdecore.options.METHODS`, or ``"auto"``; ``"exact"`` is measured once, having no budget.
+    budgets
+        Keys per query, each at least 1.
+    seeds
+        Errors are averaged over them; each is timed ``repeats`` times.
+    library
+        Array library to run on: ``"numpy"`` or ``"torch"``, on the CPU.
+    repeats
+        Timed calls for each seed, after one that is not.
+    exact_rows
+        Queries per group, drawn at random from the first seed, on which exact attention and the errors are computed;
+        None for all of them up to `EXACT_LIMIT` pairs of query and key.
+    progress
+        Callback.
+
+    Returns
+    -------
+    list of Row
+        The baseline first: PyTorch's scaled_dot_product_attention where installed, else kdecore's exact attention. Errors
+        are against exact attention in float64.
+
+    Raises
+    ------
+    KdecoreError
+        Arguments out of range, before anything is measured.
+    """
+    methods, budgets = check_methods(methods), [integer_at_least(1, "budget", budget) for budget in dict.fromkeys(budgets)]
+    seeds = [check_seed(seed) for seed in seeds]
+    repeats = integer_at_least(1, "repeats", repeats)
+    if not (methods and budgets and seeds):
+        raise OptionError("methods, budgets and seeds must each have at least one entry")
+    problem = canonicalise(case.q, case.k, case.v, case.scale)
+    if problem.groups * problem.n_q * problem.d_v == 0:
+        raise ShapeError(f"the output must have at least one element to compare; got q {case.q.shape}, v {case.v.shape}")
+    rows = sample_rows(problem, exact_rows, seeds[0])
+    adapter = load_adapter(library)
+    runs = [(method, budget) for method in methods for budget in (budgets if method != "exact" else [None])]
+    steps = 1 + (len(runs) + 1) * len(seeds)
+
+    progress(0, steps, "exact in float64")
+    exact = reference(case, rows)
+    q, k, v = (adapter.from_numpy(array) for array in (case.q, case.k, case.v))
+    subjects = [_baseline(q, k, v, problem.scale, rows)]
+    subjects += [_estimator(q, k, v, problem.scale, method, budget) for method, budget in runs]
+    # Seed by seed, so that a busy spell of the machine falls on a few calls of every subject and medians shed it.
+    samples: list[list[_Sample]] = [[] for _ in subjects]
+    for seed in seeds:
+        for subject, own in zip(subjects, samples, strict=True):
+            asked = subject.method if subject.budget is None else f"{subject.method}, budget {subject.budget}"
+            progress(1 + sum(map(len, samples)), steps, f"seed {seed}: {asked}")
+            own.append(_sample(subject, seed, repeats, adapter, exact, rows))
+    progress(steps, steps, "memory")
+    results: list[Row] = []
+    for subject, own in zip(subjects, samples, strict=True):
+        # Memory for some of the queries would say nothing about all of them.
+        peak = peak_memory(partial(subject.call, seeds[0])) if subject.rows is None else None
+        results.append(_row(subject, own, problem, exact, peak, results[0].milliseconds if results else None))
+    return results
+
+
+def check_methods(methods: Sequence[str]) -> list[str]:
+    """Return the names without repetitions, or raise `OptionError` naming the first unknown one."""
+    for method in methods:
+        if method not in ("auto", *METHODS):
+            raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))}; got {method!r}")
+    return list(dict.fromkeys(methods))
+
+
+def sample_rows(problem: Problem, exact_rows: int | None, seed: int) -> Array | None:
+    """Choose the queries on which exact attention is computed.
+
+    Returns
+    -------
+    Array or None
+        Ascending int64 NumPy indices, the same for every group; None for all queries.
+    """
+    if exact_rows is None:
+        count = max(FEWEST_ROWS, EXACT_LIMIT // (problem.groups * problem.n_k))
+    else:
+        count = integer_at_least(1, "exact_rows", exact_rows)
+    if count >= problem.n_q:
+        return None
+    keys = uniform(host, seed, ROWS_STREAM, problem.n_q)
+    return host.sort(host.argsort(keys)[:count])
+
+
+def reference(case: Case, rows: Array | None) -> Array:
+    """Return exact attention in float64 for the queries ``rows``, as NumPy (…, len(rows), d_v)."""
+    q = case.q if rows is None else case.q[..., rows, :]
+    q, k, v = (host.astype(array, host.float64) for array in (q, case.k, case.v))
+    return attention(q, k, v, method="exact", scale=case.scale)
+
+
+def exact_baseline() -> tuple[str, Callable[[Array, Array, Array, float], Array]]:
+    """Return what one would otherwise call, as a label and a function of (q, k, v, scale)."""
+    if library_problem("torch") is None:
+        return "exact (torch SDPA)", load_adapter("torch").scaled_dot_product_attention
+    return "exact (kdecore)", lambda q, k, v, scale: attention(q, k, v, method="exact", scale=scale)
+
+
+def _baseline(q: Array, k: Array, v: Array, scale: float, rows: Array | None) -> _Subject:
+    label, function = exact_baseline()
+    some_q = q if rows is None else q[..., rows, :]
+
+    def call(seed: int) -> Array:
+        return function(some_q, k, v, scale)
+
+    return _Subject(label, None, call, lambda seed: (call(seed), None), rows)
+
+
+def _estimator(q: Array, k: Array, v: Array, scale: float, method: str, budget: int | None) -> _Subject:
+    call = partial(attention, q, k, v, method=method, budget=budget, scale=scale)
+    return _Subject(method, budget, lambda seed: call(seed=seed), lambda seed: call(seed=seed, return_report=True), None)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A subject's timings in milliseconds, errors and report with one seed."""
+
+    timings: list[float]
+    errors: Errors
+    report: Report | None
+
+
+def _sample(subject: _Subject, seed: int, repeats: int, adapter: Any, exact: Array, rows: Array | None) -> _Sample:
+    out, report = subject.describe(seed)  # also the warm-up
+    estimate = adapter.to_numpy(out)
+    if rows is not None and subject.rows is None:
+        estimate = estimate[..., rows, :]
+    timings = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        subject.call(seed)
+        adapter.synchronize()
+        timings.append((time.perf_counter() - started) * 1e3)
+    return _Sample(timings, errors(host, estimate, exact), report)
+
+
+def _row(
+    subject: _Subject, samples: list[_Sample], problem: Problem, exact: Array, peak: int | None, baseline: float | None
+) -> Row:
+    """Sum samples up; ``baseline`` is the baseline's milliseconds, None for the baseline itself."""
+    timed_rows = problem.n_q if subject.rows is None else len(subject.rows)
+    timings = [timing * problem.n_q / timed_rows for sample in samples for timing in sample.timings]
+    milliseconds = statistics.median(timings)
+    mean, std = _mean_and_std([sample.errors for sample in samples])
+    reports = [sample.report for sample in samples if sample.report is not None]
+    return Row(
+        method=subject.method,
+        ran=reports[0].method if reports else "exact",
+        budget=subject.budget,
+        keys_per_query=statistics.fmean([report.keys_per_query for report in reports] or [float(problem.n_k)]),
+        milliseconds=milliseconds,
+        timings=tuple(timings),
+        timed_rows=timed_rows,
+        speedup=1.0 if baseline is None else baseline / milliseconds,
+        errors=mean,
+        errors_std=std,
+        error_rows=int(exact.shape[-2]),
+        peak_bytes=peak,
+        kernels=reports[0].kernels if reports else {},
+    )
+
+
+def _mean_and_std(found: Sequence[Errors]) -> tuple[Errors, Errors]:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    def std(values: list[float]) -> float:
+        if len(values) < 2:
+            return math.nan
+        centre = mean(values)
+        return math.sqrt(sum((value - centre) * (value - centre) for value in values) / (len(values) - 1))
+
+    columns = [[getattr(one, field) for one in found] for field in ("spectral", "frobenius", "worst_row")]
+    return Errors(*map(mean, columns)), Errors(*map(std, columns))

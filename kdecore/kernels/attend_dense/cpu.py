@@ -1,0 +1,26 @@
+"""`attend_dense` in Numba for the CPU: `attend_blocks` with one block a group, whose list is all keys."""
+
+import numpy as np
+
+from kdecore.kernels.attend_blocks import cpu
+from kdecore.merge import Part
+from kdecore.namespaces import Array, Namespace, host_view
+
+
+def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> Part:
+    """Follow `kdecore.kernels.attend_dense.contract.AttendDense`."""
+    groups, n_q, _ = q.shape
+    n_k = k.shape[1]
+    queries = np.arange(groups * n_q)
+    part = cpu.attend_blocks(
+        xp,
+        xp.reshape(q, (groups * n_q, -1)),
+        xp.reshape(k, (groups * n_k, -1)),
+        xp.reshape(v, (groups * n_k, -1)),
+        queries.reshape(groups, n_q),
+        queries,
+        np.arange(groups * n_k).reshape(groups, n_k),
+        np.zeros((groups, n_k), host_view(q).dtype),
+        scale,
+    )
+    return Part(xp.reshape(part.out, (groups, n_q, -1)), xp.reshape(part.lse, (groups, n_q)))

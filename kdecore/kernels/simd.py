@@ -1,0 +1,202 @@
+"""Vector primitives for Numba CPU kernels, written as LLVM vectors where the compiler's own vectorisation falls short.
+
+Each works on flat C-contiguous arrays of float32 or float64, at element offsets, in vectors of 64 bytes (so many `lanes`):
+LLVM splits them into the machine's registers (two of AVX2, four of NEON, one of AVX-512). A panel is a matrix one vector
+wide, its rows next to each other. Nothing checks bounds: callers pad their buffers to whole tiles.
+
+Measured on two Zen 3 cores (bench/NOTES.md): `multiply_tile` runs at 95 GFLOP/s a core in float32, as fast as OpenBLAS.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from kdecore.namespaces import chebyshev_coefficients
+
+VECTOR_BYTES = 64
+TILE_ROWS = 6
+"""Rows of a `multiply_tile`: with two AVX2 registers each, sums, row of b and broadcast fill 15 of 16 registers."""
+
+# 2**r on [-1/2, 1/2], lowest power first: relative error below a quarter of the last bit.
+_EXP2 = {"float": chebyshev_coefficients(lambda r: 2.0**r, 6), "double": chebyshev_coefficients(lambda r: 2.0**r, 12)}
+_MANTISSA = {"float": 23, "double": 52}
+_BIAS = {"float": 127, "double": 1023}
+
+
+class _Vectors:
+    """Builds vector instructions for one element type."""
+
+    def __init__(self, context: Any, builder: Any, array_type: Any) -> None:
+        self.context, self.builder = context, builder
+        self.element = context.get_value_type(array_type.dtype)
+        self.kind = str(self.element)
+        self.bytes = 4 if self.kind == "float" else 8
+        self.lanes = VECTOR_BYTES // self.bytes
+        self.vector = ir.VectorType(self.element, self.lanes)
+        self.index = ir.IntType(64)
+
+    def pointer(self, array_type: Any, array: Any, offset: Any) -> Any:
+        return self.builder.gep(self.context.make_array(array_type)(self.context, self.builder, array).data, [offset])
+
+    def at(self, pointer: Any, offset: Any) -> Any:
+        return self.builder.gep(pointer, [offset])
+
+    def load(self, pointer: Any) -> Any:
+        return self.builder.load(self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.bytes)
+
+    def store(self, value: Any, pointer: Any) -> None:
+        self.builder.store(value, self.builder.bitcast(pointer, self.vector.as_pointer()), align=self.bytes)
+
+    def constant(self, value: float) -> Any:
+        return ir.Constant(self.vector, [ir.Constant(self.element, value)] * self.lanes)
+
+    def splat(self, scalar: Any) -> Any:
+        undefined, lane = ir.Constant(self.vector, ir.Undefined), ir.IntType(32)
+        first = self.builder.insert_element(undefined, scalar, ir.Constant(lane, 0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(lane, self.lanes), [0] * self.lanes))
+
+    def llvm(self, name: str, *operands: Any) -> Any:
+        suffix = f"v{self.lanes}f{8 * self.bytes}"
+        signature = ir.FunctionType(self.vector, [self.vector] * len(operands))
+        function = cgutils.get_or_insert_function(self.builder.module, signature, f"llvm.{name}.{suffix}")
+        return self.builder.call(function, operands)
+
+    def exp2(self, x: Any) -> Any:
+        """2**x for x ≤ 0; exactly 0 below the smallest normal number; NaN stays NaN."""
+        builder, kind = self.builder, self.kind
+        floor = self.constant(1.0 - _BIAS[kind])
+        tiny = builder.fcmp_ordered("<", x, floor)
+        x = builder.select(tiny, floor, x)
+        whole = self.llvm("floor", builder.fadd(x, self.constant(0.5)))
+        rest = builder.fsub(x, whole)
+        power = self.constant(_EXP2[kind][-1])
+        for coefficient in reversed(_EXP2[kind][:-1]):
+            power = self.llvm("fma", power, rest, self.constant(coefficient))
+        narrow, wide = ir.VectorType(ir.IntType(32), self.lanes), ir.VectorType(ir.IntType(8 * self.bytes), self.lanes)
+        exponent = builder.fptosi(whole, narrow)
+        exponent = exponent if narrow == wide else builder.sext(exponent, wide)
+        exponent = builder.add(exponent, ir.Constant(wide, [_BIAS[kind]] * self.lanes))
+        factor = builder.bitcast(builder.shl(exponent, ir.Constant(wide, [_MANTISSA[kind]] * self.lanes)), self.vector)
+        return builder.select(tiny, self.constant(0.0), builder.fmul(power, factor))
+
+
+@intrinsic
+def multiply_tile(typingctx, a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh):
+    """Multiply: c[r, j] = start[r, j] + Σ_t a[r, t] · b[t, j] for r < `TILE_ROWS`, j < lanes, t < depth.
+
+    a[r, t] is ``a[a0 + r · row_step + t · depth_step]``; b and c are panels at b0 and c0; start is ``bias[bias0 + r]`` if
+    fresh, else what c holds; depth ≥ 1.
+    """
+
+    def codegen(context, builder, signature, args):
+        a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh = args
+        type_a, type_b, type_bias, type_c = (signature.args[i] for i in (0, 4, 7, 9))
+        simd = _Vectors(context, builder, type_a)
+        index = simd.index
+        first_a, first_b = simd.pointer(type_a, a, a0), simd.pointer(type_b, b, b0)
+        first_bias, first_c = simd.pointer(type_bias, bias, bias0), simd.pointer(type_c, c, c0)
+        rows_a = [simd.at(first_a, builder.mul(row_step, index(r))) for r in range(TILE_ROWS)]
+        rows_c = [simd.at(first_c, index(r * simd.lanes)) for r in range(TILE_ROWS)]
+        biases = [simd.splat(builder.load(simd.at(first_bias, index(r)))) for r in range(TILE_ROWS)]
+        starts = [builder.select(fresh, x, simd.load(row)) for x, row in zip(biases, rows_c, strict=True)]
+        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        t, sums = builder.phi(index), [builder.phi(simd.vector) for _ in range(TILE_ROWS)]
+        row_b = simd.load(simd.at(first_b, builder.mul(t, index(simd.lanes))))
+        column = builder.mul(t, depth_step)
+        new = [
+            simd.llvm("fma", simd.splat(builder.load(simd.at(row, column))), row_b, total)
+            for row, total in zip(rows_a, sums, strict=True)
+        ]
+        following = builder.add(t, index(1))
+        t.add_incoming(index(0), before)
+        t.add_incoming(following, loop)
+        for total, start, value in zip(sums, starts, new, strict=True):
+            total.add_incoming(start, before)
+            total.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+        builder.position_at_end(after)
+        for value, row in zip(new, rows_c, strict=True):
+            simd.store(value, row)
+        return context.get_dummy_value()
+
+    args = (a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh)
+    return types.void(*args), codegen
+
+
+@intrinsic
+def column_max(typingctx, a, a0, rows, top, top0):
+    """Raise the vector ``top[top0 : top0 + lanes]`` to the maximum of each column of the panel at a0, ignoring NaN."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, rows, top, top0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        panel, result = simd.pointer(signature.args[0], a, a0), simd.pointer(signature.args[3], top, top0)
+        largest = cgutils.alloca_once_value(builder, simd.load(result))
+        with cgutils.for_range(builder, rows) as loop:
+            value = simd.load(simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes))))
+            previous = builder.load(largest)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, previous), value, previous), largest)
+        simd.store(builder.load(largest), result)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, rows, top, top0), codegen
+
+
+@intrinsic
+def exp2_columns(typingctx, a, a0, rows, top, top0, total, total0):
+    """Replace x by 2**(x − top) in the panel at a0, and add the sum of each column to ``total[total0 : total0 + lanes]``."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, rows, top, top0, total, total0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        panel, result = simd.pointer(signature.args[0], a, a0), simd.pointer(signature.args[5], total, total0)
+        shift = simd.load(simd.pointer(signature.args[3], top, top0))
+        sums = cgutils.alloca_once_value(builder, simd.load(result))
+        with cgutils.for_range(builder, rows) as loop:
+            row = simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes)))
+            value = simd.exp2(builder.fsub(simd.load(row), shift))
+            simd.store(value, row)
+            builder.store(builder.fadd(builder.load(sums), value), sums)
+        simd.store(builder.load(sums), result)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, rows, top, top0, total, total0), codegen
+
+
+@intrinsic
+def prefetch(typingctx, source, source0, count):
+    """Ask the memory for ``count`` elements that will soon be read, past the caches that writing would fill."""
+
+    def codegen(context, builder, signature, args):
+        source, source0, count = args
+        simd = _Vectors(context, builder, signature.args[0])
+        start = simd.pointer(signature.args[0], source, source0)
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0i8"
+        )
+        with cgutils.for_range_slice(builder, simd.index(0), count, simd.index(simd.lanes)) as (j, _):
+            line = builder.bitcast(simd.at(start, j), byte)
+            builder.call(function, [line, flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(source, source0, count), codegen
+
+
+@intrinsic
+def copy_rows(typingctx, source, source0, target, target0, count):
+    """Copy ``count`` elements."""
+
+    def codegen(context, builder, signature, args):
+        source, source0, target, target0, count = args
+        simd = _Vectors(context, builder, signature.args[0])
+        start, end = simd.pointer(signature.args[0], source, source0), simd.pointer(signature.args[2], target, target0)
+        cgutils.raw_memcpy(builder, end, start, count, simd.bytes, align=simd.bytes)
+        return context.get_dummy_value()
+
+    return types.void(source, source0, target, target0, count), codegen

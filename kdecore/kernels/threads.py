@@ -1,0 +1,49 @@
+"""Running Numba kernels on several threads, without Numba's threading layers.
+
+Plain Python threads that live for one call: concurrent callers, forked children and nested use are all safe, nothing of the
+process's state is changed, and no result depends on the number of threads, since every task writes its own rows.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+
+from numba import config
+
+
+def thread_count(threads: int | None = None) -> int:
+    """Return ``threads``, or as many as NUMBA_NUM_THREADS and the processors this process may use allow."""
+    if threads is not None:
+        return threads
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, int(config.NUMBA_NUM_THREADS))
+
+
+def run_tasks(work: Callable[[int, int], None], tasks: int, *, threads: int, chunk: int) -> None:
+    """Call ``work(first, last)`` for chunks that cover ``range(tasks)``, on ``threads`` threads; the caller is one of them.
+
+    ``work`` should release the GIL. An exception in any thread ends the others after their chunk and is raised here.
+    """
+    starts = iter(range(0, tasks, chunk))
+    lock = threading.Lock()
+    failures: list[BaseException] = []
+
+    def loop() -> None:
+        try:
+            while not failures:
+                with lock:
+                    first = next(starts, None)
+                if first is None:
+                    return
+                work(first, min(first + chunk, tasks))
+        except BaseException as failure:
+            failures.append(failure)
+
+    helpers = [threading.Thread(target=loop) for _ in range(min(threads, -(-tasks // chunk)) - 1)]
+    for helper in helpers:
+        helper.start()
+    loop()
+    for helper in helpers:
+        helper.join()
+    if failures:
+        raise failures[0]

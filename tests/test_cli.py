@@ -1,0 +1,354 @@
+"""The command `kdecore` as a user meets it: outputs, exit codes, one line for every mistake, and no half-written file."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import kdecore
+from kdecore import cli, comparison, machine
+from kdecore.inputs import canonicalise
+from kdecore.kernels.registry import KERNELS
+from kdecore.loading import Case, glove_case
+from kdecore.metrics import Errors
+from kdecore.plots import comparison_png
+
+QUICK = ["--n", "80", "--seeds", "2", "--repeats", "1", "--budgets", "16"]
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    """Write a stand-in for the plot, which takes half a second to draw."""
+    monkeypatch.setattr("kdecore.plots.comparison_png", lambda *arguments: b"\x89PNG stand-in")
+
+
+def run(capsys, *argv):
+    status = cli.main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_fails(capsys, *argv, says):
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("kdecore: error: ")
+    assert err.count("\n") == 1
+    assert says in err
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def small_case(shape=(2, 60, 8), dtype=np.float32):
+    q, k, v = np.random.default_rng(0).standard_normal((3, *shape)).astype(dtype)
+    return Case("small", q, k, v)
+
+
+def test_compare_writes_table_json_and_plot(tmp_path, capsys):
+    status, out, err = run(capsys, "compare", *QUICK, "--budgets", "16", "32", "--out", tmp_path / "new" / "folder")
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    for part in ("sortlsh", "hyper", "exact (", "Frobenius", "on all queries", "GloVe"):
+        assert part in out
+    assert files_in(tmp_path / "new" / "folder") == ["compare.json", "compare.png"]
+    assert (tmp_path / "new" / "folder" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "new" / "folder" / "compare.json").read_text(encoding="utf-8"))
+    assert record["seeds"] == [0, 1]
+    assert record["arguments"]["budgets"] == [16, 32]
+    assert record["machine"]["versions"]["kdecore"] == kdecore.__version__
+    assert [(row["method"], row["budget"]) for row in record["rows"][1:]] == [
+        (method, budget) for method in ("sortlsh", "hyper") for budget in (16, 32)
+    ]
+    for row in record["rows"]:
+        assert row["milliseconds"] > 0
+        assert len(row["timings"]) == 2
+        assert row["timed_rows"] == row["error_rows"] == 80
+        assert row["errors"]["spectral"] < (1e-5 if row["ran"] == "exact" else 1.0)
+
+
+def test_compare_replaces_earlier_results(tmp_path, no_plot, capsys):
+    for name in cli.OUTPUTS:
+        (tmp_path / name).write_text("old")
+    assert run(capsys, "compare", *QUICK, "--out", tmp_path)[0] == 0
+    assert files_in(tmp_path) == ["compare.json", "compare.png"]
+    json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_compare_users_file(tmp_path, no_plot, capsys, library):
+    pytest.importorskip(library)
+    case = small_case()
+    np.savez(tmp_path / "data [bold].npz", q=case.q[:, :40], k=case.k, v=case.v[..., :5])
+    status, out, _ = run(capsys, "compare", tmp_path / "data [bold].npz", "--library", library, "--methods", "exact", "auto",
+        "--budgets", "8", "--seeds", "1", "--repeats", "1", "--scale", "0.25", "--out", tmp_path / "out")  # fmt: skip
+    assert status == 0
+    assert "data [bold].npz: 2 × 40 queries, 60 keys, d = 8, d_v = 5, float32" in out
+    record = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert record["case"] == {"name": "data [bold].npz", "q": [2, 40, 8], "k": [2, 60, 8], "v": [2, 60, 5],
+        "dtype": "float32", "scale": 0.25, "library": library}  # fmt: skip
+    assert [row["method"] for row in record["rows"][1:]] == ["exact", "auto"]
+    assert record["rows"][1]["budget"] is None
+    assert record["rows"][1]["errors_std"]["spectral"] is None  # one seed has no deviation
+
+
+def test_compare_says_that_rows_are_sampled(tmp_path, no_plot, capsys):
+    status, out, _ = run(capsys, "compare", *QUICK, "--exact-rows", "50", "--out", tmp_path)
+    assert status == 0
+    assert "50 of 80 queries, drawn at random" in " ".join(out.split())
+    assert "scaled up" in out
+    record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert "50 of 80 queries" in record["exact"]
+    baseline, *others = record["rows"]
+    assert baseline["timed_rows"] == 50
+    assert baseline["peak_bytes"] is None
+    for row in others:
+        assert (row["timed_rows"], row["error_rows"]) == (80, 50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--methods", "sortlsh", "sortlhs"], "'sortlhs'"),
+        (["--budgets", "0"], "budget must be an integer of at least 1, got 0"),
+        (["--seeds", "0"], "seeds must be an integer of at least 1, got 0"),
+        (["--repeats", "0"], "repeats"),
+        (["--exact-rows", "0"], "exact_rows"),
+        (["--scale", "nan"], "scale"),
+        (["--n", "100000"], "GloVe"),
+        (["missing.npz"], "missing.npz: No such file"),
+        (["a.npz", "b.npz"], "one .npz"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert_fails(capsys, "compare", *arguments, "--out", tmp_path, says=says)
+    assert files_in(tmp_path) == []
+
+
+def test_methods_are_checked_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "glove_case", lambda n: pytest.fail("loaded the data first"))
+    assert_fails(capsys, "compare", "--methods", "nope", "--out", tmp_path / "out", says="nope")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["compare", "--budgets", "many"], ["compare", "--library", "jax"], ["unknown"]])
+def test_misspelt_arguments(capsys, arguments):
+    with pytest.raises(SystemExit) as info:
+        cli.main(arguments)
+    assert info.value.code == 2
+    assert "kdecore" in capsys.readouterr().err
+
+
+def test_output_folder_is_checked_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparison, "measure", lambda *a, **k: pytest.fail("measured first"))
+    (tmp_path / "file").write_text("keep me")
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path / "file", says="file")
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path / "file" / "below", says="below")
+    (tmp_path / "out" / "compare.png").mkdir(parents=True)
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path / "out", says="compare.png")
+    assert (tmp_path / "file").read_text() == "keep me"
+
+
+def test_unwritable_folder(tmp_path, capsys, monkeypatch):
+    def refuse(self, content):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(cli.Path, "write_bytes", refuse)
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says="Permission denied")
+
+
+def test_full_disk_leaves_the_earlier_results(tmp_path, no_plot, capsys, monkeypatch):
+    for name in cli.OUTPUTS:
+        (tmp_path / name).write_text("old")
+    write = cli.Path.write_bytes
+
+    def fill_up(self, content):
+        write(self, content[: len(content) // 2])
+        if "png" in self.name:
+            raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(cli.Path, "write_bytes", fill_up)
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says="No space left")
+    assert files_in(tmp_path) == ["compare.json", "compare.png"]
+    assert {(tmp_path / name).read_text() for name in cli.OUTPUTS} == {"old"}
+
+
+@pytest.mark.parametrize("where", ["measure", "_record"])
+def test_interrupt(tmp_path, no_plot, capsys, monkeypatch, where):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison if where == "measure" else cli, where, interrupt)
+    status, out, err = run(capsys, "compare", *QUICK, "--out", tmp_path)
+    assert (status, out) == (130, "")
+    assert err == "kdecore: interrupted, nothing was written\n"
+    assert files_in(tmp_path) == []
+
+
+def test_out_of_memory(tmp_path, capsys, monkeypatch):
+    def exhaust(*arguments, **options):
+        raise MemoryError("Unable to allocate 1 TiB")
+
+    monkeypatch.setattr(comparison, "measure", exhaust)
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says="not enough memory: Unable to allocate 1 TiB")
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_without_the_extra(tmp_path, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says="pip install 'kdecore[cli]'")
+    assert run(capsys, "info")[0] == 0
+
+
+def test_without_torch(tmp_path, no_plot, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kdecore_adapters.torch_adapter", None)
+    status, out, _ = run(capsys, "compare", *QUICK, "--out", tmp_path)
+    assert status == 0
+    assert "exact (kdecore)" in out
+    assert_fails(
+        capsys, "compare", *QUICK, "--library", "torch", "--out", tmp_path, says="'torch' cannot be used: not installed"
+    )
+
+
+def test_info(capsys):
+    status, out, err = run(capsys, "info")
+    assert (status, err) == (0, "")
+    assert f"kdecore {kdecore.__version__}" in out
+    for name in (*KERNELS, "array-api", "numpy", "torch", "cupy", "cpu"):
+        assert name in out
+    for implementations in KERNELS.values():
+        for implementation in implementations:
+            assert implementation.target in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as info:
+        cli.main(["--version"])
+    assert info.value.code == 0
+    assert capsys.readouterr().out == f"kdecore {kdecore.__version__}\n"
+
+
+def test_module_runs_and_kdecore_imports_no_other_library():
+    code = "import sys, kdecore, kdecore.cli; print([m for m in ('torch', 'cupy', 'rich') if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
+    assert found.stdout.strip() == "[]"
+
+
+def test_measure_counts_and_progress():
+    steps = []
+    rows = comparison.measure(
+        small_case(), ["sortlsh", "exact", "sortlsh"], [12, 60, 12], [3, 4], repeats=2, progress=lambda *s: steps.append(s)
+    )
+    assert [(row.method, row.ran, row.budget, row.keys_per_query) for row in rows[1:]] == [
+        ("sortlsh", "sortlsh", 12, 12.0),
+        ("sortlsh", "exact", 60, 60.0),  # a budget of n_k or more is exact
+        ("exact", "exact", None, 60.0),
+    ]
+    assert all(len(row.timings) == 4 for row in rows)
+    assert rows[0].speedup == 1.0
+    assert rows[1].errors_std.spectral > 0.0
+    done, total, _ = zip(*steps, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == total[-1] == total[0]
+
+
+def test_errors_are_means_over_seeds():
+    case = small_case()
+    exact = kdecore.attention(*(x.astype(np.float64) for x in (case.q, case.k, case.v)), method="exact")
+    by_seed = [
+        np.mean([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(
+            kdecore.attention(case.q, case.k, case.v, method="hyper", budget=20, seed=seed), exact, strict=True)])
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
+    row = comparison.measure(case, ["hyper"], [20], [0, 1, 2], repeats=1)[1]
+    assert row.errors.frobenius == pytest.approx(np.mean(by_seed), rel=1e-6)
+    assert row.errors_std.frobenius == pytest.approx(np.std(by_seed, ddof=1), rel=1e-4)
+
+
+def test_half_precision_inputs():
+    rows = comparison.measure(small_case(dtype=np.float16), ["sortlsh"], [20], [0], repeats=1)
+    assert all(math.isfinite(row.errors.spectral) for row in rows)
+
+
+def test_sampled_rows_follow_the_seed():
+    problem = canonicalise(*(getattr(small_case(), name) for name in "qkv"))
+    first, again, other = (comparison.sample_rows(problem, 20, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert len(set(first.tolist())) == 20
+    assert comparison.sample_rows(problem, 60, 0) is None
+    assert comparison.sample_rows(problem, None, 0) is None
+
+
+def test_rows_are_sampled_beyond_the_limit(monkeypatch):
+    monkeypatch.setattr(comparison, "EXACT_LIMIT", 3000)
+    monkeypatch.setattr(comparison, "FEWEST_ROWS", 5)
+    problem = canonicalise(*(getattr(small_case(), name) for name in "qkv"))
+    assert len(comparison.sample_rows(problem, None, 0)) == 3000 // (2 * 60)
+
+
+def test_measure_rejects_empty_output():
+    case = small_case()
+    with pytest.raises(kdecore.ShapeError, match="at least one element"):
+        comparison.measure(replace(case, q=case.q[:, :0]), ["sortlsh"], [8], [0])
+
+
+@pytest.mark.parametrize(("methods", "budgets", "seeds"), [([], [8], [0]), (["exact"], [], [0]), (["exact"], [8], [])])
+def test_measure_needs_something_to_measure(methods, budgets, seeds):
+    with pytest.raises(kdecore.OptionError, match="at least one"):
+        comparison.measure(small_case(), methods, budgets, seeds)
+
+
+def test_peak_memory():
+    size = 64 * 2**20
+    found = machine.peak_memory(lambda: np.ones(size, dtype=np.uint8))
+    if found is None:
+        pytest.skip("this system cannot reset a process's high-water mark")
+    assert 0.9 * size < found < 1.5 * size
+
+
+@pytest.mark.parametrize("names", [("numpy",), ("torch",), ("numpy", "torch")], ids="-".join)
+def test_adapters_have_the_same_functions(names):
+    for name in names:
+        pytest.importorskip(name)
+        adapter = machine.load_adapter(name)
+        array = np.arange(6.0).reshape(2, 3)[::-1]
+        array.flags.writeable = False
+        np.testing.assert_array_equal(adapter.to_numpy(adapter.from_numpy(array)), array)
+        assert adapter.version()
+        assert adapter.unusable() is None
+        assert adapter.devices()[0] == "cpu"
+        adapter.synchronize()
+
+
+@pytest.mark.parametrize(("d", "d_v"), [(8, 8), (8, 5), (5, 8)])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_torch_baseline_is_exact(lead, d, d_v):
+    pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((*lead, n, columns)) for n, columns in ((7, d), (20, d), (20, d_v)))
+    function = machine.load_adapter("torch").scaled_dot_product_attention
+    expected = kdecore.attention(q, k, v, method="exact", scale=0.3)
+    np.testing.assert_allclose(function(q, k, v, 0.3), expected, rtol=1e-10)
+
+
+def test_json_has_no_nan():
+    text = cli.to_json({"a": [math.nan, math.inf, 1.5], "b": {"c": -math.inf}}).decode()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, 1.5], "b": {"c": None}}
+
+
+def test_plot_with_any_errors():
+    case, here = glove_case(64), machine.this_machine()
+    rows = comparison.measure(case, ["hyper"], [8, 16], [0], repeats=1)
+    for spectral in (1e-9, 0.0, math.nan, math.inf):
+        changed = [replace(row, errors=Errors(spectral, 0.1, 0.1)) for row in rows]
+        assert comparison_png(case, changed, here, "numpy").startswith(b"\x89PNG")
