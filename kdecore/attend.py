@@ -21,7 +21,7 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
         return part
 
     def flat(array: Array) -> Array:
-        return xp.reshape(array, (-1, *array.shape[2:]))
+        return xp.reshape(array, (array.shape[0] * array.shape[1], *array.shape[2:]))
 
     def global_index(index: Array, n: int) -> Array:
         offset = xp.arange(problem.groups, dtype=xp.int64, device=problem.device) * n
@@ -39,4 +39,5 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
         flat(selection.log_weight),
         problem.scale,
     )
-    return Part(xp.reshape(part.out, (problem.groups, problem.n_q, -1)), xp.reshape(part.lse, (problem.groups, -1)))
+    lead = (problem.groups, problem.n_q)
+    return Part(xp.reshape(part.out, (*lead, problem.d_v)), xp.reshape(part.lse, lead))

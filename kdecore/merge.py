@@ -35,15 +35,14 @@ def merge(xp: Namespace, a: Part, b: Part) -> Part:
 
 
 def softmax_part(xp: Namespace, logits: Array, v: Array) -> Part:
-    """Return the attention of logits (…, n, s) on values (…, s, d_v); **overwrites** ``logits``.
+    """Return the attention of logits (…, n, s) on values (…, s, d_v).
 
     The maximum is subtracted before exp, so logits of any finite size are right; slots at −inf count for nothing, and a
     row with no other slots gives 0 and lse −inf. O(n s d_v).
     """
     top = xp.max(logits, axis=-1, keepdims=True)
     top = xp.where(xp.isinf(top) & (top < 0), 0.0, top)
-    logits -= top
-    weights = xp.exp(logits)
+    weights = xp.exp(logits - top)
     total = xp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0
     total = xp.where(empty, 1.0, total)

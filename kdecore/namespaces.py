@@ -51,6 +51,7 @@ __all__ = [
     "take_along_rows",
     "take_rows",
     "to_float",
+    "without_gradient",
 ]
 
 
@@ -123,10 +124,14 @@ def host_view(array: Array) -> Array:
 
     One layout and mutability means one compiled version of a Numba kernel for each dtype.
     """
-    detach = getattr(array, "detach", None)
-    view = np.require(np.asarray(array if detach is None else detach()), requirements=["C", "A"]).view()
+    view = np.require(np.asarray(without_gradient(array)), requirements=["C", "A"]).view()
     view.flags.writeable = False
     return view
+
+
+def without_gradient(array: Array) -> Array:
+    """Return the array cut off from automatic differentiation, where its library has it."""
+    return array.detach() if hasattr(array, "detach") else array
 
 
 def needs_gradient(*arrays: Array) -> bool:
@@ -168,7 +173,7 @@ def searchsorted_rows(xp: Namespace, ascending: Array, values: Array, *, side: s
 
 def row_norms(xp: Namespace, rows: Array) -> Array:
     """Return Euclidean norms over the last axis, (…, d) → (…)."""
-    return xp.sqrt(xp.vecdot(rows, rows))
+    return xp.linalg.vector_norm(rows, axis=-1)
 
 
 def spans(length: int, step: int) -> Iterator[slice]:
@@ -177,10 +182,10 @@ def spans(length: int, step: int) -> Iterator[slice]:
 
 
 def to_float(value: Any) -> float:
-    """Return a number or 0-d array as a Python float; NaN where that is impossible."""
+    """Return a number or 0-d array as a Python float; NaN where that is impossible, and for text."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

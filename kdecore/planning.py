@@ -69,19 +69,19 @@ def make_plan(
 
 
 def _resolve_method(problem: Problem, method: str | Options, budget: int | None) -> tuple[Options, str]:
-    if method == "auto":
-        return _choose_method(problem, DEFAULT_BUDGET if budget is None else budget)
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))} or an options object, got {method!r}")
-        options: Options = METHODS[method]()
-    elif isinstance(method, Options):
-        options = method
-    else:
+    options: Options
+    if isinstance(method, Options):
+        options = method.resolve(budget)
+    elif not isinstance(method, str):
         raise OptionError(f"method must be a name or one of kdecore's options objects, got {method!r}")
-    options = options.resolve(budget)
+    elif method in METHODS:
+        options = METHODS[method]().resolve(budget)
+    elif method != "auto":
+        raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))} or an options object, got {method!r}")
     if problem.groups * problem.n_q == 0:
         return Exact(), "there are no queries"
+    if method == "auto":
+        return _choose_method(problem, DEFAULT_BUDGET if budget is None else budget)
     if options.budget is not None and options.budget >= problem.n_k:
         return Exact(), f"a budget of {options.budget} covers all {problem.n_k} keys"
     return options, "asked for by name"

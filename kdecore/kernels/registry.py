@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdecore.errors import KernelUnavailable, OptionError
-from kdecore.kernels import attend_blocks, attend_dense, bucket_order, draw_indices, hash_codes
+from kdecore.kernels import attend_blocks, attend_dense, bucket_order, draw_indices, hash_codes, row_norms
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def _anywhere(site: Site) -> str | None:
     return None
 
 
-def _host_integers(site: Site) -> str | None:
+def _host_constants(site: Site) -> str | None:
     if site.library not in ("numpy", "torch") or site.device != "cpu":
         return f"needs NumPy arrays or PyTorch tensors on the CPU, got {site.library} on {site.device}"
     return None
@@ -48,7 +48,7 @@ def _host_integers(site: Site) -> str | None:
 def _host_floats(site: Site) -> str | None:
     if site.gradient:
         return "records no gradients"
-    return _host_integers(site)
+    return _host_constants(site)
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,10 @@ def _implementations(
 
 
 KERNELS: dict[str, tuple[Implementation, ...]] = {
-    "hash_codes": _implementations(hash_codes.reference.hash_codes, hash_codes.cpu.hash_codes, _host_integers),
-    "bucket_order": _implementations(bucket_order.reference.bucket_order, bucket_order.cpu.bucket_order, _host_integers),
-    "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_integers),
+    "row_norms": _implementations(row_norms.reference.row_norms, row_norms.cpu.row_norms, _host_constants),
+    "hash_codes": _implementations(hash_codes.reference.hash_codes, hash_codes.cpu.hash_codes, _host_constants),
+    "bucket_order": _implementations(bucket_order.reference.bucket_order, bucket_order.cpu.bucket_order, _host_constants),
+    "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_constants),
     "attend_blocks": _implementations(attend_blocks.reference.attend_blocks, attend_blocks.cpu.attend_blocks, _host_floats),
     "attend_dense": _implementations(attend_dense.reference.attend_dense, attend_dense.cpu.attend_dense, _host_floats),
 }

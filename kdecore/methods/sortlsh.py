@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from kdecore.grouping.sign_lsh import HashOrder, hash_orders
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, invert_permutation, row_norms, searchsorted_rows, take_along_rows
+from kdecore.namespaces import Array, Namespace, invert_permutation, searchsorted_rows, take_along_rows
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
 from kdecore.randomness import uniform
@@ -29,18 +29,17 @@ SAMPLES_STREAM = 1
 
 def select(problem: Problem, plan: Plan) -> Selection:
     """Select each block's own stretch of keys, and a sample of the others with probability ∝ 1 + ‖v‖ / mean ‖v‖."""
-    return block_and_sample(problem, plan, value_weights(problem))
+    return block_and_sample(problem, plan, value_weights(problem, plan))
 
 
-def value_weights(problem: Problem) -> Array:
+def value_weights(problem: Problem, plan: Plan) -> Array:
     """Return 1 + ‖v‖ / mean ‖v‖ as float64 (G, n_k); keys whose value is not finite count as ‖v‖ = 0.
 
     The 1 stands for the denominator, in which every key counts alike (the column of ones that Algorithm 3 appends to V);
     dividing by the mean makes the choice independent of V's units (derived).
     """
     xp = problem.xp
-    norms = xp.astype(row_norms(xp, problem.v), xp.float64)
-    norms = xp.where(xp.isfinite(norms), norms, 0.0)
+    norms = plan.kernels["row_norms"].function(xp, problem.v)
     mean = xp.mean(norms, axis=1, keepdims=True)
     return 1.0 + norms / xp.where(mean > 0, mean, 1.0)
 

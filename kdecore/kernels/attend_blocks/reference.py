@@ -27,10 +27,8 @@ def attend_blocks(
         values = take_rows(xp, v, key_index[block, :])
         weight = log_weight[block, None, :]
         for row in spans(rows, rows_step):
-            logits = (take_rows(xp, q, query_index[block, row]) * scale) @ keys
-            logits += weight
-            part = softmax_part(xp, logits, values)
+            part = softmax_part(xp, (take_rows(xp, q, query_index[block, row]) * scale) @ keys + weight, values)
             out[block, row, :] = part.out
             lse[block, row] = part.lse
-    out, lse = xp.reshape(out, (blocks * rows, -1)), xp.reshape(lse, (-1,))
+    out, lse = xp.reshape(out, (blocks * rows, v.shape[1])), xp.reshape(lse, (-1,))
     return Part(take_rows(xp, out, query_row), take_rows(xp, lse, query_row))

@@ -9,18 +9,18 @@ from kdecore.namespaces import Array, Namespace, host_view
 
 def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> Part:
     """Follow `kdecore.kernels.attend_dense.contract.AttendDense`."""
-    groups, n_q, _ = q.shape
-    n_k = k.shape[1]
+    groups, n_q, d = q.shape
+    n_k, d_v = v.shape[1:]
     queries = np.arange(groups * n_q)
     part = cpu.attend_blocks(
         xp,
-        xp.reshape(q, (groups * n_q, -1)),
-        xp.reshape(k, (groups * n_k, -1)),
-        xp.reshape(v, (groups * n_k, -1)),
+        xp.reshape(q, (groups * n_q, d)),
+        xp.reshape(k, (groups * n_k, d)),
+        xp.reshape(v, (groups * n_k, d_v)),
         queries.reshape(groups, n_q),
         queries,
         np.arange(groups * n_k).reshape(groups, n_k),
         np.zeros((groups, n_k), host_view(q).dtype),
         scale,
     )
-    return Part(xp.reshape(part.out, (groups, n_q, -1)), xp.reshape(part.lse, (groups, n_q)))
+    return Part(xp.reshape(part.out, (groups, n_q, d_v)), xp.reshape(part.lse, (groups, n_q)))

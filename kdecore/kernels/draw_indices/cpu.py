@@ -44,7 +44,8 @@ def draw(cumulative, log_weights, windows, size, starts, positions, log_inclusio
         found = 0
         for i in range(count):
             point = (starts[group, block] + i) * step
-            after = point >= below
+            # Where the window is at the end, nothing lies after it, whatever rounding says.
+            after = point >= below and start + size < n
             if after:
                 point += inside
             found = last_at_most(sums, found, point)

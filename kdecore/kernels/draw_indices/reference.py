@@ -17,7 +17,8 @@ def draw_indices(
     total = cumulative[:, -1:] - inside
     steps = xp.arange(count, dtype=xp.float64, device=weights.device)
     points = (starts[..., None] + steps) * (total / count)[..., None]
-    after = points >= below[..., None]
+    # Where the window is at the end, nothing lies after it, whatever rounding says.
+    after = (points >= below[..., None]) & (window_end < n)[..., None]
     points = xp.where(after, points + inside[..., None], points)
     positions = searchsorted_rows(xp, cumulative, points, side="right") - 1
     # Rounding may put a point on the wrong side of the window's edge, or past the end.

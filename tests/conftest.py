@@ -1,0 +1,100 @@
+"""The `backend` fixture: every test that takes it runs on each array library that is here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+import array_api_compat.numpy
+import array_api_compat.torch
+import array_api_strict
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The same examples in every run; `--hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("same-examples", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same-examples")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An array library with converters from and to NumPy."""
+
+    name: str
+    xp: Any
+    dtypes: tuple[str, ...]
+    convert: Callable[[np.ndarray], Any]
+    back: Callable[[Any], np.ndarray]
+
+    def array(self, x: np.ndarray, dtype: str | None = None) -> Any:
+        """Copy a NumPy array to this library; ``dtype`` by name, x's own if None."""
+        if dtype == "bfloat16":
+            return self.convert(np.asarray(x, dtype=np.float32)).to(torch.bfloat16)
+        return self.convert(np.array(x, dtype=dtype))
+
+    def arrays(self, *xs: np.ndarray, dtype: str | None = None) -> tuple[Any, ...]:
+        """Copy several NumPy arrays."""
+        return tuple(self.array(x, dtype) for x in xs)
+
+    def numpy(self, x: Any) -> np.ndarray:
+        """Copy an array of this library to NumPy; bfloat16 comes back as float32."""
+        return self.back(x)
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def _from_torch(x: torch.Tensor) -> np.ndarray:
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy().copy()
+
+
+NUMPY_DTYPES = ("float16", "float32", "float64")
+BACKENDS = [
+    Backend("numpy", array_api_compat.numpy, NUMPY_DTYPES, np.array, np.array),
+    Backend("numpy-readonly", array_api_compat.numpy, NUMPY_DTYPES, _read_only, np.array),
+    Backend(
+        "torch",
+        array_api_compat.torch,
+        ("float16", "bfloat16", "float32", "float64"),
+        lambda x: torch.tensor(np.ascontiguousarray(x)),
+        _from_torch,
+    ),
+    Backend("array_api_strict", array_api_strict, ("float32", "float64"), array_api_strict.asarray, np.array),
+]
+
+
+def _add_cupy() -> str:
+    """Append the CuPy backend where there is a device; return what was done and why."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"cupy left out: {error}"
+    if not cupy.cuda.is_available():
+        return "cupy left out: no CUDA device"
+    import array_api_compat.cupy
+
+    BACKENDS.append(Backend("cupy", array_api_compat.cupy, NUMPY_DTYPES, cupy.asarray, cupy.asnumpy))
+    return "cupy found"
+
+
+CUPY = _add_cupy()
+
+
+def pytest_report_header() -> str:
+    return f"kdecore backends: {', '.join(backend.name for backend in BACKENDS)} ({CUPY})"
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20230702)

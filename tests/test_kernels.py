@@ -1,0 +1,366 @@
+"""Every implementation of every kernel: its signature, its contract, the oracle, and the reference."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdecore.errors import KernelUnavailable, OptionError
+from kdecore.kernels import registry
+from kdecore.kernels.registry import KERNELS, Implementation, Site, choose
+from kdecore.namespaces import host, namespace_name
+from tests import oracles
+from tests.tolerances import assert_close
+
+IMPLEMENTATIONS = [(kernel, found) for kernel, all_found in KERNELS.items() for found in all_found]
+FLOATS = ("float32", "float64")
+
+
+def implementations(kernel):
+    """Parametrise a test over the implementations of one kernel."""
+    return pytest.mark.parametrize("implementation", KERNELS[kernel], ids=lambda found: found.target)
+
+
+def run(implementation, backend, *arguments, dtype="float64"):
+    """Call an implementation with NumPy arguments on a backend, or skip where it says that it cannot run there."""
+    arrays = [backend.array(x) if isinstance(x, np.ndarray) else x for x in arguments]
+    device = next(str(x.device) for x in arrays if hasattr(x, "device"))
+    reason = implementation.unsupported(Site(namespace_name(backend.xp), device, dtype))
+    if reason is not None:
+        pytest.skip(reason)
+    found = implementation.function(backend.xp, *arrays)
+    if hasattr(found, "lse"):
+        return backend.numpy(found.out), backend.numpy(found.lse)
+    return tuple(backend.numpy(x) for x in found) if isinstance(found, tuple) else backend.numpy(found)
+
+
+@pytest.mark.parametrize(("kernel", "implementation"), IMPLEMENTATIONS, ids=lambda x: getattr(x, "target", x))
+def test_implementations_have_their_contracts_signature(kernel, implementation):
+    contract = importlib.import_module(f"kdecore.kernels.{kernel}.contract")
+    protocol = getattr(contract, "".join(word.capitalize() for word in kernel.split("_")))
+    promised = list(inspect.signature(protocol.__call__).parameters.values())[1:]
+    found = list(inspect.signature(implementation.function).parameters.values())
+    assert [(p.name, p.default, p.kind) for p in found] == [(p.name, p.default, p.kind) for p in promised]
+    assert inspect.getdoc(protocol.__call__)
+
+
+def test_every_kernel_ends_with_one_that_runs_everywhere():
+    folders = {path.parent.name for path in Path(registry.__file__).parent.glob("*/contract.py")}
+    assert set(KERNELS) == folders
+    for implementations in KERNELS.values():
+        assert implementations[-1].target == "array-api"
+        assert implementations[-1].unsupported(Site("any", "anywhere", "float32")) is None
+        assert len({found.target for found in implementations}) == len(implementations)
+
+
+# hash_codes
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 7, 12, 15, 16])
+@implementations("hash_codes")
+def test_hash_codes(backend, rng, implementation, bits):
+    x, planes = rng.standard_normal((3, 50, 6)), rng.standard_normal((6, bits))
+    codes = run(implementation, backend, x, planes)
+    assert codes.dtype == (np.int16 if bits <= 15 else np.int32)
+    np.testing.assert_array_equal(codes, oracles.hash_codes(x, planes))
+
+
+@implementations("hash_codes")
+def test_hash_codes_fill_thirty_bits(backend, rng, implementation):
+    """The patterns' Gray ranks, with the pattern read back by the forward code rank ^ (rank >> 1)."""
+    x, planes = rng.standard_normal((2, 200, 40)), rng.standard_normal((40, 30))
+    codes = run(implementation, backend, x, planes).astype(np.int64)
+    assert codes.min() >= 0
+    assert codes.max() < 2**30
+    signs = (x - x.mean(axis=1, keepdims=True)) @ planes > 0
+    np.testing.assert_array_equal(codes ^ (codes >> 1), signs @ (2 ** np.arange(30)[::-1]))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7])
+@implementations("hash_codes")
+def test_neighbouring_buckets_differ_in_one_bit(backend, implementation, bits):
+    """Every pattern of signs once: the ranks are a bijection, and successive ranks differ in one sign."""
+    signs = np.array([[1.0 if word == "1" else -1.0 for word in f"{i:0{bits}b}"] for i in range(2**bits)])
+    codes = run(implementation, backend, signs[None], np.eye(bits))[0]
+    np.testing.assert_array_equal(np.sort(codes), np.arange(2**bits))
+    ordered = signs[np.argsort(codes)]
+    np.testing.assert_array_equal((ordered[1:] != ordered[:-1]).sum(axis=1), 1)
+
+
+@implementations("hash_codes")
+def test_hash_codes_ignore_a_constant_vector(backend, rng, implementation):
+    """Rows within 1e-9 of a hyperplane may change side; the seeded data has none."""
+    x, planes = rng.standard_normal((2, 300, 6)), rng.standard_normal((6, 10))
+    assert np.abs((x - x.mean(axis=1, keepdims=True)) @ planes).min() > 1e-9
+    moved = x + 1e3 * rng.standard_normal(6)
+    np.testing.assert_array_equal(run(implementation, backend, moved, planes), run(implementation, backend, x, planes))
+
+
+@implementations("hash_codes")
+def test_hash_codes_centre_each_group_on_its_own_mean(backend, rng, implementation):
+    x, planes = rng.standard_normal((2, 60, 6)), rng.standard_normal((6, 8))
+    x[1] += 50.0
+    together = run(implementation, backend, x, planes)
+    np.testing.assert_array_equal(together[1:], run(implementation, backend, x[1:], planes))
+    assert len(np.unique(together[1])) > 10
+
+
+# row_norms
+
+
+def naive_norms(rows):
+    """Norms over the group's largest entry in long double; rows that are not finite, and groups of zeros, are 0."""
+    rows = np.where(np.isfinite(rows).all(axis=-1, keepdims=True), rows, 0.0).astype(np.longdouble)
+    largest = np.abs(rows).max(axis=(1, 2), initial=0.0)[:, None]
+    return (np.sqrt((rows**2).sum(axis=-1)) / np.where(largest > 0, largest, 1.0)).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("float64", x) for x in (1e-300, 1e-200, 1.0, 1e200, 1e307)]
+    + [("float32", x) for x in (1e-38, 1e-25, 1.0, 1e25, 1e37)],
+)
+@pytest.mark.parametrize("shape", [(3, 50, 7), (2, 5000, 3), (1, 1, 1), (2, 4, 0)], ids=str)
+@implementations("row_norms")
+def test_row_norms(backend, rng, implementation, shape, dtype, size):
+    rows = (rng.standard_normal(shape) * size).astype(dtype)
+    found = run(implementation, backend, rows, dtype=dtype)
+    assert found.dtype == np.float64
+    assert_close(found, naive_norms(rows), dtype=dtype)
+
+
+@implementations("row_norms")
+def test_row_norms_of_zeros_and_of_numbers_that_are_not_finite(backend, rng, implementation):
+    rows = rng.standard_normal((4, 30, 5))
+    rows[0, 3, 2], rows[0, 4, 0], rows[0, 5, 4] = np.inf, -np.inf, np.nan
+    rows[1] = 0.0
+    rows[2, 1:] = 0.0
+    rows[3] = np.inf
+    found = run(implementation, backend, rows)
+    assert_close(found, naive_norms(rows))
+    assert not found[0, 3:6].any()
+    assert not found[[1, 3]].any()
+
+
+# bucket_order
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32"])
+@pytest.mark.parametrize("buckets", [1, 3, 1000])
+@implementations("bucket_order")
+def test_bucket_order_is_the_stable_order(backend, rng, implementation, buckets, dtype):
+    codes = rng.integers(0, buckets, (3, 400)).astype(dtype)
+    order = run(implementation, backend, codes)
+    assert order.dtype == np.int64
+    for row, found in zip(codes, order, strict=True):
+        assert found.tolist() == sorted(range(400), key=lambda i: (row[i], i))
+
+
+# draw_indices (its unbiasedness: test_unbiasedness.py)
+
+
+@implementations("draw_indices")
+def test_draw_indices_follows_systematic_sampling(backend, rng, implementation):
+    n, window, count = 60, 11, 7
+    weights = 1.0 + rng.random((3, n))
+    first = rng.integers(0, n - window + 1, (3, 20))
+    first[:, 0], first[:, 1] = 0, n - window
+    starts = rng.random((3, 20))
+    positions, log_inclusion = run(implementation, backend, weights, first, window, starts, count)
+    assert positions.dtype == np.int64
+    assert log_inclusion.dtype == np.float64
+    for g, block in np.ndindex(3, 20):
+        outside = np.delete(np.arange(n), np.arange(first[g, block], first[g, block] + window))
+        expected = outside[oracles.systematic_sample(weights[g, outside], starts[g, block], count)]
+        np.testing.assert_array_equal(positions[g, block], expected)
+        inclusion = count * weights[g, expected] / weights[g, outside].sum()
+        np.testing.assert_allclose(log_inclusion[g, block], np.log(inclusion), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first", [0, 3, 6])
+@pytest.mark.parametrize("window", [3, 0])
+@pytest.mark.parametrize("start", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
+@implementations("draw_indices")
+def test_draw_indices_at_the_ends_of_a_start_and_of_a_row(backend, implementation, start, window, first):
+    """Whatever rounding does, positions are distinct, ascending, in range, and outside the window."""
+    weights = 1.0 + np.random.default_rng(0).random((200, 9)) / 10
+    windows, starts = np.full((200, 1), first), np.full((200, 1), start)
+    for count in (1, 3, 4):
+        positions, _ = run(implementation, backend, weights, windows, window, starts, count)
+        assert ((positions >= 0) & (positions < 9)).all()
+        assert (np.diff(positions, axis=-1) > 0).all()
+        assert not ((positions >= first) & (positions < first + window)).any()
+
+
+# attend_blocks
+
+
+def block_problem(rng, dtype, N=6, b=5, s=7, R_k=40, d=4, d_v=3):
+    """Arguments up to log_weight: queries in any order, the last block filled up with its last query."""
+    filled = min(2, b - 1)
+    R_q = N * b - filled
+    q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in ((R_q, d), (R_k, d), (R_k, d_v)))
+    order = rng.permutation(R_q)
+    query_index = np.concat([order, np.repeat(order[-1:], filled)]).reshape(N, b)
+    log_weight = rng.standard_normal((N, s)).astype(dtype)
+    return q, k, v, query_index, np.argsort(order), rng.integers(0, R_k, (N, s)), log_weight
+
+
+def naive_blocks(q, k, v, query_index, query_row, key_index, log_weight):
+    return oracles.attend_blocks(q, k, v, query_index, key_index, log_weight, 0.3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"b": 1},
+        {"s": 1},
+        {"d": 1, "d_v": 1},
+        {"N": 1, "b": 1, "s": 1},
+        {"d": 17, "d_v": 33},
+        {"N": 2, "b": 300, "s": 900},
+        {"N": 3, "b": 64, "s": 1300, "d": 64, "d_v": 64},
+    ],
+    ids=str,
+)
+@implementations("attend_blocks")
+def test_attend_blocks(backend, rng, implementation, dtype, shape):
+    arguments = block_problem(rng, dtype, **shape)
+    out, lse = run(implementation, backend, *arguments, 0.3, dtype=dtype)
+    assert out.dtype == lse.dtype == dtype
+    true_out, true_lse = naive_blocks(*arguments)
+    assert_close(out, true_out, ulps=32, dtype=dtype)
+    assert_close(lse, true_lse, ulps=32, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("s", [7, 40, 900])
+@implementations("attend_blocks")
+def test_attend_blocks_leaves_out_slots_at_minus_infinity(backend, rng, implementation, dtype, s):
+    """Blocks with all, all but one, the first part, the last part, and every other of their slots masked."""
+    *arguments, log_weight = block_problem(rng, dtype, s=s)
+    log_weight[0] = -np.inf
+    log_weight[1, 1:] = -np.inf
+    log_weight[2, : s - 2] = -np.inf
+    log_weight[3, s // 2 :] = -np.inf
+    log_weight[4, ::2] = -np.inf
+    out, lse = run(implementation, backend, *arguments, log_weight, 0.3, dtype=dtype)
+    true_out, true_lse = naive_blocks(*arguments, log_weight)
+    assert not np.isnan(out).any()
+    assert (out[arguments[3][0]] == 0).all()
+    assert (lse[arguments[3][0]] == -np.inf).all()
+    assert_close(out, true_out, ulps=32, dtype=dtype)
+    assert_close(lse, true_lse, ulps=32, dtype=dtype)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+@implementations("attend_blocks")
+def test_attend_blocks_survives_huge_log_weights(backend, rng, implementation, size):
+    *arguments, log_weight = block_problem(rng, "float64")
+    out, lse = run(implementation, backend, *arguments, log_weight + size, 0.3)
+    true_out, true_lse = naive_blocks(*arguments, log_weight)
+    np.testing.assert_allclose(out, true_out, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(lse - size, true_lse, rtol=1e-10, atol=1e-10)
+
+
+# attend_dense
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "shape", [(2, 7, 9, 4, 3), (1, 1, 1, 1, 1), (3, 300, 5, 2, 1), (1, 5, 3000, 3, 2), (2, 300, 1100, 2, 3)]
+)
+@implementations("attend_dense")
+def test_attend_dense(backend, rng, implementation, dtype, shape):
+    G, n_q, n_k, d, d_v = shape
+    q, k, v = (rng.standard_normal(s).astype(dtype) for s in ((G, n_q, d), (G, n_k, d), (G, n_k, d_v)))
+    out, lse = run(implementation, backend, q, k, v, 0.3, dtype=dtype)
+    true_out, true_lse = oracles.exact_attention(q, k, v, 0.3)
+    assert out.dtype == lse.dtype == dtype
+    assert_close(out, true_out, ulps=32, dtype=dtype)
+    assert_close(lse, true_lse, ulps=32, dtype=dtype)
+
+
+# Against the reference, on data large enough to need every loop
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("kernel", "implementation"), IMPLEMENTATIONS, ids=lambda x: getattr(x, "target", x))
+def test_implementations_agree_with_the_reference(backend, rng, kernel, implementation, dtype):
+    """Each on its backend against the reference on NumPy, with random numbers that no other test uses."""
+    n = 3000
+    arguments = {
+        "row_norms": (rng.standard_normal((2, n, 9)).astype(dtype),),
+        "hash_codes": (rng.standard_normal((2, n, 9)), rng.standard_normal((9, 13))),
+        "bucket_order": (rng.integers(0, 700, (2, n)).astype(np.int16),),
+        "draw_indices": (1 + rng.random((2, n)), rng.integers(0, n - 65, (2, 40)), 64, rng.random((2, 40)), 100),
+        "attend_blocks": (*block_problem(rng, dtype, N=47, b=64, s=190, R_k=n, d=16, d_v=17), 0.2),
+        "attend_dense": (*(rng.standard_normal((2, m, 8)).astype(dtype) for m in (400, n, n)), 0.2),
+    }[kernel]
+    found = run(implementation, backend, *arguments, dtype=dtype)
+    reference = KERNELS[kernel][-1].function(host, *arguments)
+    if kernel in ("hash_codes", "bucket_order"):
+        np.testing.assert_array_equal(found, reference)
+    elif kernel == "row_norms":
+        assert_close(found, reference)
+    elif kernel == "draw_indices":
+        np.testing.assert_array_equal(found[0], reference[0])
+        np.testing.assert_allclose(found[1], reference[1], rtol=0, atol=1e-12)
+    else:
+        assert_close(found[0], reference.out, dtype=dtype)
+        assert_close(found[1], reference.lse, dtype=dtype)
+
+
+# registry.choose
+
+SITE = Site("numpy", "cpu", "float64")
+
+
+@pytest.fixture
+def spare(monkeypatch):
+    """Put before the implementations of bucket_order one that only runs in float32."""
+
+    def function(xp, codes):
+        raise AssertionError("not to be called")
+
+    found = Implementation("spare", function, lambda site: None if site.dtype == "float32" else "float32 only")
+    monkeypatch.setitem(KERNELS, "bucket_order", (found, *KERNELS["bucket_order"]))
+    monkeypatch.setattr(registry, "TARGETS", ("spare", *registry.TARGETS))
+    return found
+
+
+def test_choose_takes_the_first_that_can_run(spare):
+    choice = choose("bucket_order", Site("numpy", "cpu", "float32"))
+    assert (choice.kernel, choice.target, choice.function) == ("bucket_order", "spare", spare.function)
+    assert choice.reason == "first choice"
+
+
+def test_choose_says_what_it_passed_over(spare):
+    choice = choose("bucket_order", SITE)
+    assert choice.target != "spare"
+    assert "spare: float32 only" in choice.reason
+
+
+def test_choose_takes_the_target_asked_for(spare):
+    choice = choose("bucket_order", Site("numpy", "cpu", "float32"), "array-api")
+    assert (choice.target, choice.reason) == ("array-api", "asked for by name")
+    assert choice.function is KERNELS["bucket_order"][-1].function
+
+
+def test_choose_refuses_a_target_that_cannot_run(spare):
+    with pytest.raises(KernelUnavailable, match=r"bucket_order.*spare: float32 only"):
+        choose("bucket_order", SITE, "spare")
+
+
+def test_choose_refuses_a_target_that_a_kernel_lacks(spare):
+    with pytest.raises(KernelUnavailable, match=r"attend_dense.*no target spare"):
+        choose("attend_dense", SITE, "spare")
+
+
+def test_choose_refuses_unknown_targets():
+    with pytest.raises(OptionError, match=r"kernels must be one of auto.*array-api.*got 'abacus'"):
+        choose("bucket_order", SITE, "abacus")

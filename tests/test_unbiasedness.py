@@ -1,0 +1,196 @@
+"""Unbiasedness, exactly and without sampling: Σ over outcomes (probability × Σ exp(log_weight) of a key) = 1.
+
+Once the hyperplanes are drawn, one uniform start for each block is all that is random, and a block's selection is a
+step function of it. The steps follow from the sampling weights, which are computed here from the definition; so each
+outcome is evaluated once, at a start inside its interval, and counts with the interval's length.
+"""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdecore import Hyper, SortLSH
+from kdecore.grouping.sign_lsh import hash_orders
+from kdecore.inputs import canonicalise
+from kdecore.kernels.registry import KERNELS, Site
+from kdecore.methods import SELECT, sortlsh
+from kdecore.namespaces import host
+from kdecore.planning import make_plan
+from tests import oracles, strategies
+
+TOLERANCE = 1e-9
+
+
+def select_at(problem, plan, starts):
+    """Selection with the given starts (G, B)."""
+
+    def chosen(xp, seed, stream, count, *, device=None):
+        assert (seed, stream, count) == (plan.seed, sortlsh.SAMPLES_STREAM, starts.size)
+        return xp.asarray(starts.reshape(-1), dtype=xp.float64, device=device)
+
+    with mock.patch.object(sortlsh, "uniform", chosen):
+        return SELECT[plan.method](problem, plan)
+
+
+def steps_of_blocks(problem, plan, own, order):
+    """For every block the starts at which its sample changes, (G, B) lists, from the definition of the weights."""
+    options = plan.options
+    ceiling = (problem.n_k - options.block_size) / options.num_samples
+    steps = np.empty(own.shape[:2], dtype=object)
+    for g, block in np.ndindex(*own.shape[:2]):
+        raw = oracles.value_weights(problem.v[g]) if plan.method == "sortlsh" else np.ones(problem.n_k)
+        others = [key for key in order[g] if key not in own[g, block]]
+        steps[g, block] = oracles.systematic_breakpoints(np.minimum(raw[others], ceiling), options.num_samples)
+    return steps
+
+
+def assert_unbiased(q, k, v, method, budget=None, seed=0, kernels="auto"):
+    """Enumerate every outcome of every block, and check each of them and their weighted sum."""
+    problem = canonicalise(q, k, v)
+    plan = make_plan(problem, method=method, budget=budget, seed=seed, kernels=kernels)
+    assert plan.method in ("sortlsh", "hyper")
+    own_size = plan.options.block_size
+    blocks = -(-problem.n_q // plan.options.rows)
+    own = np.asarray(select_at(problem, plan, np.full((problem.groups, blocks), 0.5)).key_index[..., :own_size])
+    _, keys = hash_orders(problem, plan, plan.options.num_hashes)
+    steps = steps_of_blocks(problem, plan, own, np.asarray(keys.order))
+
+    expected = np.zeros((problem.groups, blocks, problem.n_k))
+    longest = max(len(found) for found in steps.flat)
+    for step in range(longest - 1):
+        length, starts = np.zeros((2, problem.groups, blocks))
+        for at, found in np.ndenumerate(steps):
+            if step + 1 < len(found):
+                length[at], starts[at] = found[step + 1] - found[step], (found[step] + found[step + 1]) / 2
+        selection = select_at(problem, plan, starts)
+        index, log_weight = np.asarray(selection.key_index), np.asarray(selection.log_weight)
+        assert index.shape == log_weight.shape == (problem.groups, blocks, plan.options.budget)
+        assert ((index >= 0) & (index < problem.n_k)).all()
+        assert np.isfinite(log_weight).all()
+        ordered = np.sort(index, axis=-1)
+        assert (ordered[..., 1:] > ordered[..., :-1]).all(), "a key counts twice"
+        np.testing.assert_array_equal(index[..., :own_size], own)
+        assert (log_weight[..., :own_size] == 0).all()
+        assert (log_weight >= -1e-12).all(), "an inclusion probability above 1"
+        for at in np.ndindex(problem.groups, blocks):
+            np.add.at(expected[at], index[at], length[at] * np.exp(log_weight[at]))
+    np.testing.assert_allclose(expected, 1.0, rtol=0, atol=TOLERANCE)
+
+
+def make(rng, G=2, n_q=23, n_k=37, d=3, d_v=4):
+    return rng.standard_normal((G, n_q, d)), rng.standard_normal((G, n_k, d)), rng.standard_normal((G, n_k, d_v))
+
+
+OPTIONS = {
+    "sortlsh 9": ("sortlsh", 9),
+    "hyper 9": ("hyper", 9),
+    "sortlsh 1": ("sortlsh", 1),
+    "sortlsh 2": ("sortlsh", 2),
+    "hyper 1": ("hyper", 1),
+    "hyper 2": ("hyper", 2),
+    "sortlsh n_k − 1": ("sortlsh", 36),
+    "hyper n_k − 1": ("hyper", 36),
+    "sortlsh, no block": (SortLSH(block_size=0, num_samples=7), None),
+    "hyper, no block": (Hyper(block_size=0, num_samples=7), None),
+    "no block, all keys but one": (SortLSH(block_size=0, num_samples=36), None),
+    "one sample": (SortLSH(num_samples=1), 12),
+    "one hash": (SortLSH(num_hashes=1), 12),
+    "thirty hashes": (SortLSH(num_hashes=30), 12),
+}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "array-api"])
+@pytest.mark.parametrize(("method", "budget"), OPTIONS.values(), ids=OPTIONS)
+def test_every_method_is_unbiased(rng, method, budget, kernels):
+    assert_unbiased(*make(rng), method, budget, kernels=kernels)
+
+
+VALUES = {
+    "heavy tails": lambda rng, v: v * np.exp(4 * rng.standard_normal((*v.shape[:2], 1))),
+    "one huge": lambda rng, v: np.where(np.arange(v.shape[1])[:, None] == 5, 1e9, v),
+    "some huge": lambda rng, v: np.where(np.arange(v.shape[1])[:, None] % 9 == 5, 1e6, v),
+    "all zero": lambda rng, v: v * 0,
+    "one not zero": lambda rng, v: np.where(np.arange(v.shape[1])[:, None] == 7, v, 0.0),
+    "one infinite": lambda rng, v: np.where(np.arange(v.shape[1])[:, None] == 7, np.inf, v),
+    "one NaN": lambda rng, v: np.where(np.arange(v.shape[1])[:, None] == 7, np.nan, v),
+    "all infinite": lambda rng, v: np.full_like(v, np.inf),
+}
+
+
+@pytest.mark.parametrize("budget", [2, 9, 36])
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_sortlsh_is_unbiased_whatever_the_values(rng, values, budget):
+    q, k, v = make(rng)
+    assert_unbiased(q, k, values(rng, v), "sortlsh", budget)
+
+
+SHAPES = {
+    "q is k": (1, 30, 30),
+    "few queries": (3, 2, 30),
+    "one query": (2, 1, 30),
+    "many queries": (1, 90, 12),
+    "two keys": (2, 5, 2),
+}
+
+
+@pytest.mark.parametrize("method", ["sortlsh", "hyper"])
+@pytest.mark.parametrize(("G", "n_q", "n_k"), SHAPES.values(), ids=SHAPES)
+def test_every_shape_is_unbiased(rng, method, G, n_q, n_k):
+    q, k, v = make(rng, G=G, n_q=n_q, n_k=n_k)
+    if n_q == n_k:
+        k = q
+    for budget in {1, n_k // 2, n_k - 1}:
+        assert_unbiased(q, k, v, method, budget)
+
+
+def test_keys_in_one_bucket_and_queries_in_another_are_unbiased(rng):
+    q, k, v = make(rng)
+    k[:] = k[:, :1]
+    assert_unbiased(q, k, v, "sortlsh", 9)
+
+
+@given(strategies.sampled_problems(), strategies.sampling_method, strategies.seed)
+@settings(max_examples=100, deadline=None)
+def test_unbiased_for_random_problems(problem, method, seed):
+    q, k, v, budget = problem
+    assert_unbiased(q, k, v, method, budget, seed)
+
+
+@st.composite
+def draws(draw):
+    """Weights, windows and counts within the contract of draw_indices: count · max(weights) ≤ T."""
+    n = draw(st.integers(2, 20))
+    window = draw(st.integers(0, n - 1))
+    count = draw(st.integers(1, n - window))
+    first = draw(st.integers(0, n - window))
+    weights = np.exp(2 * draw(strategies.normal_array(n)))
+    ceiling = (n - window) / count
+    weights = np.minimum(1.0 + weights, ceiling) if ceiling > 1 else np.ones(n)
+    return weights, first, window, count
+
+
+@pytest.mark.parametrize("implementation", KERNELS["draw_indices"], ids=lambda found: found.target)
+@given(draws())
+@settings(max_examples=100, deadline=None)
+def test_draw_indices_is_unbiased(implementation, problem):
+    reason = implementation.unsupported(Site("numpy", "cpu", "float64"))
+    if reason is not None:
+        pytest.skip(reason)
+    weights, first, window, count = problem
+    outside = np.r_[0:first, first + window : len(weights)]
+    steps = oracles.systematic_breakpoints(weights[outside], count)
+    middles, lengths = (steps[1:] + steps[:-1]) / 2, np.diff(steps)
+    blocks = len(middles)
+    positions, log_inclusion = implementation.function(
+        host, weights[None, :], np.full((1, blocks), first), window, middles[None, :], count
+    )
+    expected = np.zeros(len(weights))
+    for block in range(blocks):
+        naive = outside[oracles.systematic_sample(weights[outside], middles[block], count)]
+        np.testing.assert_array_equal(positions[0, block], naive)
+        np.add.at(expected, positions[0, block], lengths[block] * np.exp(-log_inclusion[0, block]))
+    np.testing.assert_allclose(expected[outside], 1.0, atol=TOLERANCE)
+    assert not np.delete(expected, outside).any(), "a key of the window was drawn"
