@@ -94,7 +94,7 @@ def speed_16k() -> Figures:
     }
     if (released := peers.kdeformer(block_size=128, num_samples=256)) is not None:
         calls["KDEformer as released"] = lambda: released(q, q, v, scale, 0)
-    seconds = interleaved(calls, repeats=7)
+    seconds = interleaved(calls, repeats=2)
     figures = {f"{name}, time": Figure(value * 1e3, "ms") for name, value in seconds.items()}
     for name in calls:
         if name != "torch SDPA":
@@ -115,7 +115,7 @@ def growth_131k() -> Figures:
 
     small, large = inputs(16384), inputs(131072)
     call = partial(kdecore.attention, method="sortlsh", budget=512, scale=0.1)
-    seconds = interleaved({"16,384": lambda: call(*small), "131,072": lambda: call(*large)}, repeats=5)
+    seconds = interleaved({"16,384": lambda: call(*small), "131,072": lambda: call(*large)}, repeats=3)
     peak = peak_memory(lambda: call(*large))
     figures = {
         "time at 16,384": Figure(seconds["16,384"] * 1e3, "ms"),
@@ -138,7 +138,7 @@ def crossover() -> Figures:
             "sortlsh": partial(kdecore.attention, q, k, v, method="sortlsh", budget=min(512, n - 1)),
             "auto": partial(kdecore.attention, q, k, v, budget=min(512, n - 1)),
         }
-        seconds = interleaved(calls, repeats=15)
+        seconds = interleaved(calls, repeats=7)
         figures[f"n = {n:,}: exact over sortlsh"] = Figure(seconds["exact"] / seconds["sortlsh"], "×")
         figures[f"n = {n:,}: auto over the better of the two"] = Figure(
             seconds["auto"] / min(seconds["exact"], seconds["sortlsh"]), "×"

@@ -22,6 +22,8 @@ from kdecore.report import Report
 EXACT_LIMIT = 2**28
 """Most query-key pairs on which exact attention is computed unless asked for: n = 16,384 in one group, a few seconds."""
 FEWEST_ROWS = 64
+SETTLE_SECONDS = 0.1
+"""Pause before timing: worker threads of a BLAS library go on spinning for tens of milliseconds after their last task."""
 ROWS_STREAM = 2**31
 """Random stream of the sampled query rows."""
 
@@ -239,6 +241,7 @@ def _sample(subject: _Subject, seed: int, repeats: int, adapter: Any, exact: Arr
     if rows is not None and subject.rows is None:
         estimate = estimate[..., rows, :]
     timings = []
+    time.sleep(SETTLE_SECONDS)
     for _ in range(repeats):
         started = time.perf_counter()
         subject.call(seed)

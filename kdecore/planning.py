@@ -9,11 +9,12 @@ from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
 from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, Options, SortLSH, integer_at_least
 from kdecore.randomness import check_seed
 
-# Crossover between exact and sortlsh, fitted to bench/results (bench/NOTES.md): cost in units of one key evaluated for one
-# query by `exact`. A key evaluated through a gathered list costs more than one in a dense tile, and hashing, sorting and
-# un-permuting cost something for every query and key.
-LISTED_KEY_COST = 1.6
-ROW_COST = 600.0
+# Crossover between exact and sortlsh, fitted to bench/results/crossover.json: cost in units of one key evaluated for one query
+# by `exact`, with d = 64. A key from a list costs more than one in a dense tile, hashing and sorting cost something for every
+# query and key, and some steps cost the same however little there is to do.
+LISTED_KEY_COST = 1.3
+ROW_COST = 200.0
+CALL_COST = 1e5
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,13 @@ def _resolve_method(problem: Problem, method: str | Options, budget: int | None)
 
 def _choose_method(problem: Problem, budget: int) -> tuple[Options, str]:
     options = SortLSH().resolve(budget)
-    exact = problem.n_q * problem.n_k
-    sampled = problem.n_q * budget * LISTED_KEY_COST + (problem.n_q + problem.n_k) * ROW_COST
+    exact = problem.groups * problem.n_q * problem.n_k
+    listed, rows = problem.n_q * budget * LISTED_KEY_COST, (problem.n_q + problem.n_k) * ROW_COST
+    sampled = problem.groups * (listed + rows) + CALL_COST
     if budget >= problem.n_k:
         return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
     if exact <= sampled:
-        return Exact(), f"auto: below the crossover, exact is expected to take {exact / sampled:.2f} × sortlsh's time"
+        return Exact(), f"auto: below the crossover, exact is expected to take {exact / sampled:.2g} × sortlsh's time"
     return options, f"auto: above the crossover, expected {exact / sampled:.1f} × faster than exact"
 
 
