@@ -9,9 +9,9 @@ from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
 from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, Options, SortLSH, integer_at_least
 from kdecore.randomness import check_seed
 
-# Crossover between exact and sortlsh, fitted to bench/results/crossover.json: cost in units of one key evaluated for one query
-# by `exact`, with d = 64. A key from a list costs more than one in a dense tile, hashing and sorting cost something for every
-# query and key, and some steps cost the same however little there is to do.
+# Crossover between exact and sortlsh, fitted to bench/results/crossover.json: cost in units of one key evaluated for one
+# query by `exact`, with d = 64. A key from a list costs more than one in a dense tile, hashing and sorting cost something
+# for every query and key, and some steps cost the same however little there is to do.
 LISTED_KEY_COST = 1.3
 ROW_COST = 200.0
 CALL_COST = 1e5
