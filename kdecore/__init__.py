@@ -5,7 +5,7 @@ Call `attention` on NumPy, CuPy, PyTorch or other array-API arrays. Importing kd
 
 from kdecore.attention import attention
 from kdecore.errors import DeviceError, DTypeError, InputFileError, KdecoreError, KernelUnavailable, OptionError, ShapeError
-from kdecore.options import Exact, Hyper, SortLSH
+from kdecore.options import Exact, Hyper, KDEformer, SortLSH
 from kdecore.report import Report
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "Exact",
     "Hyper",
     "InputFileError",
+    "KDEformer",
     "KdecoreError",
     "KernelUnavailable",
     "OptionError",

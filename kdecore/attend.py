@@ -40,4 +40,7 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
         problem.scale,
     )
     lead = (problem.groups, problem.n_q)
-    return Part(xp.reshape(part.out, (*lead, problem.d_v)), xp.reshape(part.lse, lead))
+    out, lse = xp.reshape(part.out, (*lead, problem.d_v)), xp.reshape(part.lse, lead)
+    if selection.log_normaliser is None:
+        return Part(out, lse)
+    return Part(out * xp.exp(lse - selection.log_normaliser)[..., None], selection.log_normaliser)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from kdecore.errors import OptionError
+from kdecore.namespaces import to_float
 
 DEFAULT_BUDGET = 512
 """Keys evaluated per query when neither ``budget`` nor options say otherwise."""
@@ -112,5 +113,74 @@ class Hyper(SortLSH):
     kernels: ClassVar[tuple[str, ...]] = ("hash_codes", "bucket_order", "draw_indices", "attend_blocks")
 
 
-Options = Exact | SortLSH | Hyper
-METHODS: dict[str, type[Exact] | type[SortLSH] | type[Hyper]] = {cls.name: cls for cls in (Exact, SortLSH, Hyper)}
+@dataclass(frozen=True)
+class KDEformer:
+    """Options of ``method="kdeformer"``: KDEformer's Algorithm 1, whose keys are sampled by kernel density estimates.
+
+    Attributes
+    ----------
+    num_samples
+        Keys drawn, with repetition; the budget if None, unless ``eps`` is given without a budget.
+    eps
+        Relative accuracy of the denominators, in (0, 1), 0.2 if None. Given without budget and num_samples, the number of
+        keys follows from it: C ε⁻² log(n) (sr(A) + sr(V)), the paper's bound with the measured constant C = `CONSTANT`.
+    probabilities
+        ``"mixture"``, ½ (‖aⱼ‖²/‖A‖²_F + ‖vⱼ‖²/‖V‖²_F), which needs no operator norm; or ``"paper"``,
+        ∝ ‖aⱼ‖² + (‖A‖²/‖V‖²) ‖vⱼ‖².
+    normaliser
+        ``"kde"``, dividing by the denominators that were estimated for all keys; or ``"sampled"``, by the sum of the sampled
+        weights.
+    primitive
+        Density estimator, as in `kdecore.kde.log_weighted_exponential_kde`.
+    """
+
+    name: ClassVar[str] = "kdeformer"
+    kernels: ClassVar[tuple[str, ...]] = ("row_norms", "attend_blocks", "attend_dense")
+    CONSTANT: ClassVar[float] = 0.4
+
+    num_samples: int | None = None
+    eps: float | None = None
+    probabilities: str = "mixture"
+    normaliser: str = "kde"
+    primitive: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_samples is not None:
+            integer_at_least(1, "num_samples", self.num_samples)
+        if self.eps is not None and not 0.0 < to_float(self.eps) < 1.0:
+            raise OptionError(f"eps must lie strictly between 0 and 1, got {self.eps!r}")
+        for name, known in (
+            ("probabilities", ("mixture", "paper")),
+            ("normaliser", ("kde", "sampled")),
+            ("primitive", ("auto", "exact", "uniform", "hbe", "neighbours")),
+        ):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def resolve(self, budget: int | None) -> Self:
+        """Return these options with num_samples set, unless it is to follow from eps."""
+        if budget is not None and self.num_samples not in (None, budget):
+            raise OptionError(f"budget must be None or num_samples = {self.num_samples}, got {budget}")
+        samples = self.num_samples or budget or (None if self.eps is not None else DEFAULT_BUDGET)
+        return replace(self, num_samples=samples)
+
+    @property
+    def budget(self) -> int | None:
+        """Keys evaluated per query; None where they follow from eps."""
+        return self.num_samples
+
+    @property
+    def accuracy(self) -> float:
+        """Relative accuracy of the denominators."""
+        return 0.2 if self.eps is None else float(self.eps)
+
+    @property
+    def needs_operator_norm(self) -> bool:
+        """Whether ‖A‖ has to be estimated."""
+        return self.num_samples is None or self.probabilities == "paper"
+
+
+Options = Exact | SortLSH | Hyper | KDEformer
+METHODS: dict[str, type[Exact] | type[SortLSH] | type[Hyper] | type[KDEformer]] = {
+    cls.name: cls for cls in (Exact, SortLSH, Hyper, KDEformer)
+}

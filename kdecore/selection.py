@@ -42,11 +42,15 @@ class Selection:
     log_weight
         (G, B, s), added to the logits: −log of the inclusion probability, −inf for a slot that does not count; None
         with ``key_index``.
+    log_normaliser
+        (G, n_q), natural log of each query's softmax denominator, where an estimator knows it better than the sum over
+        its keys; None for that sum.
     """
 
     blocks: Blocks | None = None
     key_index: Array | None = None
     log_weight: Array | None = None
+    log_normaliser: Array | None = None
 
 
 def equal_blocks(xp: Namespace, order: Array, inverse: Array, block_size: int) -> Blocks:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from kdecore.inputs import Problem
-from kdecore.methods import exact, hyper, sortlsh
+from kdecore.methods import exact, hyper, kdeformer, sortlsh
 from kdecore.planning import Plan
 from kdecore.selection import Selection
 
@@ -11,5 +11,6 @@ SELECT: dict[str, Callable[[Problem, Plan], Selection]] = {
     "exact": exact.select,
     "sortlsh": sortlsh.select,
     "hyper": hyper.select,
+    "kdeformer": kdeformer.select,
 }
 """Method name → function that selects keys."""

@@ -1,0 +1,150 @@
+"""`primitive="auto"`: a few queries are evaluated exactly, and each primitive's cost is worked out from their terms.
+
+First as if its search and its bounds were perfect. What could win even so is set up, and its cost worked out again with its
+own bounds and its own near points.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kdecore.kde.hashing_based import DENSITY_STEP, FIRST_DRAWS, FIRST_TABLES
+from kdecore.kde.levels import Outcome
+from kdecore.kde.moments import lifted_points, lifted_queries, log_first, logit_moments
+from kdecore.kde.neighbours import PROBES, Neighbours
+from kdecore.kde.primitive import Primitive
+from kdecore.kde.problem import Accuracy, GaussianForm
+from kdecore.kde.report import LevelReport
+from kdecore.kde.uniform import Uniform, draws_at, draws_needed
+from kdecore.namespaces import Array
+
+EXACT_COST = (2.6, 0.03)
+"""Nanoseconds of one exact kernel evaluation, and more for each dimension (bench/kde_time.py, NumPy float32, one thread)."""
+EVALUATION_COST = {"uniform": 1.3, "neighbours": 3.0, "hbe": 40.0}
+"""Nanoseconds that one kernel evaluation takes beyond an exact one."""
+SETUP_COST = {"uniform": (800.0, 6.0), "neighbours": (1000.0, 8.0)}
+"""Nanoseconds to set up, for each point, and more for each dimension."""
+CALL_COST = {"uniform": 2e6, "neighbours": 2e6}
+"""Nanoseconds whatever the size."""
+TABLE_COST = 500.0
+"""Nanoseconds to hash and sort one point for one table."""
+LEAST_WORK = 2**22
+"""Kernel evaluations below which nothing but exact is looked at."""
+PILOT = (8, 32, 256)
+"""Queries evaluated exactly, whose answers are kept: one in 256, but 8 to 32."""
+TRY_SHARE = 0.1
+"""Setting up may cost this share of exact evaluation, or more where the gain promised is `GAIN`."""
+GAIN = 0.4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What will run, and what has been answered already.
+
+    Attributes
+    ----------
+    primitive
+        The primitive, or None for exact.
+    pilot
+        The queries evaluated exactly, or None.
+    rows
+        (r,) int64: queries still to be asked.
+    reason
+        Why.
+    """
+
+    primitive: Primitive | None
+    pilot: Outcome | None
+    rows: Array
+    reason: str
+
+
+def choose(form: GaussianForm, accuracy: Accuracy, order: Array, make: Callable[[str], Primitive]) -> Choice:
+    """Choose the primitive of least foreseen cost.
+
+    Cost is counted on the pilot's measured terms and not timed, so that one seed always makes one choice. O(n d + n log n)
+    a pilot query.
+
+    Parameters
+    ----------
+    form, accuracy
+        The problem, and what is asked for.
+    order
+        (m,) int64: the queries in random order; the first few are the pilot.
+    make
+        Name → primitive.
+    """
+    n, m = form.n, form.m
+    lists = math.isqrt(max(0, n - 1)) + 1
+    near = PROBES * n // lists
+    first = draws_at(accuracy, 0)
+    exact = EXACT_COST[0] + EXACT_COST[1] * form.d
+    unit = {name: 1.0 + more / exact for name, more in EVALUATION_COST.items()}
+    setup = {
+        name: ((base + slope * form.d) * n + CALL_COST[name]) / (exact * m) for name, (base, slope) in SETUP_COST.items()
+    }
+    setup["neighbours"] += lists * n / m
+    least = {
+        "uniform": setup["uniform"] + unit["uniform"] * first,
+        "neighbours": setup["neighbours"] + unit["neighbours"] * (first + near + lists),
+    }
+    if n * m < LEAST_WORK or m < 32 * PILOT[0] or min(least.values()) >= n:
+        return Choice(None, None, order, "auto: too few points or queries for anything but exact to pay")
+    xp = form.xp
+    size = max(PILOT[0], min(PILOT[1], m // PILOT[2]))
+    pilot = order[:size]
+    logits = xp.take(lifted_queries(form), pilot, axis=0) @ xp.matrix_transpose(lifted_points(form))
+    outcome, log_density = _answers(form, pilot, logits)
+    ordered = xp.sort(xp.exp(logits - xp.max(logits, axis=1, keepdims=True)), axis=1, descending=True, stable=False)
+    hopes = {
+        "uniform": setup["uniform"] + unit["uniform"] * _hope(form, accuracy, ordered, 0),
+        "neighbours": setup["neighbours"] + unit["neighbours"] * (near + lists + _hope(form, accuracy, ordered, near)),
+        "hbe": _hashing_cost(n, m, log_density, exact, unit["hbe"]),
+    }
+    best: Primitive | None = None
+    best_cost, notes = float(n), []
+    for name in sorted(hopes, key=lambda name: hopes[name]):
+        hope = hopes[name]
+        notes.append(f"{name} at best {hope / n:.2g}")
+        affordable = setup.get(name, 0.0) <= TRY_SHARE * n or hope <= (1.0 - GAIN) * n
+        if hope >= best_cost or not affordable:
+            continue
+        primitive = make(name)
+        cost = hope
+        if isinstance(primitive, Uniform | Neighbours):
+            cost = unit[name] * float(xp.mean(primitive.foresee(pilot, logits)))
+            notes[-1] += f", set up and found {cost / n:.2g}"
+        if cost < best_cost:
+            best, best_cost = primitive, cost
+    reason = f"auto: cost in exact's, from {size} queries: {'; '.join(notes)}"
+    return Choice(best, outcome, order[size:], reason)
+
+
+def _answers(form: GaussianForm, rows: Array, logits: Array) -> tuple[Outcome, float]:
+    """Return the pilot's exact answers, and the median log-density."""
+    xp, n, count = form.xp, form.n, int(rows.shape[0])
+    log_sum = log_first(xp, logit_moments(xp, xp.asarray(logits, copy=True), squares=False))
+    level = LevelReport("exact", 0, 0.0, n, count, count, float(count) * n)
+    y = xp.take(form.y, rows, axis=0)
+    density = xp.sort(log_sum - 0.5 * xp.sum(y * y, axis=1))[count // 2] - math.log(n)
+    return Outcome((rows,), (log_sum,), rows[:0], (level,)), float(density)
+
+
+def _hope(form: GaussianForm, accuracy: Accuracy, ordered: Array, known: int) -> float:
+    """Return the mean number of draws, were the ``known`` heaviest points evaluated and the largest of the others known.
+
+    ``ordered`` (s, n) holds each query's terms over the largest, descending.
+    """
+    xp = form.xp
+    rest = ordered[:, min(known, form.n - 1) :]
+    return float(xp.mean(draws_needed(xp, rest, xp.sum(ordered, axis=1), float(rest.shape[1]), rest[:, 0], accuracy)))
+
+
+def _hashing_cost(n: int, m: int, log_density: float, exact: float, unit: float) -> float:
+    """Return the cost of a query by hashing, its levels down to the density, tables shared by all queries."""
+    levels = max(1, math.ceil(-log_density / math.log(DENSITY_STEP)))
+    if levels > math.log(n) / math.log(DENSITY_STEP):
+        return math.inf
+    tables = sum(FIRST_TABLES * DENSITY_STEP ** (0.25 * index) for index in range(levels))
+    draws = sum(FIRST_TABLES * FIRST_DRAWS * DENSITY_STEP ** (0.5 * index) for index in range(levels))
+    return float(tables * TABLE_COST * n / (exact * m) + draws * unit)

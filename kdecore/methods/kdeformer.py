@@ -1,0 +1,170 @@
+"""KDEformer's Algorithm 1 (Zandieh, Han, Daliri, Karbasi, ICML 2023): keys sampled by the norms of A's columns and V's rows.
+
+A = D⁻¹ exp(scale · QKᵀ) is the softmax matrix. Both its row sums D and the norms of its columns are kernel density estimates
+(`kdecore.kde`, the paper's Algorithm 2), so neither needs all pairs:
+
+1. D̃ = WExpKDE(K → Q), row sums within 1 ± ε.
+2. βⱼ = WExpKDE(√2 Q → √2 K, weights D̃ᵢ⁻²) ≈ ‖aⱼ‖², within 1 ± ⅓.
+3. p from β and ‖vⱼ‖²; m keys drawn i.i.d. from p.
+4. Output D̃⁻¹ exp(scale · QK_Sᵀ) diag(1 / (m p_S)) V_S.
+"""
+
+import math
+
+from kdecore.inputs import Problem
+from kdecore.kde.problem import Accuracy
+from kdecore.kde.wexpkde import wexpkde
+from kdecore.namespaces import (
+    TILE_ELEMENTS,
+    Array,
+    searchsorted_rows,
+    spans,
+    take_along_rows,
+    to_float,
+    without_gradient,
+)
+from kdecore.options import KDEformer
+from kdecore.planning import Plan
+from kdecore.randomness import uniform
+from kdecore.selection import Selection, equal_blocks
+
+KEYS_STREAM, COLUMNS_STREAM = 2, 3
+"""Random streams of the sampled keys, and of the columns that ‖A‖ is estimated from."""
+DELTA = 0.01
+"""Probability, for each query, that the density estimates may miss their accuracy."""
+COLUMN_ACCURACY = 1 / 3
+"""Relative accuracy of the column norms: the sampling bound loses only a constant factor by it."""
+COLUMN_SEED = 0x9E3779B97F4A7C15
+"""Added to the seed for the column norms, so that both density estimates use numbers of their own."""
+NORM_COLUMNS = 512
+"""Columns sampled to estimate ‖A‖."""
+
+
+def select(problem: Problem, plan: Plan) -> Selection:
+    """Select one list of keys for all queries, and the denominators.
+
+    Returns
+    -------
+    Selection
+        One block; num_samples keys with repetition, at log-weight −log(m pⱼ). Where ``eps`` asks for as many keys as there
+        are, all keys. Two density estimates, O(G (n_q + n_k) d / eps²) at least, then O(G n_q m (d + d_v)).
+    """
+    options = plan.options
+    assert isinstance(options, KDEformer)
+    xp = problem.xp
+    log_rows, log_columns = log_norms(problem, options, plan.seed)
+    norms = plan.kernels["row_norms"].function(xp, problem.v)
+    top = operator_norm_squared(problem, log_rows, log_columns, plan.seed) if options.needs_operator_norm else None
+    samples = options.num_samples
+    if samples is None:
+        assert top is not None
+        samples = sample_count(problem, log_columns, norms, top, options.accuracy)
+        if samples >= problem.n_k:
+            return Selection()
+    ratio = top if options.probabilities == "paper" else None
+    p = probabilities(problem, log_columns, norms, ratio)
+
+    cumulative = xp.cumulative_sum(p, axis=1)
+    points = xp.reshape(uniform(xp, plan.seed, KEYS_STREAM, problem.groups * samples, device=problem.device), (-1, samples))
+    keys = searchsorted_rows(xp, cumulative, points * cumulative[:, -1:], side="right")
+    keys = xp.clip(keys, 0, problem.n_k - 1)
+    log_weight = -xp.log(take_along_rows(xp, p, keys)) - math.log(samples)
+    every = xp.broadcast_to(xp.arange(problem.n_q, dtype=xp.int64, device=problem.device), (problem.groups, problem.n_q))
+    return Selection(
+        equal_blocks(xp, every, every, problem.n_q),
+        keys[:, None, :],
+        xp.astype(log_weight, problem.q.dtype)[:, None, :],
+        log_rows if options.normaliser == "kde" else None,
+    )
+
+
+def log_norms(problem: Problem, options: KDEformer, seed: int) -> tuple[Array, Array]:
+    """Return natural logs of A's row sums before normalisation, (G, n_q), and of its columns' squared norms, (G, n_k).
+
+    Steps 1 and 2 of Algorithm 1. The scale is split evenly between queries and keys, which keeps distances small.
+    """
+    root = math.sqrt(abs(problem.scale))
+    q = without_gradient(problem.q) * math.copysign(root, problem.scale)
+    k = without_gradient(problem.k) * root
+    log_rows, _ = wexpkde(k, q, None, Accuracy(options.accuracy, DELTA), primitive=options.primitive, seed=seed)
+    log_columns, _ = wexpkde(
+        q * math.sqrt(2.0),
+        k * math.sqrt(2.0),
+        -2.0 * log_rows,
+        Accuracy(COLUMN_ACCURACY, DELTA),
+        primitive=options.primitive,
+        seed=(seed + COLUMN_SEED) % 2**64,
+    )
+    return log_rows, log_columns
+
+
+def probabilities(problem: Problem, log_columns: Array, norms: Array, norm_squared: Array | None) -> Array:
+    """Return each key's sampling probability, float64 (G, n_k).
+
+    ½ (βⱼ/Σβ + ‖vⱼ‖²/‖V‖²_F), which needs no operator norm and meets the condition of the paper's theorem on approximate
+    products with the factor ½ for its ¼ (derived); or with ‖A‖² given, the paper's ∝ βⱼ + (‖A‖²/‖V‖²) ‖vⱼ‖².
+    """
+    xp = problem.xp
+    logs = xp.astype(log_columns, xp.float64)
+    beta = xp.exp(logs - xp.max(logs, axis=1, keepdims=True))
+    squares = norms * norms
+    if norm_squared is not None:
+        # Both terms are wanted in units of ‖A‖² and ‖V‖²: beta is relative to its largest entry, norms to V's.
+        scale_a = xp.exp(xp.max(logs, axis=1)) / norm_squared
+        scale_v = 1.0 / _nonzero(problem, value_norm_squared(problem))
+        total = beta * scale_a[:, None] + squares * scale_v[:, None]
+        return total / xp.sum(total, axis=1, keepdims=True)
+    half = beta / xp.sum(beta, axis=1, keepdims=True)
+    mass = xp.sum(squares, axis=1, keepdims=True)
+    return xp.where(mass > 0, 0.5 * (half + squares / _nonzero(problem, mass)), half)
+
+
+def sample_count(problem: Problem, log_columns: Array, norms: Array, norm_squared: Array, eps: float) -> int:
+    """Return m = C ε⁻² log(n) (sr(A) + sr(V)), the largest over groups; sr(M) = ‖M‖²_F / ‖M‖²."""
+    xp = problem.xp
+    rank_a = xp.sum(xp.exp(xp.astype(log_columns, xp.float64)), axis=1) / norm_squared
+    rank_v = xp.sum(norms * norms, axis=1) / _nonzero(problem, value_norm_squared(problem))
+    ranks = to_float(xp.max(rank_a + rank_v))
+    n = max(problem.n_q, problem.n_k, 2)
+    return math.ceil(KDEformer.CONSTANT * math.log(n) * ranks / eps**2)
+
+
+def operator_norm_squared(problem: Problem, log_rows: Array, log_columns: Array, seed: int) -> Array:
+    """Estimate ‖A‖² for each group, float64 (G,), from `NORM_COLUMNS` columns sampled by their norms.
+
+    A Aᵀ is estimated by the sampled columns' outer products; its largest eigenvalue is that of their Gram matrix, found in
+    O(G n_q · NORM_COLUMNS · d). At least n_q / n_k, which A reaches on the vector of ones (derived).
+    """
+    xp = problem.xp
+    p = xp.exp(xp.astype(log_columns, xp.float64))
+    cumulative = xp.cumulative_sum(p, axis=1)
+    points = uniform(xp, seed, COLUMNS_STREAM, problem.groups * NORM_COLUMNS, device=problem.device)
+    points = xp.reshape(points, (problem.groups, NORM_COLUMNS)) * cumulative[:, -1:]
+    columns = xp.clip(searchsorted_rows(xp, cumulative, points, side="right"), 0, problem.n_k - 1)
+    # Σ aⱼaⱼᵀ / (m pⱼ) with pⱼ = βⱼ / Σβ.
+    log_factor = 0.5 * (xp.log(cumulative[:, -1:] / NORM_COLUMNS) - take_along_rows(xp, xp.log(p), columns))
+    q, k = without_gradient(problem.q), without_gradient(problem.k)
+    found = []
+    for g in range(problem.groups):
+        keys = xp.astype(xp.take(k[g, ...], columns[g, :], axis=0) * problem.scale, xp.float64)
+        gram = xp.zeros((NORM_COLUMNS, NORM_COLUMNS), dtype=xp.float64, device=problem.device)
+        for rows in spans(problem.n_q, TILE_ELEMENTS // NORM_COLUMNS):
+            logits = xp.astype(q[g, rows, :], xp.float64) @ xp.matrix_transpose(keys)
+            log_row = xp.astype(log_rows[g, rows], xp.float64)[:, None]
+            entries = xp.exp(logits - log_row + log_factor[g, :])
+            gram = gram + xp.matrix_transpose(entries) @ entries
+        found.append(xp.linalg.eigvalsh(gram)[-1])
+    return xp.maximum(xp.stack(found), xp.full_like(xp.stack(found), problem.n_q / problem.n_k))
+
+
+def value_norm_squared(problem: Problem) -> Array:
+    """Return ‖V‖² (largest eigenvalue of VᵀV) relative to V's largest entry squared, float64 (G,)."""
+    xp = problem.xp
+    v = xp.astype(without_gradient(problem.v), xp.float64)
+    largest = xp.max(xp.abs(v), axis=(-2, -1), keepdims=True)
+    v = v / xp.where(largest > 0, largest, 1.0)
+    return xp.linalg.eigvalsh(xp.matrix_transpose(v) @ v)[:, -1]
+
+
+def _nonzero(problem: Problem, values: Array) -> Array:
+    return problem.xp.where(values > 0, values, 1.0)
