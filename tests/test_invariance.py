@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kdecore import Exact, Hyper, Report, SortLSH, attention
+from kdecore import Exact, Hyper, KDEformer, Report, SortLSH, attention
 from kdecore.options import DEFAULT_BUDGET, DEFAULT_HASHES
 from tests import oracles, strategies
 from tests.tolerances import assert_close
@@ -15,6 +15,8 @@ SAMPLING = {
     "sortlsh": {"method": "sortlsh", "budget": 12},
     "hyper": {"method": "hyper", "budget": 12},
     "no block": {"method": SortLSH(block_size=0, num_samples=6)},
+    "kdeformer": {"method": "kdeformer", "budget": 12},
+    "kdeformer, self-normalised": {"method": KDEformer(num_samples=6, normaliser="sampled", probabilities="paper")},
 }
 EVERY = {"exact": {"method": "exact"}, **SAMPLING}
 
@@ -109,7 +111,7 @@ def test_scale_is_a_factor_on_queries(backend, rng, options):
     for x, y in zip(
         call(backend, q, k, v, scale=0.5, **options), call(backend, q * 0.5, k, v, scale=1.0, **options), strict=True
     ):
-        np.testing.assert_array_equal(x, y)
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 
 
 @given(strategies.problems())
