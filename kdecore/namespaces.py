@@ -116,7 +116,8 @@ def accumulation_dtype(xp: Namespace, name: str) -> Any:
 
 def from_host(xp: Namespace, array: Array, *, dtype: Any, device: Any) -> Array:
     """Copy a NumPy array to the namespace ``xp``, with the given dtype and device."""
-    return xp.asarray(array, dtype=dtype, device=device)
+    # A copy on the host first: PyTorch warns of sharing read-only memory.
+    return xp.asarray(array.copy(), dtype=dtype, device=device)
 
 
 def host_view(array: Array) -> Array:

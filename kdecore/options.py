@@ -94,8 +94,12 @@ class SortLSH:
 
     @property
     def rows(self) -> int:
-        """Queries in a block: as many as its own keys, so that in self-attention a block meets its own positions."""
-        return self.block_size or SAMPLED_ROWS
+        """Queries in a block: about as many as its own keys, so that in self-attention a block meets its own positions.
+
+        Rounded down to a multiple of 16, the queries that the kernels work on together.
+        """
+        rows = self.block_size or SAMPLED_ROWS
+        return rows if rows < 16 else rows // 16 * 16
 
     @property
     def budget(self) -> int | None:

@@ -4,6 +4,7 @@ Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror, Shaw 2011, "Parallel random 
 int64 masked to 32 bits, since some libraries lack arithmetic on unsigned integers.
 """
 
+import functools
 import math
 import operator
 
@@ -65,11 +66,12 @@ def uniform(xp: Namespace, seed: int, stream: int, count: int, *, device: object
     return xp.astype(((x0 >> 5) << 26) | (x1 >> 6), xp.float64) * 2.0**-53
 
 
+@functools.lru_cache(maxsize=64)
 def normal(seed: int, stream: int, shape: tuple[int, ...]) -> Array:
     """Return standard normal numbers as a NumPy float64 array of ``shape`` (Box–Muller).
 
     They are made on the host because logarithm and cosine may differ in the last bit between libraries; meant for small
-    arrays such as hyperplanes.
+    arrays such as hyperplanes, of which the last few are kept. The array is read-only.
     """
     count = math.prod(shape)
     half = (count + 1) // 2
@@ -77,4 +79,6 @@ def normal(seed: int, stream: int, shape: tuple[int, ...]) -> Array:
     radius = host.sqrt(-2.0 * host.log(1.0 - u[:half]))
     angle = 2.0 * math.pi * u[half:]
     pairs = host.concat([radius * host.cos(angle), radius * host.sin(angle)])
-    return host.reshape(pairs[:count], shape)
+    numbers = host.reshape(pairs[:count], shape)
+    numbers.flags.writeable = False
+    return numbers

@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 from numba import config
 
+SMALL_STEPS = 2**15
+"""Scalar steps that take about as long as starting a thread."""
+
 
 def thread_count(threads: int | None = None) -> int:
     """Return ``threads``, or as many as NUMBA_NUM_THREADS and the processors this process may use allow."""
@@ -17,6 +20,11 @@ def thread_count(threads: int | None = None) -> int:
         return threads
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, int(config.NUMBA_NUM_THREADS))
+
+
+def small_tasks(steps: int) -> int:
+    """Return how many tasks of about ``steps`` scalar steps to take at a time, so that a thread is worth its start."""
+    return max(1, SMALL_STEPS // max(1, steps))
 
 
 def run_tasks(work: Callable[[int, int], None], tasks: int, *, threads: int, chunk: int) -> None:

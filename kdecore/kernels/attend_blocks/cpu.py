@@ -22,6 +22,8 @@ CHUNK_SLOTS = 600
 """Keys copied together at most: with d = d_v = 64 in float32, 300 of 512 KiB of second-level cache."""
 VALUE_DEPTH = 96
 """Keys in one product with the values: their rows and weights stay in the first-level cache."""
+AHEAD = 16
+"""Rows that are asked for before they are copied."""
 LN2 = math.log(2.0)
 
 
@@ -44,7 +46,7 @@ def attend_blocks(
     factor = queries.dtype.type(scale / LN2)
     tasks = index.shape[0] * -(-index.shape[1] // TASK_ROWS)
     run_tasks(
-        lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, threads=thread_count(), chunk=4
+        lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, threads=thread_count(), chunk=1
     )
     return Part(xp.asarray(out), xp.asarray(lse))
 
@@ -75,6 +77,8 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
         block, begin = task // parts, task % parts * TASK_ROWS
         count = min(TASK_ROWS, rows - begin)
         for r in range(count):
+            ahead = query_index[block, begin + min(r + AHEAD, count - 1)]
+            prefetch(flat_q, ahead * d, d)
             load_query(flat_q, np.uintp(query_index[block, begin + r] * d), queries, np.uintp(r), np.uintp(d), factor)
         tops[:] = -np.inf
         totals[:] = zero
@@ -83,7 +87,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
             width = round_up(used, TILE_ROWS)
             bias[used:width] = -np.inf
             for j in range(used):
-                ahead = key_index[block, start + min(j + 12, used - 1)]
+                ahead = key_index[block, start + min(j + AHEAD, used - 1)]
                 prefetch(flat_k, ahead * d, d)
                 prefetch(flat_v, ahead * d_v, d_v)
                 key = key_index[block, start + j]

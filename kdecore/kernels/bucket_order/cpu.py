@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from kdecore.kernels.threads import run_tasks, thread_count
+from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
 from kdecore.namespaces import Array, Namespace, host_view
 
 
@@ -16,7 +16,10 @@ def bucket_order(xp: Namespace, codes: Array) -> Array:
         return xp.asarray(np.argsort(codes_, axis=-1, stable=True).astype(np.int64, copy=False))
     order = np.empty((groups, n), np.int64)
     run_tasks(
-        lambda first, last: counting_sort(codes_, buckets, order, first, last), groups, threads=thread_count(), chunk=1
+        lambda first, last: counting_sort(codes_, buckets, order, first, last),
+        groups,
+        threads=thread_count(),
+        chunk=small_tasks(n),
     )
     return xp.asarray(order)
 

@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile
-from kdecore.kernels.threads import run_tasks, thread_count
+from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
 from kdecore.namespaces import Array, Namespace, host_view
 
 TASK_ROWS = 2052
@@ -31,8 +31,9 @@ def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
         threads=thread_count(),
         chunk=1,
     )
-    means = projected.reshape(panels, groups, n, lanes).mean(axis=2, dtype=np.float64).astype(rows.dtype)
-    run_tasks(lambda first, last: pack(projected, means, bits, codes, first, last), groups, threads=thread_count(), chunk=1)
+    run_tasks(
+        lambda first, last: pack(projected, bits, codes, first, last), groups, threads=thread_count(), chunk=small_tasks(n)
+    )
     return xp.asarray(codes)
 
 
@@ -60,15 +61,23 @@ def project(rows, normals, projected, first, last):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def pack(projected, means, bits, codes, first, last):
+def pack(projected, bits, codes, first, last):
     """Write the Gray rank of the sign patterns of groups first … last − 1."""
-    lanes = projected.shape[2]
+    panels, _, lanes = projected.shape
     n = codes.shape[1]
+    means = np.empty((panels, lanes), projected.dtype)
     for group in range(first, last):
+        for panel in range(panels):
+            sums = np.zeros(lanes, np.float64)
+            for i in range(group * n, (group + 1) * n):
+                row = projected[panel, i]
+                for lane in range(lanes):
+                    sums[lane] += row[lane]
+            means[panel] = (sums / n).astype(projected.dtype)
         for i in range(n):
             code = 0
             for panel in range(-(-bits // lanes)):
-                row, mean = projected[panel, group * n + i], means[panel, group]
+                row, mean = projected[panel, group * n + i], means[panel]
                 for lane in range(min(lanes, bits - panel * lanes)):
                     code = (code << 1) | (row[lane] > mean[lane])
             shift = 1

@@ -1,0 +1,139 @@
+"""Error against budget on GloVe words and on three layers of a vision transformer: python -m bench.budgets [--out FOLDER].
+
+Writes budgets.json and budgets.png. Both of kdeformer's normalisers divide or sample by exact densities, so that what differs
+is the sampling, not the density estimate; those densities take all pairs, which the budget does not count.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kdecore
+from kdecore.loading import Case, glove_case
+from kdecore.machine import this_machine
+from kdecore.metrics import errors
+from kdecore.namespaces import host
+from kdecore.options import KDEformer, Options
+
+BUDGETS = (128, 256, 384, 768, 1536)
+SEEDS = range(5)
+IMAGE_SIZE, LAYERS = 896, (0, 3, 9)
+METHODS: dict[str, str | Options] = {
+    "kdeformer, kde": KDEformer(normaliser="kde", primitive="exact"),
+    "kdeformer, sampled": KDEformer(normaliser="sampled", primitive="exact"),
+    "sortlsh": "sortlsh",
+    "hyper": "hyper",
+}
+NORMS = ("spectral", "frobenius", "worst_row")
+
+
+def cases() -> Iterator[Case]:
+    """Yield GloVe words (one head, n = 8192) and each layer (six heads, n = 4097), float32."""
+    from bench import vit
+
+    found = vit.qkv(IMAGE_SIZE, LAYERS)  # first, so that a missing package shows before the measurement
+    yield glove_case(8192)
+    for layer, (q, k, v) in found.items():
+        yield Case(f"ViT-S/14 at {IMAGE_SIZE} px, layer {layer}", q, k, v, None)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Return, for each method and budget, every seed's errors (means over heads), and the slopes."""
+    exact = kdecore.attention(*(x.astype("float64") for x in (case.q, case.k, case.v)), method="exact", scale=case.scale)
+    result: dict[str, Any] = {"shape": list(case.q.shape), "scale": case.scale, "methods": {}}
+    for name, method in METHODS.items():
+        rows = []
+        for budget in BUDGETS:
+            outs = (
+                kdecore.attention(case.q, case.k, case.v, method=method, budget=budget, scale=case.scale, seed=seed)
+                for seed in SEEDS
+            )
+            found = [asdict(errors(host, out, exact)) for out in outs]
+            rows.append({"budget": budget} | {norm: [x[norm] for x in found] for norm in NORMS})
+            print(
+                f"{case.name:<28} {name:<18} {budget:>5}", *(f"{np.mean(rows[-1][norm]):.4f}" for norm in NORMS), flush=True
+            )
+        result["methods"][name] = {"budgets": rows, "slopes": {norm: slope(rows, norm) for norm in NORMS}}
+    return result
+
+
+def slope(rows: list[dict[str, Any]], norm: str) -> float:
+    """Return the slope of log mean error on log budget, by least squares."""
+    means = [np.mean(row[norm]) for row in rows]
+    return float(np.polyfit(np.log([row["budget"] for row in rows]), np.log(means), 1)[0])
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw one panel for each data set: a colour and a marker for each method, filled and solid for the spectral norm."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    from kdecore.plots import COLOURS, MARKERS
+
+    looks = {"spectral": {"linestyle": "-"}, "frobenius": {"linestyle": (0, (4, 2)), "markerfacecolor": "white"}}
+    figure, panels = plt.subplots(2, 2, figsize=(12, 10.5), layout="constrained")
+    for panel, (name, found) in zip(panels.flat, results.items(), strict=True):
+        for method, colour, marker in zip(METHODS, COLOURS, MARKERS, strict=False):
+            for norm, look in looks.items():
+                rows = found["methods"][method]["budgets"]
+                panel.plot(
+                    [row["budget"] for row in rows],
+                    [np.mean(row[norm]) for row in rows],
+                    color=colour,
+                    marker=marker,
+                    markersize=8,
+                    linewidth=1.8,
+                    **look,
+                )
+        heads = found["shape"][0] if len(found["shape"]) == 3 else 1
+        panel.set(xscale="log", yscale="log", title=f"{name}\nn = {found['shape'][-2]:,}, {heads} head{'s' * (heads > 1)}")
+        panel.xaxis.set_major_locator(FixedLocator(BUDGETS))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.grid(alpha=0.3)
+    figure.supxlabel("budget: keys evaluated per query")
+    figure.supylabel(f"relative error, mean over heads and {len(SEEDS)} seeds")
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linewidth=1.8, markersize=8, label=method)
+        for method, colour, marker in zip(METHODS, COLOURS, MARKERS, strict=False)
+    ]
+    handles += [
+        Line2D([], [], color="black", marker="o", markersize=8, label=label, **looks[norm])  # type: ignore[arg-type]
+        for norm, label in (("spectral", "spectral norm"), ("frobenius", "Frobenius norm"))
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, write and draw."""
+    parser = argparse.ArgumentParser(prog="python -m bench.budgets", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for budgets.json and budgets.png")
+    folder = parser.parse_args().out
+    results = {case.name: measure(case) for case in cases()}
+    record = {
+        "machine": asdict(this_machine()),
+        "seeds": list(SEEDS),
+        "photograph": "skimage.data.astronaut",
+        "cases": results,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "budgets.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    plot(results, folder / "budgets.png")
+
+
+if __name__ == "__main__":
+    main()
