@@ -8,10 +8,10 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kdecore import __version__, comparison
 from kdecore.comparison import Progress, Row
@@ -27,6 +27,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 DTYPES = ("float32", "float64")
 OUTPUTS = ("compare.json", "compare.png")
+FILE_KINDS = (".npz", ".npy", ".safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets ? and no traceback
             stream.reconfigure(errors="replace")
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parse(argv)
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -70,8 +71,49 @@ def _fail(message: str) -> int:
     return USAGE_ERROR
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}; see {self.prog} --help")
+
+
+class _Flatten(argparse.Action):
+    """Store a list of lists as one list."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None) -> None:
+        setattr(namespace, self.dest, [item for value in values for item in value])
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        reason = next(filter(None, map(_misplaced_file, unknown)), "see kdecore --help")
+        raise OptionError(f"unknown arguments: {' '.join(unknown)}; {reason}")
+    return arguments
+
+
+def _names(text: str) -> list[str]:
+    if reason := _misplaced_file(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; {reason}")
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers, got {text!r}") from None
+
+
+def _misplaced_file(text: str) -> str | None:
+    if Path(text).suffix.lower() not in FILE_KINDS:
+        return None
+    return f"files come before the options, as in kdecore compare {text} --methods sortlsh"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kdecore", description="Softmax attention in near-linear time, and its error.")
+    parser = _Parser(prog="kdecore", description="Softmax attention in near-linear time, and its error.")
     parser.add_argument("--version", action="version", version=f"kdecore {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -83,19 +125,21 @@ def _parser() -> argparse.ArgumentParser:
         usage="kdecore compare [FILE ...] [OPTION ...]   (kdecore compare --help lists the options)",
         help="measure time, error and memory of methods against exact attention",
         description="Measure methods against exact attention; print a table, write compare.json and compare.png.",
-        epilog=f"Methods: auto, {', '.join(METHODS)}. Without FILE, a sample of GloVe word vectors is used.",
+        epilog=f"Methods: auto, {', '.join(METHODS)}. Lists may have commas: --budgets 128,256. "
+        "Without FILE, a sample of GloVe word vectors is used.",
     )
     add = compare.add_argument
     add("files", nargs="*", metavar="FILE", help="one .npz or .safetensors with q, k, v; or three .npy in the order q k v")
-    add("--methods", nargs="+", default=["sortlsh", "hyper"], metavar="NAME", help="default: sortlsh hyper")
-    add("--budgets", nargs="+", type=int, default=[128, 256, 384, 512, 1024], metavar="N",
+    add("--methods", nargs="+", type=_names, action=_Flatten, default=["sortlsh", "hyper"], metavar="NAME",
+        help="default: sortlsh hyper")  # fmt: skip
+    add("--budgets", nargs="+", type=_integers, action=_Flatten, default=[128, 256, 384, 512, 1024], metavar="N",
         help="keys per query; default: 128 256 384 512 1024")  # fmt: skip
     add("--seeds", type=int, default=5, metavar="N", help="errors are means over the seeds 0 … N−1; default: 5")
     add("--repeats", type=int, default=3, metavar="N", help="timed calls for each seed; default: 3")
     add("--scale", type=float, metavar="S", help="factor on ⟨q, k⟩; default: 1/√d, and 1/√10 for GloVe")
     add("--n", type=int, default=8192, metavar="N", help="words of GloVe; default: 8192")
-    add("--exact-rows", type=int, metavar="N", help="compute exact attention and errors on N random queries of each group; "
-        "default: all, up to 2^28 pairs of query and key")  # fmt: skip
+    add("--exact-rows", type=int, metavar="N", help="compute errors on N random queries of each group, and time exact "
+        f"attention on {comparison.TIMED_ROWS:,} at least; default: all, up to 2^28 pairs of query and key")  # fmt: skip
     add("--library", choices=("numpy", "torch"), default="numpy", help="array library to run on; default: numpy")
     add("--out", type=Path, default=Path("kdecore-compare"), metavar="DIR", help="default: kdecore-compare")
     compare.set_defaults(run=_compare)
@@ -106,28 +150,35 @@ def _compare(arguments: argparse.Namespace) -> None:
     for package in ("rich", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise OptionError(f"kdecore compare needs {package}: pip install 'kdecore[cli]'")
-    methods = comparison.check_methods(arguments.methods)
-    seeds = list(range(integer_at_least(1, "seeds", arguments.seeds)))
+    wanted: dict[str, Any] = {
+        "methods": arguments.methods,
+        "budgets": arguments.budgets,
+        "seeds": range(integer_at_least(1, "seeds", arguments.seeds)),
+        "library": arguments.library,
+        "repeats": arguments.repeats,
+        "exact_rows": arguments.exact_rows,
+    }
+    comparison.check_options(**wanted)
     case = _case(arguments)
-    prepare_folder(arguments.out)
-    machine = this_machine()
-    with _progress() as progress:
-        rows = comparison.measure(
-            case,
-            methods,
-            arguments.budgets,
-            seeds,
-            library=arguments.library,
-            repeats=arguments.repeats,
-            exact_rows=arguments.exact_rows,
-            progress=progress,
-        )
-    from kdecore.plots import comparison_png
+    comparison.check_case(case)
+    with output_folder(arguments.out):
+        if found := comparison.non_finite(case):
+            print(f"kdecore: note: {_non_finite_note(case, found)}", file=sys.stderr)
+        machine = this_machine()
+        with _progress() as progress:
+            rows = comparison.measure(case, **wanted, progress=progress)
+        from kdecore.plots import comparison_png
 
-    record = _record(arguments, case, seeds, machine, rows)
-    contents = (to_json(record), comparison_png(case, rows, machine, arguments.library))
-    write_together(arguments.out, dict(zip(OUTPUTS, contents, strict=True)))
+        record = _record(arguments, case, machine, rows)
+        contents = (to_json(record), comparison_png(case, rows, machine, arguments.library))
+        write_together(arguments.out, dict(zip(OUTPUTS, contents, strict=True)))
     _print_table(case, rows, machine, arguments)
+
+
+def _non_finite_note(case: Case, found: dict[str, int]) -> str:
+    arrays = {"q": case.q, "k": case.k, "v": case.v}
+    counts = (f"{name} holds {count:,} of {arrays[name].size:,}" for name, count in found.items())
+    return f"numbers that are NaN or infinite: {', '.join(counts)}; errors of what they reach are nan"
 
 
 def _case(arguments: argparse.Namespace) -> Case:
@@ -148,6 +199,20 @@ def _progress() -> Iterator[Progress]:
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("loading")
         yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Prepare the output folder; where the body fails, remove what was created of it and is still empty."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        prepare_folder(folder)
+        yield
+    except BaseException:
+        for path in created:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def prepare_folder(folder: Path) -> None:
@@ -178,16 +243,14 @@ def _temporary(folder: Path, name: str) -> Path:
     return folder / f".{name}.{os.getpid()}.tmp"
 
 
-def _record(
-    arguments: argparse.Namespace, case: Case, seeds: list[int], machine: Machine, rows: list[Row]
-) -> dict[str, Any]:
+def _record(arguments: argparse.Namespace, case: Case, machine: Machine, rows: list[Row]) -> dict[str, Any]:
     problem = canonicalise(case.q, case.k, case.v, case.scale)
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     return {
         "command": "kdecore compare",
         "machine": asdict(machine),
         "arguments": given | {"out": str(arguments.out), "files": [str(file) for file in arguments.files]},
-        "seeds": seeds,
+        "seeds": list(range(arguments.seeds)),
         "case": {
             "name": case.name,
             "q": list(case.q.shape),
@@ -196,8 +259,9 @@ def _record(
             "dtype": problem.input_dtype,
             "scale": problem.scale,
             "library": arguments.library,
+            "non_finite": comparison.non_finite(case),
         },
-        "exact": _exact_notes(problem, rows),
+        "notes": _notes(case, problem, rows),
         "rows": [asdict(row) for row in rows],
     }
 
@@ -215,13 +279,28 @@ def to_json(record: dict[str, Any]) -> bytes:
     return (json.dumps(finite(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
-def _exact_notes(problem: Problem, rows: list[Row]) -> str:
-    """Say what exact attention was, and whether it is from a sample of the queries."""
-    note = f"Speed-up is over {rows[0].method}; errors are against kdecore's exact attention in float64"
-    if rows[0].timed_rows == problem.n_q:
-        return f"{note}, on all queries."
-    some = f"{rows[0].timed_rows:,} of {problem.n_q:,} queries, drawn at random"
-    return f"{note}, and only on a sample: {some}. The exact time is measured on that sample and scaled up."
+def _notes(case: Case, problem: Problem, rows: list[Row]) -> list[str]:
+    """Say what was timed and what errors are against, on how many queries, and what the figures leave out."""
+    baseline = rows[0]
+    each = " of each group" if problem.groups > 1 else ""
+
+    def some(count: int) -> str:
+        return "all queries" if count == problem.n_q else f"{count:,} of {problem.n_q:,} queries{each}, drawn at random"
+
+    notes = [f"Speed-up is over {baseline.method}; errors are against kdecore's exact attention in float64."]
+    if baseline.error_rows == problem.n_q:
+        notes += ["Times and errors are on all queries."]
+    else:
+        scaled = "" if baseline.timed_rows == problem.n_q else ", and scaled up; the methods on all queries"
+        notes += [
+            f"Timed: {baseline.method} on {some(baseline.timed_rows)}{scaled}.",
+            f"Errors are on {some(baseline.error_rows)}; the worst row of a sample is a lower bound on the worst of all.",
+        ]
+    if any(row.ran == "kdeformer" for row in rows):
+        notes += ["kdeformer's keys/query leave out the keys that its density estimates evaluate; its time has them in."]
+    if any(math.isnan(row.errors.spectral) for row in rows) and not comparison.non_finite(case):
+        notes += [f"nan: the scale {problem.scale:.4g} takes logits or outputs out of {problem.input_dtype}'s range."]
+    return notes
 
 
 def _print_table(case: Case, rows: list[Row], machine: Machine, arguments: argparse.Namespace) -> None:
@@ -244,7 +323,7 @@ def _print_table(case: Case, rows: list[Row], machine: Machine, arguments: argpa
     sampled = rows[0].timed_rows < problem.n_q
     for row in rows:
         table.add_row(
-            row.method if row.ran == row.method or row is rows[0] else f"{row.method} ({row.ran})",
+            row.label,
             f"{row.keys_per_query:.0f}",
             f"{'~' if sampled and row is rows[0] else ''}{_three_digits(row.milliseconds)}",
             f"{row.speedup:.1f}×",
@@ -252,7 +331,8 @@ def _print_table(case: Case, rows: list[Row], machine: Machine, arguments: argpa
             "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
         )
     console.print(table)
-    console.print(_exact_notes(problem, rows))
+    for note in _notes(case, problem, rows):
+        console.print(note)
     console.print(f"Written: {arguments.out / OUTPUTS[0]} and {arguments.out / OUTPUTS[1]}", soft_wrap=True)
 
 

@@ -3,10 +3,12 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kdecore.attention import attention
 from kdecore.errors import OptionError, ShapeError
@@ -22,10 +24,14 @@ from kdecore.report import Report
 EXACT_LIMIT = 2**28
 """Most query-key pairs on which exact attention is computed unless asked for: n = 16,384 in one group, a few seconds."""
 FEWEST_ROWS = 64
+TIMED_ROWS = 1024
+"""Fewest queries per group that the baseline is timed on, or all: scaling up fewer would multiply fixed costs."""
 SETTLE_SECONDS = 0.1
 """Pause before timing: worker threads of a BLAS library go on spinning for tens of milliseconds after their last task."""
 ROWS_STREAM = 2**31
 """Random stream of the sampled query rows."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Row:
     milliseconds
         Median of ``timings``.
     timings
-        Wall time of every call in milliseconds, for all queries; for each seed one warm-up call is left out.
+        Wall time of every timed call in milliseconds, for all queries (`time_calls`).
     timed_rows
         Queries per group that the timed calls computed; where below n_q, the times are scaled up by n_q / timed_rows.
     speedup
@@ -74,6 +80,11 @@ class Row:
     peak_bytes: int | None
     kernels: dict[str, str]
 
+    @property
+    def label(self) -> str:
+        """Name asked for, and in brackets the method that ran where it is another."""
+        return self.method if self.method.startswith(self.ran) else f"{self.method} ({self.ran})"
+
 
 @dataclass(frozen=True)
 class _Subject:
@@ -93,6 +104,15 @@ Progress = Callable[[int, int, str], None]
 """Called as (steps done, steps in all, what comes next)."""
 
 
+@contextmanager
+def _without_overflow_warnings() -> Iterator[None]:
+    """Drop array libraries' warnings of overflow and NaN, which show as nan in the rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@_without_overflow_warnings()
 def measure(
     case: Case,
     methods: Sequence[str],
@@ -113,7 +133,7 @@ def measure(
     methods
         Names in `kdecore.options.METHODS`, or ``"auto"``; ``"exact"`` is measured once, having no budget.
     budgets
-        Keys per query, each at least 1.
+        Keys per query, each at least 1; of those that cover all keys, and so are exact, only the smallest is measured.
     seeds
         Errors are averaged over them; each is timed ``repeats`` times.
     library
@@ -121,8 +141,8 @@ def measure(
     repeats
         Timed calls for each seed, after one that is not.
     exact_rows
-        Queries per group, drawn at random from the first seed, on which exact attention and the errors are computed;
-        None for all of them up to `EXACT_LIMIT` pairs of query and key.
+        Queries per group, drawn at random from the first seed, on which the errors are computed; None for all of them up
+        to `EXACT_LIMIT` pairs of query and key. The baseline is timed on these and others, `TIMED_ROWS` at least.
     progress
         Callback.
 
@@ -137,23 +157,18 @@ def measure(
     KdecoreError
         Arguments out of range, before anything is measured.
     """
-    methods, budgets = check_methods(methods), [integer_at_least(1, "budget", budget) for budget in dict.fromkeys(budgets)]
-    seeds = [check_seed(seed) for seed in seeds]
-    repeats = integer_at_least(1, "repeats", repeats)
-    if not (methods and budgets and seeds):
-        raise OptionError("methods, budgets and seeds must each have at least one entry")
-    problem = canonicalise(case.q, case.k, case.v, case.scale)
-    if problem.groups * problem.n_q * problem.d_v == 0:
-        raise ShapeError(f"the output must have at least one element to compare; got q {case.q.shape}, v {case.v.shape}")
-    rows = sample_rows(problem, exact_rows, seeds[0])
+    check_options(methods, budgets, seeds, library=library, repeats=repeats, exact_rows=exact_rows)
+    problem = check_case(case)
     adapter = load_adapter(library)
-    runs = [(method, budget) for method in methods for budget in (budgets if method != "exact" else [None])]
+    rows = sample_rows(problem, exact_rows, seeds[0])
+    some_budgets = _distinct(budgets, problem.n_k)
+    runs = [(name, budget) for name in dict.fromkeys(methods) for budget in (some_budgets if name != "exact" else [None])]
     steps = 1 + (len(runs) + 1) * len(seeds)
 
     progress(0, steps, "exact in float64")
     exact = reference(case, rows)
     q, k, v = (adapter.from_numpy(array) for array in (case.q, case.k, case.v))
-    subjects = [_baseline(q, k, v, problem.scale, rows)]
+    subjects = [_baseline(q, k, v, problem.scale, timing_rows(problem, rows, seeds[0]))]
     subjects += [_estimator(q, k, v, problem.scale, method, budget) for method, budget in runs]
     # Seed by seed, so that a busy spell of the machine falls on a few calls of every subject and medians shed it.
     samples: list[list[_Sample]] = [[] for _ in subjects]
@@ -171,16 +186,54 @@ def measure(
     return results
 
 
-def check_methods(methods: Sequence[str]) -> list[str]:
-    """Return the names without repetitions, or raise `OptionError` naming the first unknown one."""
+def check_options(
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    library: str,
+    repeats: int,
+    exact_rows: int | None,
+) -> None:
+    """Raise what `measure` raises for any inputs: `OptionError` naming the first argument out of range."""
     for method in methods:
         if method not in ("auto", *METHODS):
             raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))}; got {method!r}")
-    return list(dict.fromkeys(methods))
+    for budget in budgets:
+        integer_at_least(1, "budget", budget)
+    for seed in seeds:
+        check_seed(seed)
+    integer_at_least(1, "repeats", repeats)
+    if exact_rows is not None:
+        integer_at_least(1, "exact_rows", exact_rows)
+    if not (methods and budgets and seeds):
+        raise OptionError("methods, budgets and seeds must each have at least one entry")
+    load_adapter(library)
+
+
+def check_case(case: Case) -> Problem:
+    """Return the case in canonical form, or raise `KdecoreError`: it doesn't fit together, or its output has no elements."""
+    problem = canonicalise(case.q, case.k, case.v, case.scale)
+    if problem.groups * problem.n_q * problem.d_v == 0:
+        raise ShapeError(f"the output must have at least one element to compare; got q {case.q.shape}, v {case.v.shape}")
+    return problem
+
+
+def non_finite(case: Case) -> dict[str, int]:
+    """Return how many numbers are NaN or infinite, for each array of the case that has any."""
+    arrays = {"q": case.q, "k": case.k, "v": case.v}
+    counts = {name: int(host.sum(host.astype(~host.isfinite(array), host.int64))) for name, array in arrays.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _distinct(budgets: Sequence[int], n_k: int) -> list[int]:
+    """Return the budgets without repetitions, and without all but the smallest of those that cover all keys."""
+    enough = min((budget for budget in budgets if budget >= n_k), default=None)
+    return [budget for budget in dict.fromkeys(budgets) if budget < n_k or budget == enough]
 
 
 def sample_rows(problem: Problem, exact_rows: int | None, seed: int) -> Array | None:
-    """Choose the queries on which exact attention is computed.
+    """Choose the queries on which the errors are computed.
 
     Returns
     -------
@@ -191,10 +244,19 @@ def sample_rows(problem: Problem, exact_rows: int | None, seed: int) -> Array | 
         count = max(FEWEST_ROWS, EXACT_LIMIT // (problem.groups * problem.n_k))
     else:
         count = integer_at_least(1, "exact_rows", exact_rows)
-    if count >= problem.n_q:
+    return _draw_rows(problem.n_q, count, seed)
+
+
+def timing_rows(problem: Problem, rows: Array | None, seed: int) -> Array | None:
+    """Choose the queries on which the baseline is timed: ``rows`` of `sample_rows` and others, `TIMED_ROWS` at least."""
+    return None if rows is None else _draw_rows(problem.n_q, max(TIMED_ROWS, len(rows)), seed)
+
+
+def _draw_rows(n_q: int, count: int, seed: int) -> Array | None:
+    """Draw ``count`` queries, ascending, or None for all; with the same seed a smaller draw is part of a larger one."""
+    if count >= n_q:
         return None
-    keys = uniform(host, seed, ROWS_STREAM, problem.n_q)
-    return host.sort(host.argsort(keys)[:count])
+    return host.sort(host.argsort(uniform(host, seed, ROWS_STREAM, n_q))[:count])
 
 
 def reference(case: Case, rows: Array | None) -> Array:
@@ -236,18 +298,44 @@ class _Sample:
 
 
 def _sample(subject: _Subject, seed: int, repeats: int, adapter: Any, exact: Array, rows: Array | None) -> _Sample:
-    out, report = subject.describe(seed)  # also the warm-up
-    estimate = adapter.to_numpy(out)
-    if rows is not None and subject.rows is None:
-        estimate = estimate[..., rows, :]
-    timings = []
-    time.sleep(SETTLE_SECONDS)
-    for _ in range(repeats):
-        started = time.perf_counter()
+    def call() -> None:
         subject.call(seed)
         adapter.synchronize()
-        timings.append((time.perf_counter() - started) * 1e3)
-    return _Sample(timings, errors(host, estimate, exact), report)
+
+    seconds, (out, report) = time_calls(call, repeats, untimed=partial(subject.describe, seed))
+    estimate = adapter.to_numpy(out)
+    if rows is not None:
+        estimate = estimate[..., rows if subject.rows is None else host.searchsorted(subject.rows, rows), :]
+    return _Sample([1e3 * one for one in seconds], errors(host, estimate, exact), report)
+
+
+def time_calls(call: Callable[[], Any], repeats: int, *, untimed: Callable[[], Result]) -> tuple[list[float], Result]:
+    """Time a call: a pause in which earlier work's threads go to sleep, an untimed call to wake the processor, then these.
+
+    Parameters
+    ----------
+    call
+        What is timed; it returns when all its work is done.
+    repeats
+        Number of timed calls.
+    untimed
+        The call before: the same work, and whatever else its result is wanted for.
+
+    Returns
+    -------
+    seconds
+        Wall time of each timed call.
+    result
+        What the untimed call returned.
+    """
+    time.sleep(SETTLE_SECONDS)
+    result = untimed()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds, result
 
 
 def _row(

@@ -95,10 +95,10 @@ def library_problem(library: str) -> str | None:
 
 def this_machine() -> Machine:
     """Describe this machine."""
-    import numba
+    from kdecore.kernels.threads import thread_count  # imports numba, which takes a while
 
     distributions = ("kdecore", "numpy", "numba", "array-api-compat", "torch", "cupy-cuda13x", "numba-cuda")
-    threads = {"numba": str(numba.get_num_threads())}
+    threads = {"kdecore": str(thread_count())}
     if library_problem("torch") is None:
         threads["torch"] = str(load_adapter("torch").threads())
     limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")

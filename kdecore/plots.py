@@ -60,14 +60,16 @@ def comparison_png(case: Case, rows: Sequence[Row], machine: Machine, library: s
     canvas: Any = FigureCanvasAgg(figure)  # its methods are untyped
     axes = figure.add_subplot()
     curves = _curves(rows)
-    for (method, points), colour, marker, dash in zip(curves.items(), COLOURS, MARKERS, DASHES, strict=False):
+    for points, colour, marker, dash in zip(curves.values(), COLOURS, MARKERS, DASHES, strict=False):
         times, errors = [point.milliseconds for point in points], [point.errors.spectral for point in points]
-        axes.plot(times, errors, color=colour, marker=marker, linestyle=dash, linewidth=1.8, markersize=7, label=method)
-    lines = {row.method: row.milliseconds for row in reversed(rows) if row.ran == "exact" and row.method not in curves}
+        axes.plot(
+            times, errors, color=colour, marker=marker, linestyle=dash, linewidth=1.8, markersize=7, label=points[0].label
+        )
+    lines = {row.label: row.milliseconds for row in reversed(rows) if row.ran == "exact" and row.method not in curves}
     _dress(axes, case, rows, machine, library, len(lines))
     _limits(axes, curves, list(lines.values()))
-    scaled = ", scaled up" if rows[0].timed_rows < case.q.shape[-2] else ""
-    _draw_lines(axes, {method + (scaled if method == rows[0].method else ""): time for method, time in lines.items()})
+    scaled = f", scaled up from {rows[0].timed_rows:,} queries" if rows[0].timed_rows < case.q.shape[-2] else ""
+    _draw_lines(axes, {label + (scaled if label == rows[0].label else ""): time for label, time in lines.items()})
     if curves:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(curves), frameon=False, fontsize=11)
     figure.draw_without_rendering()
@@ -95,7 +97,7 @@ def _dress(axes: Axes, case: Case, rows: Sequence[Row], machine: Machine, librar
     cores = f"{machine.cores} core" + ("s" if machine.cores != 1 else "")
     subtitle = f"{library} on {_shorten(machine.cpu, 40)}, {cores}; the numbers at the points are keys per query"
     if rows[0].error_rows < n_q:
-        subtitle += f"\nerrors on a random sample of {rows[0].error_rows:,} of the queries"
+        subtitle += f"\nerrors on {rows[0].error_rows:,} of {n_q:,} queries, drawn at random"
     axes.set_title(f"{_shorten(title)}\n{subtitle}", fontsize=11.5, pad=8 + LINE_LABEL_HEIGHT * lines, parse_math=False)
     axes.set_xlabel("time per call (ms, median; log scale)", fontsize=11)
     axes.set_ylabel("relative spectral error ‖E‖₂ / ‖O‖₂ (log scale)", fontsize=11)

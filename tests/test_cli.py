@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import kdecore
+from bench.timing import interleaved
 from kdecore import cli, comparison, machine
 from kdecore.inputs import canonicalise
 from kdecore.kernels.registry import KERNELS
@@ -92,24 +94,140 @@ def test_compare_users_file(tmp_path, no_plot, capsys, library):
     assert "data [bold].npz: 2 × 40 queries, 60 keys, d = 8, d_v = 5, float32" in out
     record = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert record["case"] == {"name": "data [bold].npz", "q": [2, 40, 8], "k": [2, 60, 8], "v": [2, 60, 5],
-        "dtype": "float32", "scale": 0.25, "library": library}  # fmt: skip
+        "dtype": "float32", "scale": 0.25, "library": library, "non_finite": {}}  # fmt: skip
     assert [row["method"] for row in record["rows"][1:]] == ["exact", "auto"]
     assert record["rows"][1]["budget"] is None
     assert record["rows"][1]["errors_std"]["spectral"] is None  # one seed has no deviation
 
 
-def test_compare_says_that_rows_are_sampled(tmp_path, no_plot, capsys):
+@pytest.mark.parametrize(
+    ("timed", "says"), [(60, "on 60 of 80 queries, drawn at random, and scaled up"), (1024, "on all queries.")]
+)
+def test_compare_says_that_rows_are_sampled(tmp_path, capsys, monkeypatch, timed, says):
+    monkeypatch.setattr(comparison, "TIMED_ROWS", timed)
     status, out, _ = run(capsys, "compare", *QUICK, "--exact-rows", "50", "--out", tmp_path)
     assert status == 0
-    assert "50 of 80 queries, drawn at random" in " ".join(out.split())
-    assert "scaled up" in out
     record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
-    assert "50 of 80 queries" in record["exact"]
+    for notes in (" ".join(out.split()), " ".join(record["notes"])):
+        assert says in notes
+        assert "Errors are on 50 of 80 queries, drawn at random" in notes
+        assert "worst row of a sample is a lower bound" in notes
     baseline, *others = record["rows"]
-    assert baseline["timed_rows"] == 50
-    assert baseline["peak_bytes"] is None
+    assert (baseline["timed_rows"], baseline["error_rows"]) == (min(80, timed), 50)
+    assert baseline["peak_bytes"] is None or timed > 80
     for row in others:
         assert (row["timed_rows"], row["error_rows"]) == (80, 50)
+
+
+def test_few_exact_rows_do_not_inflate_the_baseline(monkeypatch):
+    def function(q, k, v, scale):
+        time.sleep(0.02)  # a fixed cost, whatever the rows
+        return kdecore.attention(q, k, v, method="exact", scale=scale)
+
+    monkeypatch.setattr(comparison, "exact_baseline", lambda: ("exact (slow to start)", function))
+    case = small_case((2048, 8))
+    few, row = comparison.measure(case, ["hyper"], [16], [0], repeats=1, exact_rows=8)
+    assert few.timed_rows == 1024
+    assert few.milliseconds < 20 * 2048 / 8 / 4
+    assert few.errors.spectral < 1e-5
+    rows = comparison.sample_rows(canonicalise(case.q, case.k, case.v), 8, 0)
+    estimate = kdecore.attention(case.q, case.k, case.v, method="hyper", budget=16)[rows]
+    exact = comparison.reference(case, rows)
+    expected = np.linalg.norm(estimate - exact) / np.linalg.norm(exact)
+    assert row.errors.frobenius == pytest.approx(expected, rel=1e-6)
+
+
+def test_timed_rows_include_those_of_the_errors(monkeypatch):
+    monkeypatch.setattr(comparison, "TIMED_ROWS", 30)
+    problem = canonicalise(*(getattr(small_case(), name) for name in "qkv"))
+    for count, timed in ((5, 30), (30, 30), (40, 40)):
+        rows = comparison.sample_rows(problem, count, 0)
+        found = comparison.timing_rows(problem, rows, 0)
+        assert len(found) == timed
+        assert set(rows.tolist()) <= set(found.tolist())
+    assert comparison.timing_rows(problem, None, 0) is None
+
+
+def test_one_timing_protocol(monkeypatch):
+    events = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: events.append(seconds))
+    seconds, result = comparison.time_calls(lambda: events.append("timed"), 2, untimed=lambda: events.append("first") or 7)
+    assert events == [comparison.SETTLE_SECONDS, "first", "timed", "timed"]
+    assert result == 7
+    assert len(seconds) == 2
+
+    used = []
+    protocol = comparison.time_calls
+
+    def record(call, repeats, *, untimed):
+        used.append(repeats)
+        return protocol(call, repeats, untimed=untimed)
+
+    monkeypatch.setattr(comparison, "time_calls", record)
+    monkeypatch.setattr("bench.timing.time_calls", record)
+    comparison.measure(small_case(), ["hyper"], [16], [0, 1], repeats=3)
+    assert used == [3] * 4
+    assert interleaved({"a": lambda: None}, repeats=5, rounds=2)["a"] >= 0.0
+    assert used[4:] == [5, 5]
+
+
+def test_compare_measures_every_method(tmp_path, capsys):
+    status, out, err = run(capsys, "compare", *QUICK, "--methods", "sortlsh", "kdeformer", "auto", "exact",
+        "--budgets", "16", "100", "200", "--out", tmp_path)  # fmt: skip
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    lines = [line.split("  ")[0].strip() for line in out.splitlines()]
+    table = ["sortlsh", "sortlsh (exact)", "kdeformer", "kdeformer (exact)", "auto (exact)", "auto (exact)", "exact"]
+    start = lines.index("sortlsh")
+    assert lines[start : start + len(table)] == table
+    assert "density estimates" in out
+
+
+def test_labels_in_table_and_plot():
+    row = comparison.measure(small_case(), ["auto"], [16], [0], repeats=1)[1]
+    labels = {("auto", "sortlsh"): "auto (sortlsh)", ("hyper", "hyper"): "hyper", ("exact (torch SDPA)", "exact"): None}
+    for (method, ran), label in labels.items():
+        assert replace(row, method=method, ran=ran).label == (label or method)
+
+
+def test_budgets_beyond_the_keys_are_measured_once(tmp_path, no_plot, capsys):
+    status, _, _ = run(capsys, "compare", *QUICK, "--budgets", "500,16", "128", "100,16", "--out", tmp_path)
+    assert status == 0
+    record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert record["arguments"]["budgets"] == [500, 16, 128, 100, 16]
+    assert [(row["method"], row["budget"]) for row in record["rows"][1:]] == [
+        (method, budget) for method in ("sortlsh", "hyper") for budget in (16, 100)
+    ]
+
+
+def test_lists_may_have_commas(tmp_path, no_plot, capsys):
+    status, _, _ = run(capsys, "compare", *QUICK, "--methods", "sortlsh,hyper", "--budgets", "16,32", "--out", tmp_path)
+    assert status == 0
+    record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert record["arguments"]["methods"] == ["sortlsh", "hyper"]
+    assert record["arguments"]["budgets"] == [16, 32]
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path, no_plot, capsys):
+    case = small_case()
+    case.q[0, 3, 2], case.v[1, 4, :3] = np.nan, np.inf
+    np.savez(tmp_path / "ok.npz", q=case.q, k=case.k, v=case.v)
+    status, out, err = run(capsys, "compare", tmp_path / "ok.npz", *QUICK, "--methods", "sortlsh,kdeformer,exact",
+        "--out", tmp_path)  # fmt: skip
+    assert status == 0
+    assert err.count("\n") == 1
+    assert "q holds 1 of 960, v holds 3 of 960" in err
+    assert "nan" in out
+    record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert record["case"]["non_finite"] == {"q": 1, "v": 3}
+
+
+@pytest.mark.parametrize("scale", ["1e300", "-1e300", "1e30"])
+def test_overflow_leaks_no_warning(tmp_path, no_plot, capsys, scale):
+    status, out, err = run(capsys, "compare", *QUICK, f"--scale={scale}", "--methods", "sortlsh", "hyper", "kdeformer",
+        "exact", "--out", tmp_path)  # fmt: skip
+    assert (status, err) == (0, "")
+    assert f"nan: the scale {float(scale):.4g} takes" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -128,8 +246,29 @@ def test_compare_says_that_rows_are_sampled(tmp_path, no_plot, capsys):
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
-    assert_fails(capsys, "compare", *arguments, "--out", tmp_path, says=says)
-    assert files_in(tmp_path) == []
+    for out in (tmp_path, tmp_path / "new" / "folder"):
+        assert_fails(capsys, "compare", *arguments, "--out", out, says=says)
+        assert files_in(tmp_path) == []
+
+
+def test_empty_outputs_leave_no_folder(tmp_path, capsys):
+    np.savez(tmp_path / "empty.npz", q=np.ones((0, 4)), k=np.ones((5, 4)), v=np.ones((5, 4)))
+    assert_fails(capsys, "compare", tmp_path / "empty.npz", "--out", tmp_path / "out", says="at least one element")
+    assert files_in(tmp_path) == ["empty.npz"]
+
+
+@pytest.mark.parametrize("failure", [MemoryError("too much"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["measure", "write"])
+def test_a_new_folder_goes_where_nothing_is_written(tmp_path, no_plot, capsys, monkeypatch, where, failure):
+    def fail(*arguments, **options):
+        raise failure
+
+    monkeypatch.setattr(comparison if where == "measure" else cli, "measure" if where == "measure" else "to_json", fail)
+    (tmp_path / "mine").mkdir()
+    for out in ("new/folder", "mine", "mine/new"):
+        assert run(capsys, "compare", *QUICK, "--out", tmp_path / out)[0] in (2, 130)
+        assert files_in(tmp_path) == ["mine"]
+        assert files_in(tmp_path / "mine") == []
 
 
 def test_methods_are_checked_before_any_work(tmp_path, capsys, monkeypatch):
@@ -138,12 +277,25 @@ def test_methods_are_checked_before_any_work(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["compare", "--budgets", "many"], ["compare", "--library", "jax"], ["unknown"]])
-def test_misspelt_arguments(capsys, arguments):
-    with pytest.raises(SystemExit) as info:
-        cli.main(arguments)
-    assert info.value.code == 2
-    assert "kdecore" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND; see kdecore --help"),
+        (["unknown"], "'unknown'"),
+        (["info", "more"], "unknown arguments: more; see kdecore --help"),
+        (["compare", "--budgets", "many"], "argument --budgets: must be integers, got 'many'; see kdecore compare --help"),
+        (["compare", "--budgets", "16,1.5"], "got '16,1.5'"),
+        (["compare", "--budgets"], "--budgets: expected at least one argument"),
+        (["compare", "--library", "jax"], "invalid choice: 'jax'"),
+        (["compare", "--methods", "sortlsh", "hyper", "ok.npz"], "got 'ok.npz'; files come before the options"),
+        (["compare", "--budgets", "16", "ok.NPZ"], "files come before the options, as in kdecore compare ok.NPZ"),
+        (["compare", "q.npy", "--seeds", "1", "k.npy"], "files come before the options, as in kdecore compare k.npy"),
+        (["compare", "--methods", ","], "at least one entry"),
+    ],
+)
+def test_misspelt_arguments(capsys, monkeypatch, arguments, says):
+    monkeypatch.setattr(cli, "glove_case", lambda n: pytest.fail("loaded the data first"))
+    assert_fails(capsys, *arguments, says=says)
 
 
 def test_output_folder_is_checked_before_measuring(tmp_path, capsys, monkeypatch):
@@ -308,6 +460,14 @@ def test_measure_needs_something_to_measure(methods, budgets, seeds):
         comparison.measure(small_case(), methods, budgets, seeds)
 
 
+def test_machine_names_the_threads_that_kdecore_uses(monkeypatch):
+    monkeypatch.setattr("numba.get_num_threads", lambda: pytest.fail("launched Numba's threading layer"))
+    monkeypatch.setattr("kdecore.kernels.threads.thread_count", lambda: 7)
+    threads = machine.this_machine().threads
+    assert threads["kdecore"] == "7"
+    assert "numba" not in threads
+
+
 def test_peak_memory():
     size = 64 * 2**20
     found = machine.peak_memory(lambda: np.ones(size, dtype=np.uint8))
@@ -344,6 +504,22 @@ def test_torch_baseline_is_exact(lead, d, d_v):
 def test_json_has_no_nan():
     text = cli.to_json({"a": [math.nan, math.inf, 1.5], "b": {"c": -math.inf}}).decode()
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, 1.5], "b": {"c": None}}
+
+
+def test_plot_says_that_rows_are_sampled(monkeypatch):
+    texts = []
+    monkeypatch.setattr(comparison, "TIMED_ROWS", 40)
+    monkeypatch.setattr(
+        "kdecore.plots.Figure.savefig",
+        lambda figure, *a, **k: texts.extend(
+            [figure.axes[0].get_title(), *(text.get_text() for text in figure.axes[0].texts)]
+        ),
+    )
+    case = small_case()
+    rows = comparison.measure(case, ["hyper"], [8], [0], repeats=1, exact_rows=20)
+    comparison_png(case, rows, machine.this_machine(), "numpy")
+    assert any("errors on 20 of 60 queries, drawn at random" in text for text in texts)
+    assert any("exact" in text and "scaled up from 40 queries" in text for text in texts)
 
 
 def test_plot_with_any_errors():
