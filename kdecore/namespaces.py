@@ -39,6 +39,7 @@ __all__ = [
     "common_namespace",
     "dtype_name",
     "from_host",
+    "from_host_like",
     "host",
     "host_view",
     "invert_permutation",
@@ -125,7 +126,10 @@ def host_view(array: Array) -> Array:
 
     One layout and mutability means one compiled version of a Numba kernel for each dtype.
     """
-    view = np.require(np.asarray(without_gradient(array)), requirements=["C", "A"]).view()
+    plain = without_gradient(array)
+    if hasattr(plain, "resolve_neg"):  # PyTorch negates some tensors lazily, which NumPy does not know of
+        plain = plain.resolve_neg()
+    view = np.require(np.asarray(plain), requirements=["C", "A"]).view()
     view.flags.writeable = False
     return view
 
@@ -137,13 +141,22 @@ def without_gradient(array: Array) -> Array:
 
 def needs_gradient(*arrays: Array) -> bool:
     """Return whether a library with automatic differentiation is to record what is done with any of the arrays."""
-    return any(getattr(array, "requires_grad", False) for array in arrays)
+    if namespace_name(namespace_of(arrays[0])) != "torch":
+        return False
+    from kdecore_adapters import torch_adapter
+
+    return torch_adapter.records_gradients(*arrays)
 
 
 def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:
     """Gather ``rows[index]``: rows (n, …), index int64 of any shape → index.shape + rows.shape[1:]."""
     flat = xp.take(rows, xp.reshape(index, (-1,)), axis=0)
     return xp.reshape(flat, (*index.shape, *rows.shape[1:]))
+
+
+def from_host_like(xp: Namespace, array: Array, like: Array) -> Array:
+    """Return a NumPy array in the namespace ``xp`` on ``like``'s device, sharing memory where the library can."""
+    return xp.asarray(array, device=array_api_compat.device(like))
 
 
 def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:

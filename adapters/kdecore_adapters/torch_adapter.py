@@ -27,6 +27,14 @@ def threads() -> int | None:
     return torch.get_num_threads()
 
 
+def records_gradients(*tensors: Any) -> bool:
+    """Return whether PyTorch is recording what is done with any of the tensors, for either mode of differentiation."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(tensor).tangent is not None for tensor in tensors)
+
+
 def to_numpy(array: Any) -> Any:
     """Return a NumPy array: a view of a tensor on the CPU, a copy of any other; bfloat16 becomes float32."""
     tensor = array.detach()

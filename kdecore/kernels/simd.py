@@ -76,7 +76,9 @@ class _Vectors:
         for coefficient in reversed(_EXP2[kind][:-1]):
             power = self.llvm("fma", power, rest, self.constant(coefficient))
         narrow, wide = ir.VectorType(ir.IntType(32), self.lanes), ir.VectorType(ir.IntType(8 * self.bytes), self.lanes)
-        exponent = builder.fptosi(whole, narrow)
+        # NaN has no integer: it takes any, since the result is NaN whatever the factor.
+        number = builder.select(builder.fcmp_ordered("ord", whole, whole), whole, floor)
+        exponent = builder.fptosi(number, narrow)
         exponent = exponent if narrow == wide else builder.sext(exponent, wide)
         exponent = builder.add(exponent, ir.Constant(wide, [_BIAS[kind]] * self.lanes))
         factor = builder.bitcast(builder.shl(exponent, ir.Constant(wide, [_MANTISSA[kind]] * self.lanes)), self.vector)
@@ -85,10 +87,10 @@ class _Vectors:
 
 @intrinsic
 def multiply_tile(typingctx, a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh):
-    """Multiply: c[r, j] = start[r, j] + Σ_t a[r, t] · b[t, j] for r < `TILE_ROWS`, j < lanes, t < depth.
+    """Multiply: c[r, j] = bias[bias0 + r] + Σ_t a[r, t] · b[t, j] for r < `TILE_ROWS`, j < lanes, t < depth.
 
-    a[r, t] is ``a[a0 + r · row_step + t · depth_step]``; b and c are panels at b0 and c0; start is ``bias[bias0 + r]`` if
-    fresh, else what c holds; depth ≥ 1.
+    a[r, t] is ``a[a0 + r · row_step + t · depth_step]``; b and c are panels at b0 and c0. The
+    result is added to what c holds unless fresh, so that several calls sum in two levels; depth ≥ 1.
     """
 
     def codegen(context, builder, signature, args):
@@ -101,7 +103,6 @@ def multiply_tile(typingctx, a, a0, row_step, depth_step, b, b0, depth, bias, bi
         rows_a = [simd.at(first_a, builder.mul(row_step, index(r))) for r in range(TILE_ROWS)]
         rows_c = [simd.at(first_c, index(r * simd.lanes)) for r in range(TILE_ROWS)]
         biases = [simd.splat(builder.load(simd.at(first_bias, index(r)))) for r in range(TILE_ROWS)]
-        starts = [builder.select(fresh, x, simd.load(row)) for x, row in zip(biases, rows_c, strict=True)]
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
@@ -115,13 +116,13 @@ def multiply_tile(typingctx, a, a0, row_step, depth_step, b, b0, depth, bias, bi
         following = builder.add(t, index(1))
         t.add_incoming(index(0), before)
         t.add_incoming(following, loop)
-        for total, start, value in zip(sums, starts, new, strict=True):
+        for total, start, value in zip(sums, biases, new, strict=True):
             total.add_incoming(start, before)
             total.add_incoming(value, loop)
         builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
         builder.position_at_end(after)
         for value, row in zip(new, rows_c, strict=True):
-            simd.store(value, row)
+            simd.store(builder.select(fresh, value, builder.fadd(value, simd.load(row))), row)
         return context.get_dummy_value()
 
     args = (a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh)
@@ -156,13 +157,13 @@ def exp2_columns(typingctx, a, a0, rows, top, top0, total, total0):
         simd = _Vectors(context, builder, signature.args[0])
         panel, result = simd.pointer(signature.args[0], a, a0), simd.pointer(signature.args[5], total, total0)
         shift = simd.load(simd.pointer(signature.args[3], top, top0))
-        sums = cgutils.alloca_once_value(builder, simd.load(result))
+        sums = cgutils.alloca_once_value(builder, simd.constant(0.0))
         with cgutils.for_range(builder, rows) as loop:
             row = simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes)))
             value = simd.exp2(builder.fsub(simd.load(row), shift))
             simd.store(value, row)
             builder.store(builder.fadd(builder.load(sums), value), sums)
-        simd.store(builder.load(sums), result)
+        simd.store(builder.fadd(builder.load(sums), simd.load(result)), result)
         return context.get_dummy_value()
 
     return types.void(a, a0, rows, top, top0, total, total0), codegen

@@ -9,12 +9,12 @@ values are transposed, and maximum and sum run down the lanes. Logits are kept i
 import math
 
 import numpy as np
-from numba import njit
 
+from kdecore.kernels.jit import kernel
 from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, column_max, copy_rows, exp2_columns, multiply_tile, prefetch
 from kdecore.kernels.threads import run_tasks, thread_count
 from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 TASK_ROWS = 256
 """Rows that share one copy of their keys."""
@@ -48,10 +48,10 @@ def attend_blocks(
     run_tasks(
         lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, threads=thread_count(), chunk=1
     )
-    return Part(xp.asarray(out), xp.asarray(lse))
+    return Part(from_host_like(xp, out, q), from_host_like(xp, lse, q))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel()
 def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, first, last):
     """Evaluate tasks first … last − 1 into out and lse."""
     rows, slots = query_index.shape[1], key_index.shape[1]
@@ -61,7 +61,6 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
     panels = -(-min(rows, TASK_ROWS) // lanes)
     chunk = round_up(-(-slots // -(-slots // CHUNK_SLOTS)), TILE_ROWS)
     columns = round_up(d_v, TILE_ROWS)
-    zero = q.dtype.type(0.0)
     flat_q, flat_k, flat_v = q.reshape(-1), k.reshape(-1), v.reshape(-1)
     queries = np.zeros(panels * d * lanes, q.dtype)
     keys = np.zeros(chunk * d, q.dtype)
@@ -69,10 +68,13 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
     bias = np.empty(chunk, q.dtype)
     no_bias = np.zeros(TILE_ROWS, q.dtype)
     logits = np.empty(chunk * lanes, q.dtype)
-    sums = np.zeros(panels * columns * lanes, q.dtype)
+    chunk_sums = np.zeros(columns * lanes, q.dtype)
+    chunk_totals = np.empty(lanes, q.dtype)
+    before, shifts = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
     tops = np.empty(panels * lanes, q.dtype)
-    before = np.empty(lanes, q.dtype)
-    totals = np.empty(panels * lanes, q.dtype)
+    # Chunks are added up in float64, so that float32 errors do not grow with the number of keys.
+    sums = np.zeros(panels * columns * lanes, np.float64)
+    totals = np.empty(panels * lanes, np.float64)
     for task in range(first, last):
         block, begin = task // parts, task % parts * TASK_ROWS
         count = min(TASK_ROWS, rows - begin)
@@ -81,11 +83,14 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
             prefetch(flat_q, ahead * d, d)
             load_query(flat_q, np.uintp(query_index[block, begin + r] * d), queries, np.uintp(r), np.uintp(d), factor)
         tops[:] = -np.inf
-        totals[:] = zero
+        totals[:] = 0.0
         for start in range(0, slots, chunk):
             used = min(chunk, slots - start)
             width = round_up(used, TILE_ROWS)
+            # Slots that only fill a tile: of weight 0, and finite so that 0 times them is 0.
             bias[used:width] = -np.inf
+            keys[used * d : width * d] = 0.0
+            values[used * columns : width * columns] = 0.0
             for j in range(used):
                 ahead = key_index[block, start + min(j + AHEAD, used - 1)]
                 prefetch(flat_k, ahead * d, d)
@@ -100,10 +105,12 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
                     multiply_tile(keys, j * d, d, 1, queries, lane * d, d, bias, j, logits, j * lanes, True)
                 before[:] = tops[lane : lane + lanes]
                 column_max(logits, 0, width, tops, lane)
-                rescale(before, tops, totals, sums, lane, columns, start == 0)
-                exp2_columns(logits, 0, width, before, 0, totals, lane)
+                for i in range(lanes):
+                    shifts[i] = tops[lane + i] if tops[lane + i] > -np.inf else 0.0
+                chunk_totals[:] = 0.0
                 for deep in range(0, width, VALUE_DEPTH):
                     depth = min(VALUE_DEPTH, width - deep)
+                    exp2_columns(logits, deep * lanes, depth, shifts, 0, chunk_totals, 0)
                     for column in range(0, columns, TILE_ROWS):
                         multiply_tile(
                             values,
@@ -115,10 +122,11 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
                             depth,
                             no_bias,
                             0,
-                            sums,
-                            (panel * columns + column) * lanes,
-                            start + deep == 0,
+                            chunk_sums,
+                            column * lanes,
+                            deep == 0,
                         )
+                add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, columns, start == 0)
         for r in range(count):
             query = query_index[block, begin + r]
             total, base = totals[r], r // lanes * columns * lanes + r % lanes
@@ -129,7 +137,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
             lse[query] = (tops[r] + np.log2(total)) * LN2 if total != 0 else -np.inf
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel()
 def load_query(source, start, queries, r, d, factor):
     """Write query r, scaled, down its lane. Offsets are unsigned, so that no index is checked for being negative."""
     lanes = np.uintp(VECTOR_BYTES // source.itemsize)
@@ -138,21 +146,27 @@ def load_query(source, start, queries, r, d, factor):
         queries[base + t * lanes] = source[start + t] * factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def rescale(before, tops, totals, sums, lane, columns, fresh):
-    """Bring a panel's sums from the old maximum to the new one; ``before`` is left holding the shift for exp."""
-    lanes = before.shape[0]
+@kernel()
+def add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, columns, fresh):
+    """Add a chunk's sums to a panel's, after bringing those from the maximum before it to the new one."""
+    lanes = np.uintp(before.shape[0])
+    first = np.uintp(lane)
+    shrinks = np.zeros(lanes, np.float64)
+    if not fresh:
+        for i in range(lanes):
+            shrinks[i] = 1.0 if before[i] == shifts[i] else np.exp2(np.float64(before[i] - shifts[i]))
     for i in range(lanes):
-        shift = tops[lane + i] if tops[lane + i] > -np.inf else tops.dtype.type(0.0)
-        if not fresh and before[i] != shift:
-            shrink = np.exp2(before[i] - shift)
-            totals[lane + i] *= shrink
-            for t in range(columns):
-                sums[lane * columns + t * lanes + i] *= shrink
-        before[i] = shift
+        totals[first + i] = totals[first + i] * shrinks[i] + chunk_totals[i]
+    base = first * np.uintp(columns)
+    for t in range(np.uintp(columns)):
+        for i in range(lanes):
+            at = t * lanes + i
+            # What an earlier task left may be infinite, and 0 times it NaN.
+            old = 0.0 if fresh else sums[base + at] * shrinks[i]
+            sums[base + at] = old + chunk_sums[at]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel()
 def round_up(number, step):
     """Return the least multiple of step that is at least number."""
     return -(-number // step) * step

@@ -1,10 +1,10 @@
 """`bucket_order` in Numba for the CPU: a counting sort, stable and linear."""
 
 import numpy as np
-from numba import njit
 
+from kdecore.kernels.jit import kernel
 from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
-from kdecore.namespaces import Array, Namespace, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 
 def bucket_order(xp: Namespace, codes: Array) -> Array:
@@ -13,7 +13,7 @@ def bucket_order(xp: Namespace, codes: Array) -> Array:
     groups, n = codes_.shape
     buckets = int(codes_.max(initial=0)) + 1
     if buckets > 8 * n + 65536:  # counting would cost more than comparing
-        return xp.asarray(np.argsort(codes_, axis=-1, stable=True).astype(np.int64, copy=False))
+        return from_host_like(xp, np.argsort(codes_, axis=-1, stable=True).astype(np.int64, copy=False), codes)
     order = np.empty((groups, n), np.int64)
     run_tasks(
         lambda first, last: counting_sort(codes_, buckets, order, first, last),
@@ -21,10 +21,10 @@ def bucket_order(xp: Namespace, codes: Array) -> Array:
         threads=thread_count(),
         chunk=small_tasks(n),
     )
-    return xp.asarray(order)
+    return from_host_like(xp, order, codes)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def counting_sort(codes, buckets, order, first, last):
     """Write the stable order of groups first … last − 1."""
     n = codes.shape[1]

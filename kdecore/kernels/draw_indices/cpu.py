@@ -1,10 +1,10 @@
 """`draw_indices` in Numba for the CPU: each block's ascending points are found by galloping from the last one."""
 
 import numpy as np
-from numba import njit
 
+from kdecore.kernels.jit import kernel
 from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
-from kdecore.namespaces import Array, Namespace, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 
 def draw_indices(
@@ -24,10 +24,10 @@ def draw_indices(
         draw(cumulative, log_weights, windows, window_size, starts_, positions, log_inclusion, first, last)
 
     run_tasks(work, groups * blocks, threads=thread_count(), chunk=small_tasks(count))
-    return xp.asarray(positions), xp.asarray(log_inclusion)
+    return from_host_like(xp, positions, weights), from_host_like(xp, log_inclusion, weights)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel()
 def draw(cumulative, log_weights, windows, size, starts, positions, log_inclusion, first, last):
     """Draw for blocks first … last − 1, counted through all groups."""
     blocks, count = positions.shape[1], positions.shape[2]
@@ -56,7 +56,7 @@ def draw(cumulative, log_weights, windows, size, starts, positions, log_inclusio
             log_inclusion[group, block, i] = log_weights[group, position] + shift
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def last_at_most(ascending, start, value):
     """Return the last index at or after ``start`` whose element is at most ``value``; ``start`` if there is none."""
     low, step = start, 1

@@ -1,11 +1,11 @@
 """`hash_codes` in Numba for the CPU: projections in register tiles, then each row's signs and Gray rank."""
 
 import numpy as np
-from numba import njit
 
+from kdecore.kernels.jit import kernel
 from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile
 from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
-from kdecore.namespaces import Array, Namespace, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 TASK_ROWS = 2052
 """Rows in a task, a multiple of `TILE_ROWS`."""
@@ -34,10 +34,10 @@ def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
     run_tasks(
         lambda first, last: pack(projected, bits, codes, first, last), groups, threads=thread_count(), chunk=small_tasks(n)
     )
-    return xp.asarray(codes)
+    return from_host_like(xp, codes, x)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel()
 def project(rows, normals, projected, first, last):
     """Write ⟨row, plane⟩ for the rows of tasks first … last − 1."""
     count, d = rows.shape
@@ -60,7 +60,7 @@ def project(rows, normals, projected, first, last):
                 projected[panel, i:] = spare.reshape(TILE_ROWS, lanes)[: count - i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@kernel()
 def pack(projected, bits, codes, first, last):
     """Write the Gray rank of the sign patterns of groups first … last − 1."""
     panels, _, lanes = projected.shape

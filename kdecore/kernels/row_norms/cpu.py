@@ -1,10 +1,10 @@
 """`row_norms` in Numba for the CPU."""
 
 import numpy as np
-from numba import njit
 
+from kdecore.kernels.jit import kernel
 from kdecore.kernels.threads import run_tasks, thread_count
-from kdecore.namespaces import Array, Namespace, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 TASK_ROWS = 4096
 """Rows in a task."""
@@ -23,10 +23,10 @@ def row_norms(xp: Namespace, rows: Array) -> Array:
         chunk=1,
     )
     top = largest.max(axis=1, initial=0.0, keepdims=True)
-    return xp.asarray(largest / np.where(top > 0, top, 1.0) * relative)
+    return from_host_like(xp, largest / np.where(top > 0, top, 1.0) * relative, rows)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
+@kernel(fastmath={"reassoc", "contract"})
 def norms(rows, largest, relative, first, last):
     """Write each row's largest finite absolute value, and its norm in units of that; 0 for a row that is not finite."""
     for i in range(first * TASK_ROWS, min(rows.shape[0], last * TASK_ROWS)):
