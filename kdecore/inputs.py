@@ -11,7 +11,9 @@ from kdecore.namespaces import (
     accumulation_dtype,
     common_device,
     common_namespace,
+    contiguous,
     dtype_name,
+    is_contiguous,
     namespace_name,
     to_float,
 )
@@ -35,6 +37,8 @@ class Problem:
         Device of the inputs.
     input_dtype
         Name of the inputs' dtype, which the result has too.
+    copied
+        Names of the inputs that had to be copied, for their dtype, byte order or layout in memory.
     """
 
     q: Array
@@ -45,6 +49,7 @@ class Problem:
     xp: Namespace
     device: object
     input_dtype: str
+    copied: tuple[str, ...]
 
     @property
     def groups(self) -> int:
@@ -90,7 +95,8 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
     Returns
     -------
     Problem
-        Views of the inputs where possible; half precision is copied to float32.
+        Views of the inputs where possible. Half precision is copied to float32, and every kernel gets rows that lie one
+        after another: other layouts are copied, once.
 
     Raises
     ------
@@ -107,7 +113,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
     groups = math.prod(lead)
 
     def canonical(array: Array) -> Array:
-        return xp.astype(xp.reshape(array, (groups, *array.shape[-2:])), dtype, copy=False)
+        return contiguous(xp.astype(xp.reshape(contiguous(array), (groups, *array.shape[-2:])), dtype, copy=False))
 
     return Problem(
         q=canonical(q),
@@ -118,6 +124,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
         xp=xp,
         device=device,
         input_dtype=name,
+        copied=tuple(label for label, x in (("q", q), ("k", k), ("v", v)) if not is_contiguous(x) or x.dtype != dtype),
     )
 
 

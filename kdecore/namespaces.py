@@ -37,12 +37,14 @@ __all__ = [
     "chebyshev_coefficients",
     "common_device",
     "common_namespace",
+    "contiguous",
     "dtype_name",
     "from_host",
     "from_host_like",
     "host",
     "host_view",
     "invert_permutation",
+    "is_contiguous",
     "namespace_name",
     "namespace_of",
     "needs_gradient",
@@ -103,6 +105,20 @@ def common_device(**arrays: Array) -> Any:
         if devices[name] != devices[first]:
             raise DeviceError(f"{name} must be on the same device as {first} ({devices[first]}), got {devices[name]}")
     return devices[first]
+
+
+def is_contiguous(array: Array) -> bool:
+    """Return whether the array lies in memory row by row; True where its library does not tell."""
+    if hasattr(array, "is_contiguous"):
+        return bool(array.is_contiguous())
+    return bool(getattr(getattr(array, "flags", None), "c_contiguous", True))
+
+
+def contiguous(array: Array) -> Array:
+    """Return the array laid out row by row: itself where it is, a copy otherwise."""
+    if is_contiguous(array):
+        return array
+    return array.contiguous() if hasattr(array, "contiguous") else array.copy(order="C")
 
 
 def dtype_name(array: Array) -> str:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
 from kdecore.kernels.registry import Choice, Site, choose
+from kdecore.kernels.threads import thread_count
 from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
-from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, Options, SortLSH, integer_at_least
+from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, KDEformer, Options, SortLSH, integer_at_least
 from kdecore.randomness import check_seed
 
 # Crossover between exact and sortlsh, fitted to bench/results/crossover.json: cost in units of one key evaluated for one
@@ -34,7 +35,7 @@ class Plan:
     kernels
         Kernel name → implementation chosen.
     temporary_bytes
-        Planned peak of temporaries above inputs and results.
+        Upper bound of temporaries above inputs and results.
     """
 
     options: Options
@@ -66,7 +67,7 @@ def make_plan(
     gradient = needs_gradient(problem.q, problem.k, problem.v)
     site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
     chosen = {name: choose(name, site, kernels) for name in options.kernels}
-    return Plan(options, reason, budget, seed, chosen, _temporary_bytes(problem, options))
+    return Plan(options, reason, budget, seed, chosen, _temporary_bytes(problem, options, chosen))
 
 
 def _resolve_method(problem: Problem, method: str | Options, budget: int | None) -> tuple[Options, str]:
@@ -100,16 +101,38 @@ def _choose_method(problem: Problem, budget: int) -> tuple[Options, str]:
     return options, f"auto: above the crossover, expected {exact / sampled:.1f} × faster than exact"
 
 
-def _temporary_bytes(problem: Problem, options: Options) -> int:
-    """Count temporaries: one tile with its copies, the Selection, and results before they are put in order."""
+def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choice]) -> int:
+    """Bound the temporaries from above: copied inputs, the Selection while it is made, and what the kernels work in."""
     size = 8 if ACCUMULATION[problem.input_dtype] == "float64" else 4
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
-    total = 3 * TILE_ELEMENTS * size
-    if problem.input_dtype != ACCUMULATION[problem.input_dtype]:
-        total += size * (rows_q * (problem.d + problem.d_v) + rows_k * (problem.d + problem.d_v))
-    if isinstance(options, SortLSH) and options.budget:
-        blocks = -(-problem.n_q // options.rows) * problem.groups
-        total += blocks * options.budget * (8 + 8 + size)  # indices, float64 log-inclusion, log-weight
-        total += (rows_q + rows_k) * (2 + 8 + 8 + size * (options.num_hashes or 0))  # codes, order, inverse, projections
-        total += rows_k * 8 * 3 + rows_q * (problem.d_v + 1) * size
+    sizes = {"q": rows_q * problem.d, "k": rows_k * problem.d, "v": rows_k * problem.d_v}
+    total = size * sum(sizes[name] for name in problem.copied)
+    if options.name == "exact":
+        if kernels["attend_dense"].target == "array-api":
+            # Logits, shifted logits and weights of a tile; results of two tiles and their merge.
+            return total + size * (4 * TILE_ELEMENTS + 6 * min(problem.n_q, 256) * (problem.d + problem.d_v))
+        return total + _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
+    slots = min(options.budget or problem.n_k, problem.n_k)
+    blocks = problem.groups * (-(-problem.n_q // options.rows) if isinstance(options, SortLSH) else 1)
+    # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
+    total += blocks * slots * (7 * 8 + 2 * size)
+    # Codes, order and its inverse, sampling weights and their sums, norms; projections of one side at a time.
+    total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8 + max(rows_q, rows_k) * 2 * 64
+    if kernels["attend_blocks"].target == "array-api":
+        rows = min(problem.n_q, options.rows if isinstance(options, SortLSH) else problem.n_q)
+        tile = max(TILE_ELEMENTS, slots * max(problem.d, problem.d_v))
+        total += size * 7 * tile + size * (rows_q + blocks * rows) * (problem.d_v + 1)
+        total += 4 * 8 * rows_k * problem.d_v if "row_norms" in kernels else 0
+    else:
+        total += _workspace_bytes(problem, size)
+    if isinstance(options, KDEformer):
+        # The density estimates' own copies of queries and keys, with a coordinate more, and their tiles.
+        total += size * (8 * (rows_q + rows_k) * (problem.d + 1) + 16 * TILE_ELEMENTS)
     return total
+
+
+def _workspace_bytes(problem: Problem, size: int) -> int:
+    """Return what the Numba attention kernel works in: each thread's chunk of keys and values, queries and sums of a task."""
+    rows, slots = 256, 640
+    a_thread = size * slots * (problem.d + problem.d_v + 32) + rows * (size * problem.d + 8 * (problem.d_v + 8))
+    return thread_count() * a_thread

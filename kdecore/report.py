@@ -32,6 +32,8 @@ class Report:
         The inputs' dtype.
     library, device
         Where the arrays are.
+    copied
+        Inputs that had to be copied for their dtype, byte order or layout in memory.
     kernels
         Kernel name → implementation that ran, and why it.
     temporary_bytes
@@ -49,6 +51,7 @@ class Report:
     dtype: str
     library: str
     device: str
+    copied: tuple[str, ...]
     kernels: dict[str, str]
     temporary_bytes: int
     seconds: float
@@ -66,6 +69,7 @@ class Report:
             *([("options", options)] if options else []),
             ("keys per query", f"{self.keys_per_query:.1f} of {n_k} (budget asked: {asked})"),
             ("problem", f"{groups} × {n_q} queries, d = {d}, d_v = {d_v}, {self.dtype}, {self.library} on {self.device}"),
+            *([("copied", f"{', '.join(self.copied)} (dtype or layout)")] if self.copied else []),
             *((f"kernel {name}", choice) for name, choice in self.kernels.items()),
             ("temporaries planned", f"{self.temporary_bytes / 2**20:.1f} MiB"),
             ("wall time", f"{self.seconds * 1e3:.2f} ms"),
@@ -86,6 +90,7 @@ def make_report(problem: Problem, plan: Plan, selection: Selection, seconds: flo
         dtype=problem.input_dtype,
         library=problem.library,
         device=str(problem.device),
+        copied=problem.copied,
         kernels={name: f"{choice.target} ({choice.reason})" for name, choice in plan.kernels.items()},
         temporary_bytes=plan.temporary_bytes,
         seconds=seconds,

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import kdecore
+from kdecore.kernels.registry import KERNELS
+from kdecore.namespaces import host
 from tests import oracles
 
 ROOT = Path(kdecore.__file__).parents[1]
@@ -110,3 +112,16 @@ def test_importing_and_running_need_no_cache_folder():
         "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator",
     }
     subprocess.run([sys.executable, "-c", CALL], env=env, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("implementation", KERNELS["hash_codes"], ids=lambda implementation: implementation.target)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_row_that_is_not_finite_leaves_the_buckets_of_others(implementation, bad):
+    """The centre is the mean over rows whose projection is finite; else every row would fall into bucket 0."""
+    rng = np.random.default_rng(0)
+    x, planes = rng.standard_normal((2, 300, 8)), rng.standard_normal((8, 6))
+    clean = implementation.function(host, np.delete(x, 17, axis=1), planes)
+    x[:, 17] = bad
+    with np.errstate(invalid="ignore"):
+        found = implementation.function(host, x, planes)
+    np.testing.assert_array_equal(np.delete(found, 17, axis=1), clean)

@@ -47,11 +47,21 @@ def run_tasks(work: Callable[[int, int], None], tasks: int, *, threads: int, chu
         except BaseException as failure:
             failures.append(failure)
 
-    helpers = [threading.Thread(target=loop) for _ in range(min(threads, -(-tasks // chunk)) - 1)]
-    for helper in helpers:
-        helper.start()
-    loop()
-    for helper in helpers:
-        helper.join()
+    helpers: list[threading.Thread] = []
+    try:
+        for _ in range(min(threads, -(-tasks // chunk)) - 1):
+            helper = threading.Thread(target=loop)
+            try:
+                helper.start()
+            except RuntimeError:  # no more threads to be had: fewer will do
+                break
+            helpers.append(helper)
+        loop()
+        for helper in helpers:
+            helper.join()
+    except BaseException as failure:  # an interrupt outside a task
+        failures.append(failure)
+        for helper in helpers:
+            helper.join()
     if failures:
         raise failures[0]

@@ -19,7 +19,8 @@ def attend_blocks(
     blocks, rows = query_index.shape
     slots = int(key_index.shape[1])
     rows_step = min(rows, max(1, TILE_ELEMENTS // slots))
-    blocks_step = max(1, TILE_ELEMENTS // (rows_step * slots))
+    # Copies of keys and values count like logits: with few rows a block they are the larger part.
+    blocks_step = max(1, TILE_ELEMENTS // (slots * max(rows_step, int(k.shape[1]), int(v.shape[1]))))
     out = xp.empty((blocks, rows, v.shape[1]), dtype=q.dtype, device=q.device)
     lse = xp.empty((blocks, rows), dtype=q.dtype, device=q.device)
     for block in spans(blocks, blocks_step):

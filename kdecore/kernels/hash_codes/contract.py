@@ -11,8 +11,9 @@ class HashCodes(Protocol):
     def __call__(self, xp: Namespace, x: Array, planes: Array) -> Array:
         """Return each row's bucket.
 
-        Bit i of the sign pattern is ⟨x − mean(x), planes[:, i]⟩ > 0, the mean taken over each group's rows. The bucket
-        is the pattern's rank in Gray order (its inverse Gray code), so buckets r and r + 1 differ in one bit.
+        Bit i of the sign pattern is ⟨x − mean(x), planes[:, i]⟩ > 0, the mean taken over each group's rows
+        whose projection is finite. The bucket is the pattern's rank in Gray order (its inverse Gray code), so buckets r and
+        r + 1 differ in one bit.
 
         Parameters
         ----------

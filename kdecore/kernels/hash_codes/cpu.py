@@ -68,12 +68,14 @@ def pack(projected, bits, codes, first, last):
     means = np.empty((panels, lanes), projected.dtype)
     for group in range(first, last):
         for panel in range(panels):
-            sums = np.zeros(lanes, np.float64)
+            sums, counts = np.zeros(lanes, np.float64), np.zeros(lanes, np.float64)
             for i in range(group * n, (group + 1) * n):
                 row = projected[panel, i]
                 for lane in range(lanes):
-                    sums[lane] += row[lane]
-            means[panel] = (sums / n).astype(projected.dtype)
+                    finite = abs(row[lane]) < np.inf
+                    sums[lane] += row[lane] if finite else 0.0
+                    counts[lane] += finite
+            means[panel] = (sums / np.maximum(counts, 1.0)).astype(projected.dtype)
         for i in range(n):
             code = 0
             for panel in range(-(-bits // lanes)):

@@ -8,7 +8,10 @@ def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
     bits = int(planes.shape[1])
     projected = x @ planes
     # Subtracting the mean of the projections is projecting the centred rows, without a centred copy of x.
-    signs = projected > xp.mean(projected, axis=1, keepdims=True)
+    finite = xp.isfinite(projected)
+    count = xp.sum(xp.astype(finite, projected.dtype), axis=1, keepdims=True)
+    total = xp.sum(xp.where(finite, projected, 0.0), axis=1, keepdims=True)
+    signs = projected > total / xp.where(count > 0, count, 1.0)
     integer = xp.int16 if bits <= 15 else xp.int32
     code = xp.zeros(x.shape[:2], dtype=integer, device=x.device)
     for bit in range(bits):

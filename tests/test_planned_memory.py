@@ -1,0 +1,69 @@
+"""`Report.temporary_bytes` bounds what is really taken, and not by much; inputs are copied only where they must be."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from kdecore import SortLSH, attention
+
+
+def measured(*arrays, **options):
+    """Return (planned, peak above inputs and result) of a second call, as NumPy tells; workspaces of Numba do not show."""
+    attention(*arrays, **options)
+    tracemalloc.start()
+    out, report = attention(*arrays, return_report=True, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return report.temporary_bytes, peak - out.nbytes
+
+
+CASES = {
+    "wide rows": (1024, 16384, 256, {"method": SortLSH(block_size=1, num_samples=511)}),
+    "tiny budget": (8192, 8192, 64, {"method": "sortlsh", "budget": 3}),
+    "default budget": (8192, 8192, 64, {"method": "sortlsh"}),
+    "exact": (4096, 4096, 64, {"method": "exact"}),
+    "few queries": (3, 50000, 64, {"method": "hyper", "budget": 100}),
+}
+
+
+@pytest.mark.parametrize("kernels", ["array-api", "numba-cpu"])
+@pytest.mark.parametrize(("n_q", "n_k", "d", "options"), CASES.values(), ids=CASES)
+def test_the_plan_bounds_the_memory_taken(n_q, n_k, d, options, kernels):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n, d), dtype=np.float32) for n in (n_q, n_k, n_k))
+    planned, taken = measured(q, k, v, kernels=kernels, **options)
+    assert taken <= planned <= 4 * taken + 2**23
+
+
+def test_layouts_that_must_be_copied_are_counted_and_named():
+    rng = np.random.default_rng(0)
+    heads_last = rng.standard_normal((3, 4096, 4, 32), dtype=np.float32).transpose(0, 2, 1, 3)
+    planned, taken = measured(*heads_last, method="sortlsh", budget=64)
+    assert taken <= planned
+    _, report = attention(*heads_last, method="sortlsh", budget=64, return_report=True)
+    assert report.copied == ("q", "k", "v")
+    assert "q, k, v" in str(report)
+    plain = np.ascontiguousarray(heads_last)
+    plain[0].flags.writeable = False
+    _, report = attention(*plain, method="sortlsh", budget=64, return_report=True)
+    assert report.copied == ()
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, ::-1], lambda x: x.astype(">f4"), lambda x: x.astype(np.float16)])
+def test_other_reasons_to_copy(change):
+    q = np.random.default_rng(0).standard_normal((2, 50, 4), dtype=np.float32)
+    changed = change(q)
+    out, report = attention(changed, changed, changed, return_report=True)
+    assert report.copied == ("q", "k", "v")
+    same = np.ascontiguousarray(changed.astype(np.float32))
+    np.testing.assert_allclose(out.astype(np.float32), attention(same, same, same), rtol=2e-3)
+
+
+def test_transposed_tensors_keep_their_gradients():
+    q = torch.randn(30, 2, 4, dtype=torch.float64, requires_grad=True)
+    out, report = attention(*(q.transpose(0, 1),) * 3, return_report=True)
+    assert report.copied == ("q", "k", "v")
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert gradient.shape == q.shape
