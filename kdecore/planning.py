@@ -132,7 +132,7 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
 
 
 def _workspace_bytes(problem: Problem, size: int) -> int:
-    """Return what the Numba attention kernel works in: each thread's chunk of keys and values, queries and sums of a task."""
+    """Return what the Numba attention kernel works in: for each thread, a chunk of keys and values, and a task's queries."""
     rows, slots = 256, 640
     a_thread = size * slots * (problem.d + problem.d_v + 32) + rows * (size * problem.d + 8 * (problem.d_v + 8))
     return thread_count() * a_thread
