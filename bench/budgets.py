@@ -1,11 +1,9 @@
-"""Error against budget on GloVe words and on three layers of a vision transformer: python -m bench.budgets [--out FOLDER].
+"""Error against budget on GloVe words and on three layers of a vision transformer.
 
-Writes budgets.json and budgets.png. Both variants of kdeformer get exact densities, so that what differs is the sampling and
-the division, not the density estimate; those densities take all pairs, which the budget doesn't count.
+`python -m bench.budgets [--out FOLDER]`. Both variants of kdeformer get exact densities, so that what differs is the
+sampling and the division, not the density estimate; those densities take all pairs, which the budget does not count.
 """
 
-import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import kdecore
+from bench.study import run_study
 from kdecore.loading import Case, glove_case
-from kdecore.machine import this_machine
 from kdecore.metrics import errors
 from kdecore.namespaces import host
 from kdecore.options import KDEformer, Options
@@ -34,7 +32,7 @@ NORMS = ("spectral", "frobenius", "worst_row")
 MARKER_SIZES = (8, 8, 11, 5.5)
 
 
-def cases() -> Iterator[Case]:
+def load_cases() -> Iterator[Case]:
     """Yield GloVe words (one head, n = 8192) and each layer (six heads, n = 4097), float32."""
     from bench import vit
 
@@ -44,7 +42,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"ViT-S/14 at {IMAGE_SIZE} px, layer {layer}", q, k, v, None)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure_case(case: Case) -> dict[str, Any]:
     """Return, for each method and budget, every seed's errors (means over heads), and the slopes."""
     exact = kdecore.attention(*(x.astype("float64") for x in (case.q, case.k, case.v)), method="exact", scale=case.scale)
     result: dict[str, Any] = {"shape": list(case.q.shape), "scale": case.scale, "methods": {}}
@@ -62,6 +60,11 @@ def measure(case: Case) -> dict[str, Any]:
             )
         result["methods"][name] = {"budgets": rows, "slopes": {norm: slope(rows, norm) for norm in NORMS}}
     return result
+
+
+def measure() -> dict[str, Any]:
+    """Return what `measure_case` finds for each case."""
+    return {case.name: measure_case(case) for case in load_cases()}
 
 
 def slope(rows: list[dict[str, Any]], norm: str) -> float:
@@ -115,22 +118,5 @@ def plot(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Measure, write and draw."""
-    parser = argparse.ArgumentParser(prog="python -m bench.budgets", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for budgets.json and budgets.png")
-    folder = parser.parse_args().out
-    results = {case.name: measure(case) for case in cases()}
-    record = {
-        "machine": asdict(this_machine()),
-        "seeds": list(SEEDS),
-        "photograph": "skimage.data.astronaut",
-        "cases": results,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "budgets.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    plot(results, folder / "budgets.png")
-
-
 if __name__ == "__main__":
-    main()
+    run_study("budgets", __doc__, measure, plot)

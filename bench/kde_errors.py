@@ -1,10 +1,8 @@
-"""Share of queries beyond ε, on seeds and data that no constant was tuned on: python -m bench.kde_errors [results folder].
+"""Share of queries beyond ε, on seeds and data that no constant was tuned on.
 
-Writes kde_errors.json and kde_errors.png.
+`python -m bench.kde_errors [--out FOLDER]`.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.kde_cases import Case, clustered, evaluate, gaussian, glove, relative_error
+from bench.study import run_study
 
 DELTA = 0.05
 POINTS, QUERIES, MOST_QUERIES = 4096, 256, 4096
@@ -85,14 +84,5 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Measure, write and draw."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results")
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = measure()
-    (folder / "kde_errors.json").write_text(json.dumps(rows, indent=1) + "\n")
-    plot(rows, folder / "kde_errors.png")
-
-
 if __name__ == "__main__":
-    main()
+    run_study("kde_errors", __doc__, measure, plot)

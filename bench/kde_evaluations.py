@@ -1,11 +1,10 @@
-"""Kernel evaluations per query at ε = 0.3 against n, for each primitive: python -m bench.kde_evaluations [results folder].
+"""Kernel evaluations per query at ε = 0.3 against n, for each primitive.
 
-Counts do not depend on the machine. Writes kde_evaluations.json and kde_evaluations.png.
+`python -m bench.kde_evaluations [--out FOLDER]`. Counts do not depend on the machine.
 """
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.kde_cases import Case, clustered, evaluate, glove, relative_error
+from bench.study import run_study
 
 EPS = 0.3
 QUERIES = 256
@@ -99,14 +99,5 @@ def plot(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Measure, write and draw."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results")
-    folder.mkdir(parents=True, exist_ok=True)
-    results = measure()
-    (folder / "kde_evaluations.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, folder / "kde_evaluations.png")
-
-
 if __name__ == "__main__":
-    main()
+    run_study("kde_evaluations", __doc__, measure, plot)

@@ -1,6 +1,7 @@
 """kdecore: softmax attention over long sequences in near-linear time, with an error its user can see.
 
-Call `attention` on NumPy, CuPy, PyTorch or other array-API arrays. Importing kdecore imports neither PyTorch nor CuPy.
+Call `attention` on NumPy, CuPy, PyTorch or other array-API arrays; `kdecore.kde` has the density estimates by themselves.
+Importing kdecore imports neither PyTorch nor CuPy.
 """
 
 from kdecore.attention import attention

@@ -19,7 +19,7 @@ from kdecore.kde.uniform import Uniform, draws_at, draws_needed
 from kdecore.namespaces import Array
 
 EXACT_COST = (2.6, 0.03)
-"""Nanoseconds of one exact kernel evaluation, and more for each dimension (bench/kde_time.py, NumPy float32, one thread)."""
+"""Nanoseconds of one exact kernel evaluation, and more for each dimension (bench/kde_time.py, NumPy float32)."""
 EVALUATION_COST = {"uniform": 1.3, "neighbours": 3.0, "hbe": 40.0}
 """Nanoseconds that one kernel evaluation takes beyond an exact one."""
 SETUP_COST = {"uniform": (800.0, 6.0), "neighbours": (1000.0, 8.0)}
@@ -28,12 +28,12 @@ CALL_COST = {"uniform": 2e6, "neighbours": 2e6}
 """Nanoseconds whatever the size."""
 TABLE_COST = 500.0
 """Nanoseconds to hash and sort one point for one table."""
-LEAST_WORK = 2**22
+LEAST_WORK = 2**23
 """Kernel evaluations below which nothing but exact is looked at."""
 PILOT = (8, 32, 256)
 """Queries evaluated exactly, whose answers are kept: one in 256, but 8 to 32."""
 TRY_SHARE = 0.1
-"""Setting up may cost this share of exact evaluation, or more where the gain promised is `GAIN`."""
+"""Setting up may cost this share of the least cost found so far, or more where the gain promised over that is `GAIN`."""
 GAIN = 0.4
 
 
@@ -106,7 +106,7 @@ def choose(form: GaussianForm, accuracy: Accuracy, order: Array, make: Callable[
     for name in sorted(hopes, key=lambda name: hopes[name]):
         hope = hopes[name]
         notes.append(f"{name} at best {hope / n:.2g}")
-        affordable = setup.get(name, 0.0) <= TRY_SHARE * n or hope <= (1.0 - GAIN) * n
+        affordable = setup.get(name, 0.0) <= TRY_SHARE * best_cost or hope <= (1.0 - GAIN) * best_cost
         if hope >= best_cost or not affordable:
             continue
         primitive = make(name)
