@@ -27,14 +27,12 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
         offset = xp.arange(problem.groups, dtype=xp.int64, device=problem.device) * n
         return flat(index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
 
-    blocks, rows = selection.blocks.index.shape[1:]
     part = plan.kernels["attend_blocks"].function(
         xp,
         flat(problem.q),
         flat(problem.k),
         flat(problem.v),
         global_index(selection.blocks.index, problem.n_q),
-        global_index(selection.blocks.row, blocks * rows),
         global_index(selection.key_index, problem.n_k),
         flat(selection.log_weight),
         problem.scale,

@@ -5,6 +5,8 @@ from typing import Any
 
 from kdecore.attend import attend
 from kdecore.inputs import canonicalise
+from kdecore.kernels.jit import compile_seconds
+from kdecore.kernels.threads import team
 from kdecore.methods import SELECT
 from kdecore.namespaces import Array
 from kdecore.options import Options
@@ -22,6 +24,7 @@ def attention(
     scale: float | None = None,
     seed: int = 0,
     kernels: str = "auto",
+    threads: int | None = None,
     return_lse: bool = False,
     return_report: bool = False,
 ) -> Any:
@@ -48,6 +51,9 @@ def attention(
         the same result. No global random state is read or written.
     kernels
         ``"auto"``, or the name of an implementation that every kernel must have, such as ``"array-api"``.
+    threads
+        Threads of the Numba kernels, at least 1; as many as NUMBA_NUM_THREADS and the processors this process may use allow
+        if None. Array libraries keep to their own settings. No result depends on it.
     return_lse
         Also return the natural log of each query's softmax denominator.
     return_report
@@ -71,7 +77,7 @@ def attention(
     DeviceError
         Arrays of different libraries or on different devices.
     OptionError
-        Unknown method, budget below 1, scale not finite, seed out of range, options that contradict the budget.
+        Unknown method, budget or threads below 1, scale not finite, seed out of range, options that contradict the budget.
     KernelUnavailable
         The kernels asked for cannot run on these arrays.
 
@@ -94,16 +100,18 @@ def attention(
     >>> out.shape, report.method, report.keys_per_query
     ((2, 1000, 16), 'sortlsh', 128.0)
     """
-    started = time.perf_counter()
+    started, compiled = time.perf_counter(), compile_seconds()
     problem = canonicalise(q, k, v, scale)
-    plan = make_plan(problem, method=method, budget=budget, seed=seed, kernels=kernels)
-    selection = SELECT[plan.method](problem, plan)
-    part = attend(problem, plan, selection)
+    plan = make_plan(problem, method=method, budget=budget, seed=seed, kernels=kernels, threads=threads)
+    with team(plan.threads):
+        selection = SELECT[plan.method](problem, plan)
+        part = attend(problem, plan, selection)
     xp = problem.xp
     out = xp.astype(xp.reshape(part.out, (*problem.lead, problem.n_q, problem.d_v)), q.dtype, copy=False)
     results: list[Any] = [out]
     if return_lse:
         results.append(xp.reshape(part.lse, (*problem.lead, problem.n_q)))
     if return_report:
-        results.append(make_report(problem, plan, selection, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        results.append(make_report(problem, plan, selection, seconds, compile_seconds() - compiled))
     return tuple(results) if len(results) > 1 else out

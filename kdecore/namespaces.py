@@ -39,6 +39,7 @@ __all__ = [
     "common_namespace",
     "contiguous",
     "dtype_name",
+    "first_places",
     "from_host",
     "from_host_like",
     "host",
@@ -177,8 +178,10 @@ def from_host_like(xp: Namespace, array: Array, like: Array) -> Array:
 
 def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:
     """Gather ``rows[g, index[g, …]]``: rows (G, n), index int64 (G, …) → index.shape."""
-    flat = xp.take_along_axis(rows, xp.reshape(index, (index.shape[0], -1)), axis=1)
-    return xp.reshape(flat, index.shape)
+    groups, n = rows.shape
+    offset = xp.arange(groups, dtype=xp.int64, device=array_api_compat.device(rows)) * n
+    # One flat gather: twice as fast in NumPy as take_along_axis.
+    return take_rows(xp, xp.reshape(rows, (-1,)), index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
 
 
 def invert_permutation(xp: Namespace, order: Array) -> Array:
@@ -190,6 +193,13 @@ def invert_permutation(xp: Namespace, order: Array) -> Array:
     inverse = xp.empty((groups, n), dtype=order.dtype, device=device)
     inverse[xp.arange(groups, device=device)[:, None], order] = xp.arange(n, dtype=order.dtype, device=device)[None, :]
     return inverse
+
+
+def first_places(xp: Namespace, index: Array, n: int) -> Array:
+    """Return where each of 0 … n − 1 first stands in ``index`` (m,), which holds all of them → int64 (n,)."""
+    order = xp.argsort(index, stable=True)
+    every = xp.arange(n, dtype=index.dtype, device=array_api_compat.device(index))
+    return xp.take(order, xp.searchsorted(xp.take(index, order), every))
 
 
 def searchsorted_rows(xp: Namespace, ascending: Array, values: Array, *, side: str) -> Array:

@@ -34,6 +34,8 @@ class Plan:
         In [0, 2**64).
     kernels
         Kernel name → implementation chosen.
+    threads
+        Threads of the Numba kernels.
     temporary_bytes
         Upper bound of temporaries above inputs and results.
     """
@@ -43,6 +45,7 @@ class Plan:
     budget_asked: int | None
     seed: int
     kernels: dict[str, Choice]
+    threads: int
     temporary_bytes: int
 
     @property
@@ -58,16 +61,18 @@ def make_plan(
     budget: int | None = None,
     seed: int = 0,
     kernels: str = "auto",
+    threads: int | None = None,
 ) -> Plan:
     """Resolve method, budget and kernels for a problem; parameters as in `kdecore.attention`."""
     seed = check_seed(seed)
     if budget is not None:
         budget = integer_at_least(1, "budget", budget)
+    count = thread_count(None if threads is None else integer_at_least(1, "threads", threads))
     options, reason = _resolve_method(problem, method, budget)
     gradient = needs_gradient(problem.q, problem.k, problem.v)
     site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
     chosen = {name: choose(name, site, kernels) for name in options.kernels}
-    return Plan(options, reason, budget, seed, chosen, _temporary_bytes(problem, options, chosen))
+    return Plan(options, reason, budget, seed, chosen, count, _temporary_bytes(problem, options, chosen, count))
 
 
 def _resolve_method(problem: Problem, method: str | Options, budget: int | None) -> tuple[Options, str]:
@@ -101,7 +106,7 @@ def _choose_method(problem: Problem, budget: int) -> tuple[Options, str]:
     return options, f"auto: above the crossover, expected {exact / sampled:.1f} × faster than exact"
 
 
-def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choice]) -> int:
+def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choice], threads: int) -> int:
     """Bound the temporaries from above: copied inputs, the Selection while it is made, and what the kernels work in."""
     size = 8 if ACCUMULATION[problem.input_dtype] == "float64" else 4
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
@@ -111,7 +116,7 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
         if kernels["attend_dense"].target == "array-api":
             # Logits, shifted logits and weights of a tile; results of two tiles and their merge.
             return total + size * (4 * TILE_ELEMENTS + 6 * min(problem.n_q, 256) * (problem.d + problem.d_v))
-        return total + _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
+        return total + threads * _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
     slots = min(options.budget or problem.n_k, problem.n_k)
     blocks = problem.groups * (-(-problem.n_q // options.rows) if isinstance(options, SortLSH) else 1)
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
@@ -124,7 +129,7 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
         total += size * 7 * tile + size * (rows_q + blocks * rows) * (problem.d_v + 1)
         total += 4 * 8 * rows_k * problem.d_v if "row_norms" in kernels else 0
     else:
-        total += _workspace_bytes(problem, size)
+        total += threads * _workspace_bytes(problem, size)
     if isinstance(options, KDEformer):
         # The density estimates' own copies of queries and keys, with a coordinate more, and their tiles.
         total += size * (8 * (rows_q + rows_k) * (problem.d + 1) + 16 * TILE_ELEMENTS)
@@ -132,7 +137,6 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
 
 
 def _workspace_bytes(problem: Problem, size: int) -> int:
-    """Return what the Numba attention kernel works in: for each thread, a chunk of keys and values, and a task's queries."""
+    """Return what a thread of the Numba attention kernel works in: a chunk of keys and values, and a task's queries."""
     rows, slots = 256, 640
-    a_thread = size * slots * (problem.d + problem.d_v + 32) + rows * (size * problem.d + 8 * (problem.d_v + 8))
-    return thread_count() * a_thread
+    return size * slots * (problem.d + problem.d_v + 32) + rows * (size * problem.d + 8 * (problem.d_v + 8))

@@ -36,10 +36,14 @@ class Report:
         Inputs that had to be copied for their dtype, byte order or layout in memory.
     kernels
         Kernel name → implementation that ran, and why it.
+    threads
+        Threads of the Numba kernels.
     temporary_bytes
         Planned peak of temporaries above inputs and results, in bytes.
+    compile_seconds
+        Wall time spent compiling kernels, or loading compiled ones from the disk: on a process's first call of its kind.
     seconds
-        Wall time of the call.
+        Wall time of the call without that.
     """
 
     method: str
@@ -53,7 +57,9 @@ class Report:
     device: str
     copied: tuple[str, ...]
     kernels: dict[str, str]
+    threads: int
     temporary_bytes: int
+    compile_seconds: float
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,14 +78,16 @@ class Report:
             *([("copied", f"{', '.join(self.copied)} (dtype or layout)")] if self.copied else []),
             *((f"kernel {name}", choice) for name, choice in self.kernels.items()),
             ("temporaries planned", f"{self.temporary_bytes / 2**20:.1f} MiB"),
+            *([("compile time", f"{self.compile_seconds * 1e3:.0f} ms")] if self.compile_seconds else []),
+            ("threads", f"{self.threads} in Numba kernels"),
             ("wall time", f"{self.seconds * 1e3:.2f} ms"),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def make_report(problem: Problem, plan: Plan, selection: Selection, seconds: float) -> Report:
-    """Describe a finished call."""
+def make_report(problem: Problem, plan: Plan, selection: Selection, seconds: float, compile_seconds: float) -> Report:
+    """Describe a finished call that took ``seconds``, of them ``compile_seconds`` to compile."""
     return Report(
         method=plan.method,
         reason=plan.reason,
@@ -92,8 +100,10 @@ def make_report(problem: Problem, plan: Plan, selection: Selection, seconds: flo
         device=str(problem.device),
         copied=problem.copied,
         kernels={name: f"{choice.target} ({choice.reason})" for name, choice in plan.kernels.items()},
+        threads=plan.threads,
         temporary_bytes=plan.temporary_bytes,
-        seconds=seconds,
+        compile_seconds=compile_seconds,
+        seconds=seconds - compile_seconds,
     )
 
 

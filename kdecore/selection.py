@@ -6,7 +6,7 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 
 from dataclasses import dataclass
 
-from kdecore.namespaces import Array, Namespace, host, take_rows
+from kdecore.namespaces import Array, Namespace, host
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,11 @@ class Blocks:
     index
         (G, B, b) int64: the query in each row of each block. Blocks one shorter than the longest repeat their last
         query; those rows are computed and dropped.
-    row
-        (G, n_q) int64: for every query, the row of the flattened (B · b) rows that holds it.
     starts
         B + 1 Python ints: block i holds the ordered queries starts[i] … starts[i + 1] − 1.
     """
 
     index: Array
-    row: Array
     starts: tuple[int, ...]
 
 
@@ -53,23 +50,15 @@ class Selection:
     log_normaliser: Array | None = None
 
 
-def equal_blocks(xp: Namespace, order: Array, inverse: Array, block_size: int) -> Blocks:
-    """Cut ``order`` (G, n) into ⌈n / block_size⌉ blocks whose sizes differ by at most one.
-
-    ``inverse`` (G, n) is the inverse permutation of each row of ``order``.
-    """
+def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
+    """Cut ``order`` (G, n) into ⌈n / block_size⌉ blocks whose sizes differ by at most one."""
     n = int(order.shape[1])
     count = -(-n // block_size)
     starts = [i * n // count for i in range(count + 1)]
     longest = -(-n // count)
     begin = host.asarray(starts[:-1])[:, None]
     end = host.asarray(starts[1:])[:, None]
-    # Which ordered query each row holds, and which row each ordered query is in: the same in every group.
-    position = host.minimum(begin + host.arange(longest)[None, :], end - 1)
-    row = host.arange(n) + host.repeat(host.arange(count) * longest - begin[:, 0], (end - begin)[:, 0])
-    position, row = (xp.asarray(x, dtype=xp.int64, device=order.device) for x in (position, row))
-    return Blocks(
-        index=xp.reshape(xp.take(order, xp.reshape(position, (-1,)), axis=1), (-1, count, longest)),
-        row=take_rows(xp, row, inverse),
-        starts=tuple(starts),
-    )
+    # Which ordered query each row holds: the same in every group.
+    position = host.reshape(host.minimum(begin + host.arange(longest)[None, :], end - 1), (-1,))
+    held = xp.take(order, xp.asarray(position, dtype=xp.int64, device=order.device), axis=1)
+    return Blocks(xp.reshape(held, (-1, count, longest)), tuple(starts))

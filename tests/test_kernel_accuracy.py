@@ -105,6 +105,20 @@ def test_cached_code_goes_out_of_date_with_the_vector_primitives(tmp_path):
     assert run(tmp_path, tmp_path / "cache") != first
 
 
+def test_the_report_sets_compile_time_apart():
+    """A dtype that nothing else has used compiles on the first call of the process, and not on the second."""
+    code = """
+import numpy as np, kdecore
+q = np.eye(40, 8)
+for _ in range(2):
+    report = kdecore.attention(q, q, q, return_report=True)[1]
+    print(report.compile_seconds > 0, report.seconds > 0, "compile time" in str(report))
+"""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
+    assert found.splitlines() == ["True True True", "False True False"]
+
+
 def test_importing_and_running_need_no_cache_folder():
     env = {
         **os.environ,

@@ -221,10 +221,10 @@ def block_problem(rng, dtype, N=6, b=5, s=7, R_k=40, d=4, d_v=3):
     order = rng.permutation(R_q)
     query_index = np.concat([order, np.repeat(order[-1:], filled)]).reshape(N, b)
     log_weight = rng.standard_normal((N, s)).astype(dtype)
-    return q, k, v, query_index, np.argsort(order), rng.integers(0, R_k, (N, s)), log_weight
+    return q, k, v, query_index, rng.integers(0, R_k, (N, s)), log_weight
 
 
-def naive_blocks(q, k, v, query_index, query_row, key_index, log_weight):
+def naive_blocks(q, k, v, query_index, key_index, log_weight):
     return oracles.attend_blocks(q, k, v, query_index, key_index, log_weight, 0.3)
 
 

@@ -12,7 +12,7 @@ from kdecore.grouping.sign_lsh import HashOrder, hash_orders
 from kdecore.inputs import canonicalise
 from kdecore.kernels import registry
 from kdecore.methods import SELECT, sortlsh
-from kdecore.namespaces import host, invert_permutation
+from kdecore.namespaces import first_places, host, invert_permutation
 from kdecore.planning import make_plan
 from kdecore.selection import equal_blocks
 from tests import oracles
@@ -30,8 +30,8 @@ def permutations(rng, groups, n):
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 50), st.integers(0, 99))
 @settings(max_examples=200, deadline=None)
 def test_equal_blocks_cut_the_order_into_nearly_equal_parts(groups, n, size, seed):
-    order, inverse = permutations(np.random.default_rng(seed), groups, n)
-    blocks = equal_blocks(host, order, inverse, size)
+    order, _ = permutations(np.random.default_rng(seed), groups, n)
+    blocks = equal_blocks(host, order, size)
     sizes = [end - start for start, end in pairwise(blocks.starts)]
     assert len(sizes) == -(-n // size)
     assert sum(sizes) == n
@@ -44,13 +44,11 @@ def test_equal_blocks_cut_the_order_into_nearly_equal_parts(groups, n, size, see
             assert (blocks.index[g, block, end - start :] == order[g, end - 1]).all()
 
 
-@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 50), st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
-def test_equal_blocks_rows_find_every_query(groups, n, size, seed):
-    order, inverse = permutations(np.random.default_rng(seed), groups, n)
-    blocks = equal_blocks(host, order, inverse, size)
-    held = np.take_along_axis(blocks.index.reshape(groups, -1), blocks.row, axis=1)
-    np.testing.assert_array_equal(held, np.broadcast_to(np.arange(n), (groups, n)))
+def test_first_places_are_found(backend, rng):
+    index = np.concat([rng.permutation(17), rng.integers(0, 17, 30)])
+    index = np.concat([rng.integers(0, 17, 9), index])
+    found = backend.numpy(first_places(backend.xp, backend.array(index), 17))
+    np.testing.assert_array_equal(found, [index.tolist().index(i) for i in range(17)])
 
 
 def test_permutations_are_inverted(backend, rng):
@@ -78,7 +76,7 @@ def windows(q_codes, k_codes, block_size, size):
     """Own windows for sorted codes of one group → starts."""
     q_codes, k_codes = np.array([q_codes]), np.array([k_codes])
     order = np.arange(q_codes.shape[1])[None, :]
-    blocks = equal_blocks(host, order, order, block_size)
+    blocks = equal_blocks(host, order, block_size)
     keys = HashOrder(np.arange(k_codes.shape[1])[None, :], k_codes)
     return sortlsh.own_windows(host, HashOrder(order, q_codes), keys, blocks, size)[0].tolist()
 

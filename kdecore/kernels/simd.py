@@ -7,6 +7,7 @@ wide, its rows next to each other. Nothing checks bounds: callers pad their buff
 Measured on two Zen 3 cores (bench/NOTES.md): `multiply_tile` runs at 95 GFLOP/s a core in float32, as fast as OpenBLAS.
 """
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -19,6 +20,8 @@ from kdecore.namespaces import chebyshev_coefficients
 VECTOR_BYTES = 64
 TILE_ROWS = 6
 """Rows of a `multiply_tile`: with two AVX2 registers each, sums, row of b and broadcast fill 15 of 16 registers."""
+SHORT_TILE_ROWS = 4
+"""Rows of a `multiply_short_tile`, for what is left over: of 64 rows, the last four."""
 
 # 2**r on [-1/2, 1/2], lowest power first: relative error below a quarter of the last bit.
 _EXP2 = {"float": chebyshev_coefficients(lambda r: 2.0**r, 6), "double": chebyshev_coefficients(lambda r: 2.0**r, 12)}
@@ -64,69 +67,95 @@ class _Vectors:
         function = cgutils.get_or_insert_function(self.builder.module, signature, f"llvm.{name}.{suffix}")
         return self.builder.call(function, operands)
 
+    def reduce(self, name: str, value: Any) -> Any:
+        signature = ir.FunctionType(self.element, [self.vector])
+        name = f"llvm.vector.reduce.{name}.v{self.lanes}f{8 * self.bytes}"
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [value])
+
     def exp2(self, x: Any) -> Any:
         """2**x for x ≤ 0; exactly 0 below the smallest normal number; NaN stays NaN."""
         builder, kind = self.builder, self.kind
-        floor = self.constant(1.0 - _BIAS[kind])
-        tiny = builder.fcmp_ordered("<", x, floor)
-        x = builder.select(tiny, floor, x)
-        whole = self.llvm("floor", builder.fadd(x, self.constant(0.5)))
-        rest = builder.fsub(x, whole)
+        mantissa, integers = _MANTISSA[kind], ir.VectorType(ir.IntType(8 * self.bytes), self.lanes)
+        # So large a number has no bits for a fraction: adding it rounds x, and leaves the biased exponent at the end.
+        rounder = self.constant(1.5 * 2.0**mantissa + _BIAS[kind])
+        shifted = builder.fadd(x, rounder)
+        rest = builder.fsub(x, builder.fsub(shifted, rounder))
         power = self.constant(_EXP2[kind][-1])
         for coefficient in reversed(_EXP2[kind][:-1]):
             power = self.llvm("fma", power, rest, self.constant(coefficient))
-        narrow, wide = ir.VectorType(ir.IntType(32), self.lanes), ir.VectorType(ir.IntType(8 * self.bytes), self.lanes)
-        # NaN has no integer: it takes any, since the result is NaN whatever the factor.
-        number = builder.select(builder.fcmp_ordered("ord", whole, whole), whole, floor)
-        exponent = builder.fptosi(number, narrow)
-        exponent = exponent if narrow == wide else builder.sext(exponent, wide)
-        exponent = builder.add(exponent, ir.Constant(wide, [_BIAS[kind]] * self.lanes))
-        factor = builder.bitcast(builder.shl(exponent, ir.Constant(wide, [_MANTISSA[kind]] * self.lanes)), self.vector)
-        return builder.select(tiny, self.constant(0.0), builder.fmul(power, factor))
+        exponent = builder.shl(builder.bitcast(shifted, integers), ir.Constant(integers, [mantissa] * self.lanes))
+        # Below, the exponent is out of range and the product means nothing.
+        tiny = builder.fcmp_ordered("<", x, self.constant(1.0 - _BIAS[kind]))
+        return builder.select(tiny, self.constant(0.0), builder.fmul(power, builder.bitcast(exponent, self.vector)))
+
+    def transpose(self, rows: list[Any]) -> list[Any]:
+        """Transpose ``lanes`` vectors: halves of the square change places, then halves of the halves."""
+        lanes, step = self.lanes, self.lanes // 2
+        while step:
+            low = [j if j & step == 0 else lanes + j - step for j in range(lanes)]
+            high = [j + step if j & step == 0 else lanes + j for j in range(lanes)]
+            for i in range(lanes):
+                if i & step == 0:
+                    pair = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = (
+                        self.builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(ir.IntType(32), lanes), mask))
+                        for mask in (low, high)
+                    )
+            step //= 2
+        return rows
 
 
-@intrinsic
-def multiply_tile(typingctx, a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh):
-    """Multiply: c[r, j] = bias[bias0 + r] + Σ_t a[r, t] · b[t, j] for r < `TILE_ROWS`, j < lanes, t < depth.
+def _tile_product(rows: int) -> Any:
+    """Return the intrinsic `multiply_tile` for tiles of so many rows."""
 
-    a[r, t] is ``a[a0 + r · row_step + t · depth_step]``; b and c are panels at b0 and c0. The
-    result is added to what c holds unless fresh, so that several calls sum in two levels; depth ≥ 1.
-    """
+    @intrinsic
+    def multiply(typingctx, a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh):
+        """Multiply: c[r, j] = bias[bias0 + r] + Σ_t a[r, t] · b[t, j] for r < ``rows``, j < lanes, t < depth.
 
-    def codegen(context, builder, signature, args):
-        a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh = args
-        type_a, type_b, type_bias, type_c = (signature.args[i] for i in (0, 4, 7, 9))
-        simd = _Vectors(context, builder, type_a)
-        index = simd.index
-        first_a, first_b = simd.pointer(type_a, a, a0), simd.pointer(type_b, b, b0)
-        first_bias, first_c = simd.pointer(type_bias, bias, bias0), simd.pointer(type_c, c, c0)
-        rows_a = [simd.at(first_a, builder.mul(row_step, index(r))) for r in range(TILE_ROWS)]
-        rows_c = [simd.at(first_c, index(r * simd.lanes)) for r in range(TILE_ROWS)]
-        biases = [simd.splat(builder.load(simd.at(first_bias, index(r)))) for r in range(TILE_ROWS)]
-        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        t, sums = builder.phi(index), [builder.phi(simd.vector) for _ in range(TILE_ROWS)]
-        row_b = simd.load(simd.at(first_b, builder.mul(t, index(simd.lanes))))
-        column = builder.mul(t, depth_step)
-        new = [
-            simd.llvm("fma", simd.splat(builder.load(simd.at(row, column))), row_b, total)
-            for row, total in zip(rows_a, sums, strict=True)
-        ]
-        following = builder.add(t, index(1))
-        t.add_incoming(index(0), before)
-        t.add_incoming(following, loop)
-        for total, start, value in zip(sums, biases, new, strict=True):
-            total.add_incoming(start, before)
-            total.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
-        builder.position_at_end(after)
-        for value, row in zip(new, rows_c, strict=True):
-            simd.store(builder.select(fresh, value, builder.fadd(value, simd.load(row))), row)
-        return context.get_dummy_value()
+        a[r, t] is ``a[a0 + r · row_step + t · depth_step]``; b and c are panels at b0 and c0. The
+        result is added to what c holds unless fresh, so that several calls sum in two levels; depth ≥ 1.
+        """
 
-    args = (a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh)
-    return types.void(*args), codegen
+        def codegen(context, builder, signature, args):
+            a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh = args
+            type_a, type_b, type_bias, type_c = (signature.args[i] for i in (0, 4, 7, 9))
+            simd = _Vectors(context, builder, type_a)
+            index = simd.index
+            first_a, first_b = simd.pointer(type_a, a, a0), simd.pointer(type_b, b, b0)
+            first_bias, first_c = simd.pointer(type_bias, bias, bias0), simd.pointer(type_c, c, c0)
+            rows_a = [simd.at(first_a, builder.mul(row_step, index(r))) for r in range(rows)]
+            rows_c = [simd.at(first_c, index(r * simd.lanes)) for r in range(rows)]
+            biases = [simd.splat(builder.load(simd.at(first_bias, index(r)))) for r in range(rows)]
+            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            t, sums = builder.phi(index), [builder.phi(simd.vector) for _ in range(rows)]
+            row_b = simd.load(simd.at(first_b, builder.mul(t, index(simd.lanes))))
+            column = builder.mul(t, depth_step)
+            new = [
+                simd.llvm("fma", simd.splat(builder.load(simd.at(row, column))), row_b, total)
+                for row, total in zip(rows_a, sums, strict=True)
+            ]
+            following = builder.add(t, index(1))
+            t.add_incoming(index(0), before)
+            t.add_incoming(following, loop)
+            for total, start, value in zip(sums, biases, new, strict=True):
+                total.add_incoming(start, before)
+                total.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+            builder.position_at_end(after)
+            for value, row in zip(new, rows_c, strict=True):
+                simd.store(builder.select(fresh, value, builder.fadd(value, simd.load(row))), row)
+            return context.get_dummy_value()
+
+        args = (a, a0, row_step, depth_step, b, b0, depth, bias, bias0, c, c0, fresh)
+        return types.void(*args), codegen
+
+    return multiply
+
+
+multiply_tile = _tile_product(TILE_ROWS)
+multiply_short_tile = _tile_product(SHORT_TILE_ROWS)
 
 
 @intrinsic
@@ -167,6 +196,140 @@ def exp2_columns(typingctx, a, a0, rows, top, top0, total, total0):
         return context.get_dummy_value()
 
     return types.void(a, a0, rows, top, top0, total, total0), codegen
+
+
+@intrinsic
+def largest_size(typingctx, a, a0, vectors):
+    """Return the largest absolute value in ``a[a0 : a0 + vectors · lanes]``, ignoring NaN; 0 if there is none."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, vectors = args
+        simd = _Vectors(context, builder, signature.args[0])
+        start = simd.pointer(signature.args[0], a, a0)
+        largest = cgutils.alloca_once_value(builder, simd.constant(0.0))
+        with cgutils.for_range(builder, vectors) as loop:
+            size = simd.llvm("fabs", simd.load(simd.at(start, builder.mul(loop.index, simd.index(simd.lanes)))))
+            previous = builder.load(largest)
+            builder.store(builder.select(builder.fcmp_ordered(">", size, previous), size, previous), largest)
+        return simd.reduce("fmax", builder.load(largest))
+
+    return a.dtype(a, a0, vectors), codegen
+
+
+@intrinsic
+def scaled_squares(typingctx, a, a0, vectors, factor):
+    """Return the sum of (a[i] · factor)² in float64 over ``a[a0 : a0 + vectors · lanes]``."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, vectors, factor = args
+        simd = _Vectors(context, builder, signature.args[0])
+        wide = ir.VectorType(ir.DoubleType(), simd.lanes)
+        start = simd.pointer(signature.args[0], a, a0)
+        scale = builder.insert_element(ir.Constant(wide, ir.Undefined), factor, ir.IntType(32)(0))
+        scale = builder.shuffle_vector(
+            scale, scale, ir.Constant(ir.VectorType(ir.IntType(32), simd.lanes), [0] * simd.lanes)
+        )
+        sums = cgutils.alloca_once_value(builder, ir.Constant(wide, [0.0] * simd.lanes))
+        with cgutils.for_range(builder, vectors) as loop:
+            value = simd.load(simd.at(start, builder.mul(loop.index, simd.index(simd.lanes))))
+            value = builder.fmul(value if simd.vector == wide else builder.fpext(value, wide), scale)
+            builder.store(
+                builder.fadd(builder.load(sums), builder.fmul(value, value, flags=["contract"]), flags=["contract"]), sums
+            )
+        total = ir.DoubleType()(0.0)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.DoubleType(), [ir.DoubleType(), wide]),
+            f"llvm.vector.reduce.fadd.v{simd.lanes}f64",
+        )
+        return builder.call(function, [total, builder.load(sums)], fastmath=["reassoc"])
+
+    return types.float64(a, a0, vectors, types.float64), codegen
+
+
+@intrinsic
+def add_finite(typingctx, a, a0, rows, sums, counts):
+    """Add each column's finite numbers in the panel at a0 to ``sums[: lanes]``, and how many they are to ``counts``."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, rows, sums, counts = args
+        simd = _Vectors(context, builder, signature.args[0])
+        panel = simd.pointer(signature.args[0], a, a0)
+        zero, one = simd.constant(0.0), simd.constant(1.0)
+        zeroth = simd.index(0)
+        targets = [simd.pointer(signature.args[3], sums, zeroth), simd.pointer(signature.args[4], counts, zeroth)]
+        totals = [cgutils.alloca_once_value(builder, simd.load(target)) for target in targets]
+        with cgutils.for_range(builder, rows) as loop:
+            value = simd.load(simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes))))
+            finite = builder.fcmp_ordered("<", simd.llvm("fabs", value), simd.constant(math.inf))
+            for total, found in zip(totals, (value, one), strict=True):
+                builder.store(builder.fadd(builder.load(total), builder.select(finite, found, zero)), total)
+        for total, target in zip(totals, targets, strict=True):
+            simd.store(builder.load(total), target)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, rows, sums, counts), codegen
+
+
+@intrinsic
+def greater(typingctx, a, a0, b, b0):
+    """Return an integer whose bit j says whether a[a0 + j] > b[b0 + j], j < lanes."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, b, b0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        above = simd.load(simd.pointer(signature.args[0], a, a0)), simd.load(simd.pointer(signature.args[2], b, b0))
+        bits = builder.bitcast(builder.fcmp_ordered(">", *above), ir.IntType(simd.lanes))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.int64(a, a0, b, b0), codegen
+
+
+@intrinsic
+def columns_from_rows(typingctx, rows, index, index0, step, column, factor, panel, panel0):
+    """Write a square of ``rows`` into a panel, transposed and times ``factor``.
+
+    panel[panel0 + t · lanes + r] = rows[index[index0 + r] · step + column + t] · factor, for r, t < lanes.
+    """
+
+    def codegen(context, builder, signature, args):
+        rows, index, index0, step, column, factor, panel, panel0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        first = simd.pointer(signature.args[0], rows, column)
+        places = _Vectors(context, builder, signature.args[1]).pointer(signature.args[1], index, index0)
+        target, scale = simd.pointer(signature.args[6], panel, panel0), simd.splat(factor)
+        found = [
+            simd.load(simd.at(first, builder.mul(builder.load(simd.at(places, simd.index(r))), step)))
+            for r in range(simd.lanes)
+        ]
+        for t, value in enumerate(simd.transpose(found)):
+            simd.store(builder.fmul(value, scale), simd.at(target, simd.index(t * simd.lanes)))
+        return context.get_dummy_value()
+
+    return types.void(rows, index, index0, step, column, factor, panel, panel0), codegen
+
+
+@intrinsic
+def rows_from_columns(typingctx, panel, panel0, factors, factors0, rows, index, index0, step, column):
+    """Write a square of a panel into ``rows``, transposed, each lane times its factor.
+
+    rows[index[index0 + r] · step + column + t] = panel[panel0 + t · lanes + r] · factors[factors0 + r], for r, t < lanes.
+    """
+
+    def codegen(context, builder, signature, args):
+        panel, panel0, factors, factors0, rows, index, index0, step, column = args
+        simd = _Vectors(context, builder, signature.args[0])
+        source = simd.pointer(signature.args[0], panel, panel0)
+        scales = simd.load(simd.pointer(signature.args[2], factors, factors0))
+        first = simd.pointer(signature.args[4], rows, column)
+        places = _Vectors(context, builder, signature.args[5]).pointer(signature.args[5], index, index0)
+        found = [builder.fmul(simd.load(simd.at(source, simd.index(t * simd.lanes))), scales) for t in range(simd.lanes)]
+        for r, value in enumerate(simd.transpose(found)):
+            place = builder.mul(builder.load(simd.at(places, simd.index(r))), step)
+            simd.store(value, simd.at(first, place))
+        return context.get_dummy_value()
+
+    return types.void(panel, panel0, factors, factors0, rows, index, index0, step, column), codegen
 
 
 @intrinsic

@@ -6,12 +6,16 @@ process's state is changed, and no result depends on the number of threads, sinc
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
 
 from numba import config
 
-SMALL_STEPS = 2**15
-"""Scalar steps that take about as long as starting a thread."""
+SMALL_STEPS = 2**13
+"""Scalar steps that take about as long as waking a thread."""
+
+_CALLER = threading.local()
 
 
 def thread_count(threads: int | None = None) -> int:
@@ -23,18 +27,66 @@ def thread_count(threads: int | None = None) -> int:
 
 
 def small_tasks(steps: int) -> int:
-    """Return how many tasks of about ``steps`` scalar steps to take at a time, so that a thread is worth its start."""
+    """Return how many tasks of about ``steps`` scalar steps to take at a time, so that they are worth a thread."""
     return max(1, SMALL_STEPS // max(1, steps))
 
 
-def run_tasks(work: Callable[[int, int], None], tasks: int, *, threads: int, chunk: int) -> None:
-    """Call ``work(first, last)`` for chunks that cover ``range(tasks)``, on ``threads`` threads; the caller is one of them.
+class Team:
+    """The calling thread and helpers that wait for work, started when they are first asked."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._helpers: list[threading.Thread] = []
+        self._asked: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+    def ask(self, work: Callable[[], None], helpers: int) -> None:
+        """Have up to ``helpers`` helpers call ``work``, which must not raise."""
+        while len(self._helpers) < min(helpers, self.threads - 1):
+            helper = threading.Thread(target=self._help, daemon=True)
+            try:
+                helper.start()
+            except RuntimeError:  # no more threads to be had: fewer will do
+                break
+            self._helpers.append(helper)
+        for _ in range(min(helpers, len(self._helpers))):
+            self._asked.put(work)
+
+    def close(self) -> None:
+        """End the helpers."""
+        for _ in self._helpers:
+            self._asked.put(None)
+        for helper in self._helpers:
+            helper.join()
+
+    def _help(self) -> None:
+        while (work := self._asked.get()) is not None:
+            work()
+
+
+@contextmanager
+def team(threads: int | None = None) -> Iterator[Team]:
+    """Keep a `Team` of `thread_count` threads for every `run_tasks` of this thread within; inside another, that one."""
+    outer = getattr(_CALLER, "team", None)
+    if outer is not None:
+        yield outer
+        return
+    _CALLER.team = own = Team(thread_count(threads))
+    try:
+        yield own
+    finally:
+        _CALLER.team = None
+        own.close()
+
+
+def run_tasks(work: Callable[[int, int], None], tasks: int, *, chunk: int) -> None:
+    """Call ``work(first, last)`` for chunks that cover ``range(tasks)``, on the threads of the caller's `team`.
 
     ``work`` should release the GIL. An exception in any thread ends the others after their chunk and is raised here.
     """
     starts = iter(range(0, tasks, chunk))
     lock = threading.Lock()
     failures: list[BaseException] = []
+    running: list[threading.Event] = []
 
     def loop() -> None:
         try:
@@ -47,21 +99,24 @@ def run_tasks(work: Callable[[int, int], None], tasks: int, *, threads: int, chu
         except BaseException as failure:
             failures.append(failure)
 
-    helpers: list[threading.Thread] = []
-    try:
-        for _ in range(min(threads, -(-tasks // chunk)) - 1):
-            helper = threading.Thread(target=loop)
-            try:
-                helper.start()
-            except RuntimeError:  # no more threads to be had: fewer will do
-                break
-            helpers.append(helper)
+    def help_out() -> None:
+        ended = threading.Event()
+        running.append(ended)
         loop()
-        for helper in helpers:
-            helper.join()
-    except BaseException as failure:  # an interrupt outside a task
-        failures.append(failure)
-        for helper in helpers:
-            helper.join()
+        ended.set()
+
+    with team() as own:
+        try:
+            own.ask(help_out, -(-tasks // chunk) - 1)
+            loop()
+        except BaseException as failure:  # an interrupt outside a task
+            failures.append(failure)
+        # A helper that has not begun by now will find nothing left to do.
+        for ended in running:
+            while not ended.is_set():
+                try:
+                    ended.wait()
+                except BaseException as failure:
+                    failures.append(failure)
     if failures:
         raise failures[0]

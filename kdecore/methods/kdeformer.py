@@ -71,7 +71,7 @@ def select(problem: Problem, plan: Plan) -> Selection:
     log_weight = -xp.log(take_along_rows(xp, p, keys)) - math.log(samples)
     every = xp.broadcast_to(xp.arange(problem.n_q, dtype=xp.int64, device=problem.device), (problem.groups, problem.n_q))
     return Selection(
-        equal_blocks(xp, every, every, problem.n_q),
+        equal_blocks(xp, every, problem.n_q),
         keys[:, None, :],
         xp.astype(log_weight, problem.q.dtype)[:, None, :],
         log_rows if options.normaliser == "kde" else None,

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from kdecore.grouping.sign_lsh import HashOrder, hash_orders
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, invert_permutation, searchsorted_rows, take_along_rows
+from kdecore.namespaces import Array, Namespace, searchsorted_rows, take_along_rows
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
 from kdecore.randomness import uniform
@@ -66,7 +66,7 @@ def block_and_sample(problem: Problem, plan: Plan, weights: Array) -> Selection:
     assert isinstance(options, SortLSH)
     own_size, samples = int(options.block_size or 0), int(options.num_samples or 0)
     queries, keys = hash_orders(problem, plan, int(options.num_hashes or 0))
-    blocks = equal_blocks(xp, queries.order, invert_permutation(xp, queries.order), options.rows)
+    blocks = equal_blocks(xp, queries.order, options.rows)
     own_start = own_windows(xp, queries, keys, blocks, own_size)
 
     count = problem.groups * (len(blocks.starts) - 1)

@@ -16,7 +16,6 @@ class AttendBlocks(Protocol):
         k: Array,
         v: Array,
         query_index: Array,
-        query_row: Array,
         key_index: Array,
         log_weight: Array,
         scale: float,
@@ -32,8 +31,6 @@ class AttendBlocks(Protocol):
         query_index
             (N, b) int64 into the rows of q: the queries of each block. Every row of q is in one block; it may be there
             more than once.
-        query_row
-            (R_q,) int64: for every row of q, a place in the flattened query_index that holds it.
         key_index
             (N, s) int64 into the rows of k and v: the keys of each block.
         log_weight

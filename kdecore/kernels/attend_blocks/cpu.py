@@ -11,8 +11,20 @@ import math
 import numpy as np
 
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, column_max, copy_rows, exp2_columns, multiply_tile, prefetch
-from kdecore.kernels.threads import run_tasks, thread_count
+from kdecore.kernels.simd import (
+    SHORT_TILE_ROWS,
+    TILE_ROWS,
+    VECTOR_BYTES,
+    column_max,
+    columns_from_rows,
+    copy_rows,
+    exp2_columns,
+    multiply_short_tile,
+    multiply_tile,
+    prefetch,
+    rows_from_columns,
+)
+from kdecore.kernels.threads import run_tasks
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
@@ -33,7 +45,6 @@ def attend_blocks(
     k: Array,
     v: Array,
     query_index: Array,
-    query_row: Array,
     key_index: Array,
     log_weight: Array,
     scale: float,
@@ -45,9 +56,7 @@ def attend_blocks(
     lse = np.empty(queries.shape[0], queries.dtype)
     factor = queries.dtype.type(scale / LN2)
     tasks = index.shape[0] * -(-index.shape[1] // TASK_ROWS)
-    run_tasks(
-        lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, threads=thread_count(), chunk=1
-    )
+    run_tasks(lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, chunk=1)
     return Part(from_host_like(xp, out, q), from_host_like(xp, lse, q))
 
 
@@ -60,17 +69,21 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
     parts = -(-rows // TASK_ROWS)
     panels = -(-min(rows, TASK_ROWS) // lanes)
     chunk = round_up(-(-slots // -(-slots // CHUNK_SLOTS)), TILE_ROWS)
-    columns = round_up(d_v, TILE_ROWS)
-    flat_q, flat_k, flat_v = q.reshape(-1), k.reshape(-1), v.reshape(-1)
+    # What is left over of the values takes one tile, a short one if that will do.
+    tiled = d_v // TILE_ROWS * TILE_ROWS
+    short = 0 < d_v - tiled <= SHORT_TILE_ROWS
+    columns = tiled + SHORT_TILE_ROWS if short else round_up(d_v, TILE_ROWS)
+    flat_q, flat_k, flat_v, flat_out = q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1)
+    query_rows = np.zeros(panels * lanes, np.int64)
     queries = np.zeros(panels * d * lanes, q.dtype)
     keys = np.zeros(chunk * d, q.dtype)
     values = np.zeros(chunk * columns, q.dtype)
     bias = np.empty(chunk, q.dtype)
-    no_bias = np.zeros(TILE_ROWS, q.dtype)
+    zeros = np.zeros(TILE_ROWS, q.dtype)
     logits = np.empty(chunk * lanes, q.dtype)
     chunk_sums = np.zeros(columns * lanes, q.dtype)
     chunk_totals = np.empty(lanes, q.dtype)
-    before, shifts = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
+    before, shifts, inverses = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
     tops = np.empty(panels * lanes, q.dtype)
     # Chunks are added up in float64, so that float32 errors do not grow with the number of keys.
     sums = np.zeros(panels * columns * lanes, np.float64)
@@ -78,10 +91,13 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
     for task in range(first, last):
         block, begin = task // parts, task % parts * TASK_ROWS
         count = min(TASK_ROWS, rows - begin)
-        for r in range(count):
-            ahead = query_index[block, begin + min(r + AHEAD, count - 1)]
-            prefetch(flat_q, ahead * d, d)
-            load_query(flat_q, np.uintp(query_index[block, begin + r] * d), queries, np.uintp(r), np.uintp(d), factor)
+        # Lanes beyond the block repeat its last query.
+        filled = round_up(count, lanes)
+        for r in range(filled):
+            query_rows[r] = query_index[block, begin + min(r, count - 1)]
+            prefetch(flat_q, query_rows[r] * d, d)
+        for lane in range(0, filled, lanes):
+            load_queries(flat_q, query_rows, lane, d, factor, queries)
         tops[:] = -np.inf
         totals[:] = 0.0
         for start in range(0, slots, chunk):
@@ -99,8 +115,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
                 copy_rows(flat_k, key * d, keys, j * d, d)
                 copy_rows(flat_v, key * d_v, values, j * columns, d_v)
                 bias[j] = log_weight[block, start + j] * (1.0 / LN2)
-            for panel in range(-(-count // lanes)):
-                lane = panel * lanes
+            for lane in range(0, filled, lanes):
                 for j in range(0, width, TILE_ROWS):
                     multiply_tile(keys, j * d, d, 1, queries, lane * d, d, bias, j, logits, j * lanes, True)
                 before[:] = tops[lane : lane + lanes]
@@ -111,39 +126,57 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
                 for deep in range(0, width, VALUE_DEPTH):
                     depth = min(VALUE_DEPTH, width - deep)
                     exp2_columns(logits, deep * lanes, depth, shifts, 0, chunk_totals, 0)
-                    for column in range(0, columns, TILE_ROWS):
+                    value, weight, fresh = deep * columns, deep * lanes, deep == 0
+                    for column in range(0, tiled if short else columns, TILE_ROWS):
+                        target = column * lanes
                         multiply_tile(
-                            values,
-                            deep * columns + column,
-                            1,
-                            columns,
-                            logits,
-                            deep * lanes,
-                            depth,
-                            no_bias,
-                            0,
-                            chunk_sums,
-                            column * lanes,
-                            deep == 0,
+                            values, value + column, 1, columns, logits, weight, depth, zeros, 0, chunk_sums, target, fresh
                         )
-                add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, columns, start == 0)
+                    if short:
+                        target = tiled * lanes
+                        multiply_short_tile(
+                            values, value + tiled, 1, columns, logits, weight, depth, zeros, 0, chunk_sums, target, fresh
+                        )
+                if used == slots:
+                    for i in range(lanes):
+                        totals[lane + i] = chunk_totals[i]
+                    store_queries(chunk_sums, totals, query_rows, lane, d_v, inverses, flat_out)
+                else:
+                    add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, columns, start == 0)
         for r in range(count):
-            query = query_index[block, begin + r]
-            total, base = totals[r], r // lanes * columns * lanes + r % lanes
-            inverse = 1.0 / total if total != 0 else 1.0
-            target = out[query]
-            for t in range(d_v):
-                target[t] = sums[base + t * lanes] * inverse
-            lse[query] = (tops[r] + np.log2(total)) * LN2 if total != 0 else -np.inf
+            total = totals[r]
+            lse[query_rows[r]] = (tops[r] + np.log2(total)) * LN2 if total != 0 else -np.inf
+        if chunk < slots:
+            for lane in range(0, filled, lanes):
+                for t in range(columns * lanes):
+                    chunk_sums[t] = sums[lane * columns + t]
+                store_queries(chunk_sums, totals, query_rows, lane, d_v, inverses, flat_out)
 
 
 @kernel()
-def load_query(source, start, queries, r, d, factor):
-    """Write query r, scaled, down its lane. Offsets are unsigned, so that no index is checked for being negative."""
-    lanes = np.uintp(VECTOR_BYTES // source.itemsize)
-    base = r // lanes * d * lanes + r % lanes
-    for t in range(d):
-        queries[base + t * lanes] = source[start + t] * factor
+def load_queries(q, query_rows, lane, d, factor, queries):
+    """Write the queries of one panel down its lanes, scaled."""
+    lanes = VECTOR_BYTES // q.itemsize
+    square = d // lanes * lanes
+    for t in range(0, square, lanes):
+        columns_from_rows(q, query_rows, lane, d, t, factor, queries, lane * d + t * lanes)
+    for r in range(lanes):
+        for t in range(square, d):
+            queries[lane * d + t * lanes + r] = q[query_rows[lane + r] * d + t] * factor
+
+
+@kernel()
+def store_queries(panel, totals, query_rows, lane, d_v, inverses, out):
+    """Write a panel's sums, divided by their totals, into the rows of out."""
+    lanes = inverses.shape[0]
+    for i in range(lanes):
+        inverses[i] = 1.0 / totals[lane + i] if totals[lane + i] != 0 else 1.0
+    square = d_v // lanes * lanes
+    for t in range(0, square, lanes):
+        rows_from_columns(panel, t * lanes, inverses, 0, out, query_rows, lane, d_v, t)
+    for r in range(lanes):
+        for t in range(square, d_v):
+            out[query_rows[lane + r] * d_v + t] = panel[t * lanes + r] * inverses[r]
 
 
 @kernel()

@@ -1,7 +1,7 @@
 """`attend_blocks` in the array API: gather, product, softmax, product, over tiles that stay in cache."""
 
 from kdecore.merge import Part, softmax_part
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, spans, take_rows
+from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, first_places, spans, take_rows
 
 
 def attend_blocks(
@@ -10,7 +10,6 @@ def attend_blocks(
     k: Array,
     v: Array,
     query_index: Array,
-    query_row: Array,
     key_index: Array,
     log_weight: Array,
     scale: float,
@@ -32,4 +31,5 @@ def attend_blocks(
             out[block, row, :] = part.out
             lse[block, row] = part.lse
     out, lse = xp.reshape(out, (blocks * rows, v.shape[1])), xp.reshape(lse, (-1,))
-    return Part(take_rows(xp, out, query_row), take_rows(xp, lse, query_row))
+    place = first_places(xp, xp.reshape(query_index, (-1,)), int(q.shape[0]))
+    return Part(take_rows(xp, out, place), take_rows(xp, lse, place))

@@ -11,14 +11,12 @@ def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> P
     """Follow `kdecore.kernels.attend_dense.contract.AttendDense`."""
     groups, n_q, d = q.shape
     n_k, d_v = v.shape[1:]
-    queries = np.arange(groups * n_q)
     part = cpu.attend_blocks(
         xp,
         xp.reshape(q, (groups * n_q, d)),
         xp.reshape(k, (groups * n_k, d)),
         xp.reshape(v, (groups * n_k, d_v)),
-        queries.reshape(groups, n_q),
-        queries,
+        np.arange(groups * n_q).reshape(groups, n_q),
         np.arange(groups * n_k).reshape(groups, n_k),
         np.zeros((groups, n_k), host_view(q).dtype),
         scale,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
+from kdecore.kernels.threads import run_tasks, small_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 
@@ -18,7 +18,6 @@ def bucket_order(xp: Namespace, codes: Array) -> Array:
     run_tasks(
         lambda first, last: counting_sort(codes_, buckets, order, first, last),
         groups,
-        threads=thread_count(),
         chunk=small_tasks(n),
     )
     return from_host_like(xp, order, codes)

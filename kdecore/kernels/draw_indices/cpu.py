@@ -3,7 +3,7 @@
 import numpy as np
 
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
+from kdecore.kernels.threads import run_tasks, small_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 
@@ -23,7 +23,7 @@ def draw_indices(
     def work(first: int, last: int) -> None:
         draw(cumulative, log_weights, windows, window_size, starts_, positions, log_inclusion, first, last)
 
-    run_tasks(work, groups * blocks, threads=thread_count(), chunk=small_tasks(count))
+    run_tasks(work, groups * blocks, chunk=small_tasks(count))
     return from_host_like(xp, positions, weights), from_host_like(xp, log_inclusion, weights)
 
 

@@ -3,85 +3,92 @@
 import numpy as np
 
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile
-from kdecore.kernels.threads import run_tasks, small_tasks, thread_count
+from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, add_finite, greater, multiply_tile
+from kdecore.kernels.threads import run_tasks, small_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
-TASK_ROWS = 2052
+TASK_ROWS = 2046
 """Rows in a task, a multiple of `TILE_ROWS`."""
 
 
 def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
     """Follow `kdecore.kernels.hash_codes.contract.HashCodes`."""
-    groups, n, d = x.shape
-    bits = int(planes.shape[1])
-    rows = host_view(x).reshape(groups * n, d)
+    rows, normals = host_view(x), host_view(planes)
+    groups, n, d = rows.shape
+    bits = normals.shape[1]
     lanes = VECTOR_BYTES // rows.itemsize
     panels = -(-bits // lanes)
-    # Panels of one vector, each with a plane in every lane.
+    # Panels of one vector, the last plane in the first lane: a comparison of lanes is then the sign pattern as it stands.
     padded = np.zeros((d, panels * lanes), rows.dtype)
-    padded[:, :bits] = host_view(planes)
+    padded[:, :bits] = normals[:, ::-1]
     normals = np.ascontiguousarray(padded.reshape(d, panels, lanes).transpose(1, 0, 2))
-    projected = np.empty((panels, groups * n, lanes), rows.dtype)
+    tasks = -(-n // TASK_ROWS)
+    projected = np.empty((panels, groups, n, lanes), rows.dtype)
+    sums, counts = np.zeros((2, groups, tasks, panels, lanes), rows.dtype)
     codes = np.empty((groups, n), np.int16 if bits <= 15 else np.int32)
 
     run_tasks(
-        lambda first, last: project(rows, normals, projected, first, last),
-        -(-groups * n // TASK_ROWS),
-        threads=thread_count(),
+        lambda first, last: project(rows, normals, projected, sums, counts, first, last),
+        groups * tasks,
         chunk=1,
     )
+    # Tasks are added up in float64, as the means of many rows need.
+    total, count = (np.sum(a, axis=1, dtype=np.float64) for a in (sums, counts))
+    means = (total / np.maximum(count, 1.0)).astype(rows.dtype)
     run_tasks(
-        lambda first, last: pack(projected, bits, codes, first, last), groups, threads=thread_count(), chunk=small_tasks(n)
+        lambda first, last: pack(projected, means, bits, codes, first, last),
+        groups,
+        chunk=small_tasks(4 * n * panels),
     )
     return from_host_like(xp, codes, x)
 
 
 @kernel()
-def project(rows, normals, projected, first, last):
-    """Write ⟨row, plane⟩ for the rows of tasks first … last − 1."""
-    count, d = rows.shape
+def project(rows, normals, projected, sums, counts, first, last):
+    """Write ⟨row, plane⟩ for the rows of tasks first … last − 1, and each task's sums and numbers of finite ones."""
+    _, n, d = rows.shape
     panels, _, lanes = normals.shape
+    tasks = sums.shape[1]
     flat_rows, flat_normals, flat_projected = rows.reshape(-1), normals.reshape(-1), projected.reshape(-1)
     zeros = np.zeros(TILE_ROWS, rows.dtype)
     spare_rows = np.zeros(TILE_ROWS * d, rows.dtype)
     spare = np.zeros(TILE_ROWS * lanes, rows.dtype)
-    end = min(count, last * TASK_ROWS)
-    for i in range(first * TASK_ROWS, end, TILE_ROWS):
+    for task in range(first, last):
+        group, begin = task // tasks, task % tasks * TASK_ROWS
+        end = min(n, begin + TASK_ROWS)
         for panel in range(panels):
-            if i + TILE_ROWS <= count:
-                target = (panel * count + i) * lanes
+            plane, target = panel * d * lanes, (panel * rows.shape[0] + group) * n * lanes
+            for i in range(begin, end - TILE_ROWS + 1, TILE_ROWS):
+                source = (group * n + i) * d
                 multiply_tile(
-                    flat_rows, i * d, d, 1, flat_normals, panel * d * lanes, d, zeros, 0, flat_projected, target, True
+                    flat_rows, source, d, 1, flat_normals, plane, d, zeros, 0, flat_projected, target + i * lanes, True
                 )
-            else:
-                spare_rows[: (count - i) * d] = flat_rows[i * d :]
-                multiply_tile(spare_rows, 0, d, 1, flat_normals, panel * d * lanes, d, zeros, 0, spare, 0, True)
-                projected[panel, i:] = spare.reshape(TILE_ROWS, lanes)[: count - i]
+            rest = (end - begin) % TILE_ROWS
+            if rest:
+                source = (group * n + end - rest) * d
+                spare_rows[: rest * d] = flat_rows[source : source + rest * d]
+                multiply_tile(spare_rows, 0, d, 1, flat_normals, plane, d, zeros, 0, spare, 0, True)
+                projected[panel, group, end - rest : end] = spare[: rest * lanes].reshape(rest, lanes)
+            add_finite(
+                flat_projected,
+                target + begin * lanes,
+                end - begin,
+                sums[group, task % tasks, panel],
+                counts[group, task % tasks, panel],
+            )
 
 
 @kernel()
-def pack(projected, bits, codes, first, last):
+def pack(projected, means, bits, codes, first, last):
     """Write the Gray rank of the sign patterns of groups first … last − 1."""
-    panels, _, lanes = projected.shape
-    n = codes.shape[1]
-    means = np.empty((panels, lanes), projected.dtype)
+    panels, groups, n, lanes = projected.shape
+    flat_projected, flat_means = projected.reshape(-1), means.reshape(-1)
     for group in range(first, last):
-        for panel in range(panels):
-            sums, counts = np.zeros(lanes, np.float64), np.zeros(lanes, np.float64)
-            for i in range(group * n, (group + 1) * n):
-                row = projected[panel, i]
-                for lane in range(lanes):
-                    finite = abs(row[lane]) < np.inf
-                    sums[lane] += row[lane] if finite else 0.0
-                    counts[lane] += finite
-            means[panel] = (sums / np.maximum(counts, 1.0)).astype(projected.dtype)
         for i in range(n):
             code = 0
-            for panel in range(-(-bits // lanes)):
-                row, mean = projected[panel, group * n + i], means[panel]
-                for lane in range(min(lanes, bits - panel * lanes)):
-                    code = (code << 1) | (row[lane] > mean[lane])
+            for panel in range(panels):
+                place = ((panel * groups + group) * n + i) * lanes
+                code |= greater(flat_projected, place, flat_means, (group * panels + panel) * lanes) << (panel * lanes)
             shift = 1
             while shift < bits:
                 code ^= code >> shift
