@@ -10,10 +10,15 @@ import numpy as np
 import kdecore
 from bench import peers
 from bench.timing import interleaved
+from kdecore.inputs import canonicalise
+from kdecore.kernels import attend_blocks
+from kdecore.kernels.threads import team
 from kdecore.loading import GLOVE, glove_case
 from kdecore.machine import load_adapter, peak_memory
+from kdecore.methods import SELECT
 from kdecore.metrics import errors
 from kdecore.namespaces import host
+from kdecore.planning import make_plan
 from kdecore_adapters import numpy_adapter
 
 GIB = 2**30
@@ -103,8 +108,62 @@ def speed_16k() -> Figures:
     return figures
 
 
-def growth_131k() -> Figures:
-    """At n = 131,072, d = 64, one head, budget 512: memory above the inputs, and time over that at n = 16,384."""
+def speed_heads() -> Figures:
+    """At n = 4,096, 16,384 and 32,768, 4 heads, d = 64, float32, budget 512: speed-up over torch SDPA."""
+    figures = {}
+    for n, rounds, bar in ((4096, 5, 6.0), (16384, 3, 20.0), (32768, 3, 40.0)):
+        q, k, v = random_inputs(4, n)
+        calls: dict[str, Callable[[], Any]] = {
+            "SDPA": partial(sdpa, q, k, v, 0.125),
+            "sortlsh": partial(kdecore.attention, q, k, v, method="sortlsh", budget=512),
+        }
+        seconds = interleaved(calls, repeats=2, rounds=rounds)
+        figures[f"n = {n:,}: torch SDPA"] = Figure(seconds["SDPA"] * 1e3, "ms")
+        figures[f"n = {n:,}: sortlsh"] = Figure(seconds["sortlsh"] * 1e3, "ms")
+        figures[f"n = {n:,}: speed-up"] = Figure(seconds["SDPA"] / seconds["sortlsh"], "×", at_least=bar)
+    problem = canonicalise(q, k, v)
+    plan = make_plan(problem, method="sortlsh", budget=512)
+
+    def select() -> None:
+        with team():
+            SELECT["sortlsh"](problem, plan)
+
+    seconds = interleaved({"grouping": select, "sortlsh": calls["sortlsh"]}, repeats=5)
+    share = 100 * seconds["grouping"] / seconds["sortlsh"]
+    figures[f"n = {n:,}: hashing, ordering and sampling"] = Figure(share, "%", at_most=25.0)
+    return figures
+
+
+def block_rate() -> Figures:
+    """`attend_blocks` on 768 blocks of 170 queries and 512 keys, d = 64, float32, over torch SDPA on them gathered."""
+    heads, n, blocks, slots, d = 4, 32768, 192, 512, 64
+    rows = n // blocks
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, heads * n, d), dtype=np.float32)
+    order = np.concatenate([head * n + rng.permutation(n)[: blocks * rows] for head in range(heads)])
+    query_index = order.reshape(heads * blocks, rows)
+    key_index = np.concatenate([head * n + rng.integers(0, n, (blocks, slots)) for head in range(heads)])
+    log_weight = np.zeros(key_index.shape, np.float32)
+    gathered = q[query_index], k[key_index], v[key_index]
+    square = rng.standard_normal((2, 2048, 2048), dtype=np.float32)
+
+    def attend() -> None:
+        with team():
+            attend_blocks.cpu.attend_blocks(host, q, k, v, query_index, key_index, log_weight, 0.125)
+
+    seconds = interleaved(
+        {"attend_blocks": attend, "SDPA": partial(sdpa, *gathered, 0.125), "GEMM": lambda: square[0] @ square[1]}, repeats=5
+    )
+    work = 4.0 * query_index.size * slots * d
+    rates = {name: (2.0 * 2048**3 if name == "GEMM" else work) / spent / 1e9 for name, spent in seconds.items()}
+    figures = {f"{name}, rate": Figure(rate, "GFLOP/s") for name, rate in rates.items()}
+    for name, bar in (("SDPA", 100.0), ("GEMM", 50.0)):
+        figures[f"attend_blocks over {name}"] = Figure(100 * rates["attend_blocks"] / rates[name], "%", at_least=bar)
+    return figures
+
+
+def growth() -> Figures:
+    """From n = 16,384 to 1,048,576, d = 64, one head, budget 512, float32: time a token, and memory above the inputs."""
     rng = np.random.default_rng(0)
     (words,) = numpy_adapter.load(GLOVE, ("vectors",))
     base = words[:, :64].astype(np.float32)
@@ -113,40 +172,49 @@ def growth_131k() -> Figures:
         # Words with a little noise: real directions and norms, in any number.
         return [base[rng.integers(0, len(base), n)] + 0.1 * rng.standard_normal((n, 64), dtype=np.float32) for _ in range(3)]
 
-    small, large = inputs(16384), inputs(131072)
+    small, large, largest = (inputs(n) for n in (16384, 131072, 1048576))
     call = partial(kdecore.attention, method="sortlsh", budget=512, scale=0.1)
     seconds = interleaved({"16,384": lambda: call(*small), "131,072": lambda: call(*large)}, repeats=3)
-    peak = peak_memory(lambda: call(*large))
-    figures = {
-        "time at 16,384": Figure(seconds["16,384"] * 1e3, "ms"),
-        "time at 131,072": Figure(seconds["131,072"] * 1e3, "ms"),
-        "time at 131,072 over that at 16,384": Figure(seconds["131,072"] / seconds["16,384"], "×", at_most=10.0),
-    }
-    if peak is not None:
-        figures["peak memory above the inputs"] = Figure(peak / GIB, "GiB", at_most=1.0)
+    seconds |= interleaved({"1,048,576": lambda: call(*largest)}, repeats=2)
+    peaks = {"131,072": peak_memory(lambda: call(*large)), "1,048,576": peak_memory(lambda: call(*largest))}
+    figures = {f"time at {n}": Figure(spent * 1e3, "ms") for n, spent in seconds.items()}
+    figures["time at 131,072 over that at 16,384"] = Figure(seconds["131,072"] / seconds["16,384"], "×", at_most=9.0)
+    figures["time a token at 1,048,576 over that at 131,072"] = Figure(
+        seconds["1,048,576"] / seconds["131,072"] / 8, "×", at_most=1.3
+    )
+    for (n, peak), bar in zip(peaks.items(), (1.0, 6.0), strict=True):
+        if peak is not None:
+            figures[f"peak memory above the inputs at {n}"] = Figure(peak / GIB, "GiB", at_most=bar)
     return figures
 
 
 def crossover() -> Figures:
-    """Where "auto" should leave exact: time of exact over that of sortlsh at budget 512, n from 512 to 8,192, d = 64."""
-    rng = np.random.default_rng(0)
-    figures = {}
-    for n in (512, 768, 1024, 1536, 2048, 3072, 4096, 8192):
-        q, k, v = rng.standard_normal((3, n, 64), dtype=np.float32)
-        calls = {
-            "exact": partial(kdecore.attention, q, k, v, method="exact"),
-            "sortlsh": partial(kdecore.attention, q, k, v, method="sortlsh", budget=min(512, n - 1)),
-            "auto": partial(kdecore.attention, q, k, v, budget=min(512, n - 1)),
-        }
-        seconds = interleaved(calls, repeats=7)
-        figures[f"n = {n:,}: exact over sortlsh"] = Figure(seconds["exact"] / seconds["sortlsh"], "×")
-        figures[f"n = {n:,}: auto over the better of the two"] = Figure(
-            seconds["auto"] / min(seconds["exact"], seconds["sortlsh"]), "×"
-        )
-    return figures
+    """Where "auto" leaves exact: times over one another, d = 64, float32, budget 512, one head and 8, n from 64 to 8,192."""
+    figures, worst = {}, 0.0
+    for heads in (1, 8):
+        for n in (64, 128, 256, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096, 8192):
+            q, k, v = random_inputs(heads, n)
+            calls = {
+                "exact": partial(kdecore.attention, q, k, v, method="exact"),
+                "auto": partial(kdecore.attention, q, k, v),
+            }
+            if n > 512:
+                calls["sortlsh"] = partial(kdecore.attention, q, k, v, method="sortlsh")
+            seconds = interleaved(calls, repeats=2, rounds=50 if n <= 1024 else 10)
+            worst = max(worst, seconds["auto"] / seconds["exact"])
+            label = f"{heads} head{'s' * (heads > 1)}, n = {n:,}"
+            figures[f"{label}: auto over exact"] = Figure(seconds["auto"] / seconds["exact"], "×")
+            if n > 512:
+                figures[f"{label}: sortlsh over exact"] = Figure(seconds["sortlsh"] / seconds["exact"], "×")
+    return {"worst, auto over exact": Figure(worst, "×", at_most=1.1)} | figures
+
+
+def random_inputs(heads: int, n: int) -> Any:
+    """Return q, k and v of standard normal numbers, each (heads, n, 64) float32."""
+    return np.random.default_rng(0).standard_normal((3, heads, n, 64), dtype=np.float32)
 
 
 MEASURES: dict[str, Callable[[], Figures]] = {
-    function.__name__: function for function in (glove_error, speed_16k, growth_131k, crossover)
+    function.__name__: function for function in (glove_error, speed_16k, speed_heads, block_rate, growth, crossover)
 }
 """Measure name → function."""

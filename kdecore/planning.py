@@ -10,12 +10,16 @@ from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
 from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, KDEformer, Options, SortLSH, integer_at_least
 from kdecore.randomness import check_seed
 
-# Crossover between exact and sortlsh, fitted to bench/results/crossover.json: cost in units of one key evaluated for one
-# query by `exact`, with d = 64. A key from a list costs more than one in a dense tile, hashing and sorting cost something
-# for every query and key, and some steps cost the same however little there is to do.
-LISTED_KEY_COST = 1.3
-ROW_COST = 200.0
-CALL_COST = 1e5
+# Crossover between exact and sortlsh, fitted to 120 cases on two cores (bench/NOTES.md) within 10 %: cost in units of one
+# dimension of one float32 key, evaluated for one query.
+EXP_DIMENSIONS = 20
+"""What exp and the sums cost, as so many dimensions more."""
+LISTED_KEY_COST = 0.9
+"""A key from a list over one of all keys, which take more than one chunk."""
+ROW_COST, ROW_DIMENSIONS = 125.0, 45
+"""Hashing, sorting and weighing a row: for each dimension, and as so many dimensions more."""
+CALL_COST = 7.5e7
+"""What sortlsh takes more than exact however little there is to do."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,12 @@ def _resolve_method(problem: Problem, method: str | Options, budget: int | None)
 
 def _choose_method(problem: Problem, budget: int) -> tuple[Options, str]:
     options = SortLSH().resolve(budget)
-    exact = problem.groups * problem.n_q * problem.n_k
-    listed, rows = problem.n_q * budget * LISTED_KEY_COST, (problem.n_q + problem.n_k) * ROW_COST
-    sampled = problem.groups * (listed + rows) + CALL_COST
+    size = (2 if ACCUMULATION[problem.input_dtype] == "float64" else 1) * problem.groups
+    key = problem.d + problem.d_v + EXP_DIMENSIONS
+    exact = size * problem.n_q * problem.n_k * key
+    listed = problem.n_q * budget * key * LISTED_KEY_COST
+    rows = (problem.n_q + problem.n_k) * (0.5 * (problem.d + problem.d_v) + ROW_DIMENSIONS) * ROW_COST
+    sampled = size * (listed + rows) + CALL_COST
     if budget >= problem.n_k:
         return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
     if exact <= sampled:
@@ -121,7 +128,7 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
     blocks = problem.groups * (-(-problem.n_q // options.rows) if isinstance(options, SortLSH) else 1)
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
-    # Codes, order and its inverse, sampling weights and their sums, norms; projections of one side at a time.
+    # Codes, order, sampling weights, their sums and logarithms, guide, norms; projections of one side at a time.
     total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8 + max(rows_q, rows_k) * 2 * 64
     if kernels["attend_blocks"].target == "array-api":
         rows = min(problem.n_q, options.rows if isinstance(options, SortLSH) else problem.n_q)
