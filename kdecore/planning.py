@@ -7,7 +7,7 @@ from kdecore.inputs import Problem
 from kdecore.kernels.registry import Choice, Site, choose
 from kdecore.kernels.threads import thread_count
 from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
-from kdecore.options import DEFAULT_BUDGET, METHODS, Exact, KDEformer, Options, SortLSH, integer_at_least
+from kdecore.options import DEFAULT_BUDGET, DEFAULT_HASHES, METHODS, Exact, KDEformer, Options, SortLSH, integer_at_least
 from kdecore.randomness import check_seed
 
 # Crossover between exact and sortlsh, fitted to 120 cases on two cores (bench/NOTES.md) within 10 %: cost in units of one
@@ -129,7 +129,10 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
     # Codes, order, sampling weights, their sums and logarithms, guide, norms; projections of one side at a time.
-    total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8 + max(rows_q, rows_k) * 2 * 64
+    total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8
+    if isinstance(options, SortLSH):
+        vectors = -(-(options.num_hashes or DEFAULT_HASHES) * size // 64)
+        total += max(rows_q, rows_k) * 2 * 64 * vectors
     if kernels["attend_blocks"].target == "array-api":
         rows = min(problem.n_q, options.rows if isinstance(options, SortLSH) else problem.n_q)
         tile = max(TILE_ELEMENTS, slots * max(problem.d, problem.d_v))

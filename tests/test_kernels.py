@@ -67,15 +67,36 @@ def test_hash_codes(backend, rng, implementation, bits):
     np.testing.assert_array_equal(codes, oracles.hash_codes(x, planes))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @implementations("hash_codes")
-def test_hash_codes_fill_thirty_bits(backend, rng, implementation):
-    """The patterns' Gray ranks, with the pattern read back by the forward code rank ^ (rank >> 1)."""
+def test_hash_codes_fill_thirty_bits(backend, rng, implementation, dtype):
+    """The patterns' Gray ranks, with the pattern read back by the forward code rank ^ (rank >> 1).
+
+    Rows within 1e-5 of a hyperplane may change side in float32; the seeded data has none.
+    """
     x, planes = rng.standard_normal((2, 200, 40)), rng.standard_normal((40, 30))
-    codes = run(implementation, backend, x, planes).astype(np.int64)
+    projected = (x - x.mean(axis=1, keepdims=True)) @ planes
+    assert np.abs(projected).min() > 1e-5
+    codes = run(implementation, backend, x.astype(dtype), planes.astype(dtype), dtype=dtype).astype(np.int64)
     assert codes.min() >= 0
     assert codes.max() < 2**30
-    signs = (x - x.mean(axis=1, keepdims=True)) @ planes > 0
-    np.testing.assert_array_equal(codes ^ (codes >> 1), signs @ (2 ** np.arange(30)[::-1]))
+    np.testing.assert_array_equal(codes ^ (codes >> 1), (projected > 0) @ (2 ** np.arange(30)[::-1]))
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3])
+@implementations("hash_codes")
+def test_hash_codes_of_float32_rows_far_from_the_origin(backend, rng, implementation, offset):
+    """Means are better known than the projections that they are means of: hardly a sign differs from float64's.
+
+    A projection of size 4 · offset is rounded by up to 2.4e-7 · offset; twelve planes meet twice that share of the rows.
+    Means summed in float32 put up to 8e-5 · offset on the wrong side.
+    """
+    n, d, bits = 20_000, 16, 12
+    x = (rng.standard_normal((1, n, d)) + offset * rng.standard_normal(d)).astype(np.float32)
+    planes = rng.standard_normal((d, bits)).astype(np.float32)
+    exact = oracles.hash_codes(x.astype(np.float64), planes.astype(np.float64))
+    found = run(implementation, backend, x, planes, dtype="float32")
+    assert (found != exact).mean() < 3e-6 * offset
 
 
 @pytest.mark.parametrize("bits", [1, 4, 7])
@@ -111,9 +132,9 @@ def test_hash_codes_centre_each_group_on_its_own_mean(backend, rng, implementati
 
 
 def naive_norms(rows):
-    """Norms over the group's largest entry in long double; rows that are not finite, and groups of zeros, are 0."""
+    """Norms over the group's largest finite entry in long double; rows that are not finite, and groups of zeros, are 0."""
+    largest = np.abs(np.where(np.isfinite(rows), rows, 0.0)).max(axis=(1, 2), initial=0.0).astype(np.longdouble)[:, None]
     rows = np.where(np.isfinite(rows).all(axis=-1, keepdims=True), rows, 0.0).astype(np.longdouble)
-    largest = np.abs(rows).max(axis=(1, 2), initial=0.0)[:, None]
     return (np.sqrt((rows**2).sum(axis=-1)) / np.where(largest > 0, largest, 1.0)).astype(np.float64)
 
 
@@ -122,7 +143,7 @@ def naive_norms(rows):
     [("float64", x) for x in (1e-300, 1e-200, 1.0, 1e200, 1e307)]
     + [("float32", x) for x in (1e-38, 1e-25, 1.0, 1e25, 1e37)],
 )
-@pytest.mark.parametrize("shape", [(3, 50, 7), (2, 5000, 3), (1, 1, 1), (2, 4, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 50, 7), (2, 5000, 3), (1, 1, 1), (2, 4, 0), (2, 30, 33), (2, 30, 64)], ids=str)
 @implementations("row_norms")
 def test_row_norms(backend, rng, implementation, shape, dtype, size):
     rows = (rng.standard_normal(shape) * size).astype(dtype)
@@ -131,16 +152,23 @@ def test_row_norms(backend, rng, implementation, shape, dtype, size):
     assert_close(found, naive_norms(rows), dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("d", [5, 20, 33, 64])
 @implementations("row_norms")
-def test_row_norms_of_zeros_and_of_numbers_that_are_not_finite(backend, rng, implementation):
-    rows = rng.standard_normal((4, 30, 5))
-    rows[0, 3, 2], rows[0, 4, 0], rows[0, 5, 4] = np.inf, -np.inf, np.nan
+def test_row_norms_of_zeros_and_of_numbers_that_are_not_finite(backend, rng, implementation, d, dtype):
+    """Odd numbers at both ends of a row: the first lie in its vectors, the last in what is left over."""
+    rows = rng.standard_normal((4, 30, d)).astype(dtype)
+    odd = [(i, at) for i in (np.inf, -np.inf, np.nan) for at in (0, 4, d - 1)]
+    for row, (number, at) in enumerate(odd, start=3):
+        rows[0, row, at] = number
+        rows[0, row, 2] = 100.0 + row
     rows[1] = 0.0
     rows[2, 1:] = 0.0
     rows[3] = np.inf
-    found = run(implementation, backend, rows)
-    assert_close(found, naive_norms(rows))
-    assert not found[0, 3:6].any()
+    found = run(implementation, backend, rows, dtype=dtype)
+    assert_close(found, naive_norms(rows), dtype=dtype)
+    assert not found[0, 3 : 3 + len(odd)].any()
+    assert found[0, 2] > 0
     assert not found[[1, 3]].any()
 
 

@@ -29,6 +29,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("kernels", ["array-api", "numba-cpu"])
+def test_the_plan_counts_many_hyperplanes(kernels):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 50_000, 8))
+    planned, taken = measured(q, k, v, kernels=kernels, method=SortLSH(block_size=1, num_samples=3, num_hashes=30))
+    assert taken <= planned
+
+
+@pytest.mark.parametrize("kernels", ["array-api", "numba-cpu"])
 @pytest.mark.parametrize(("n_q", "n_k", "d", "options"), CASES.values(), ids=CASES)
 def test_the_plan_bounds_the_memory_taken(n_q, n_k, d, options, kernels):
     rng = np.random.default_rng(0)

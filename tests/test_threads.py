@@ -107,6 +107,60 @@ def test_an_interrupt_while_waiting_ends_the_helpers_first(monkeypatch):
     assert threading.active_count() == 1
 
 
+def wait_for_helpers_to_end():
+    """A helper that was not yet counted as alive when its team closed ends by itself: at once, but not before."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(timeout=60)
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupt_while_a_thread_starts_leaves_none(monkeypatch, count, before):
+    start, interrupted = threading.Thread.start, []
+
+    def interrupt(thread):
+        if not before:
+            start(thread)
+        if len(interrupted) < count - 1:
+            interrupted.append(thread)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupt)
+    done = []
+    with pytest.raises(KeyboardInterrupt), team(count):
+        run_tasks(lambda first, last: done.append(first), 100, chunk=1)
+    assert interrupted
+    wait_for_helpers_to_end()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["join", "is_alive"])
+def test_an_interrupt_while_the_team_ends_leaves_none(monkeypatch, count, name):
+    real, interrupted = getattr(threading.Thread, name), []
+
+    def interrupt(thread, *args):
+        if len(interrupted) < 2:
+            interrupted.append(thread)
+            raise KeyboardInterrupt
+        return real(thread, *args)
+
+    done = []
+
+    def call():
+        with team(count):
+            run_tasks(lambda first, last: done.append(first), 100, chunk=1)
+            monkeypatch.setattr(threading.Thread, name, interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    monkeypatch.undo()
+    assert interrupted
+    wait_for_helpers_to_end()
+    assert sorted(done) == list(range(100))
+
+
 def test_no_thread_can_be_started(monkeypatch):
     def refuse(thread):
         raise RuntimeError("can't start new thread")

@@ -249,23 +249,30 @@ def scaled_squares(typingctx, a, a0, vectors, factor):
 
 @intrinsic
 def add_finite(typingctx, a, a0, rows, sums, counts):
-    """Add each column's finite numbers in the panel at a0 to ``sums[: lanes]``, and how many they are to ``counts``."""
+    """Add each column's finite numbers in the panel at a0 to ``sums[: lanes]``, and how many they are to ``counts``.
+
+    Both are float64: in float32 a mean of many rows would be known less well than the rows.
+    """
 
     def codegen(context, builder, signature, args):
         a, a0, rows, sums, counts = args
         simd = _Vectors(context, builder, signature.args[0])
         panel = simd.pointer(signature.args[0], a, a0)
-        zero, one = simd.constant(0.0), simd.constant(1.0)
-        zeroth = simd.index(0)
-        targets = [simd.pointer(signature.args[3], sums, zeroth), simd.pointer(signature.args[4], counts, zeroth)]
-        totals = [cgutils.alloca_once_value(builder, simd.load(target)) for target in targets]
+        wide = ir.VectorType(ir.DoubleType(), simd.lanes)
+        zero, one = ir.Constant(wide, [0.0] * simd.lanes), ir.Constant(wide, [1.0] * simd.lanes)
+        targets = [
+            builder.bitcast(simd.pointer(signature.args[i], array, simd.index(0)), wide.as_pointer())
+            for i, array in ((3, sums), (4, counts))
+        ]
+        totals = [cgutils.alloca_once_value(builder, builder.load(target, align=8)) for target in targets]
         with cgutils.for_range(builder, rows) as loop:
             value = simd.load(simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes))))
             finite = builder.fcmp_ordered("<", simd.llvm("fabs", value), simd.constant(math.inf))
+            value = value if simd.vector == wide else builder.fpext(value, wide)
             for total, found in zip(totals, (value, one), strict=True):
                 builder.store(builder.fadd(builder.load(total), builder.select(finite, found, zero)), total)
         for total, target in zip(totals, targets, strict=True):
-            simd.store(builder.load(total), target)
+            builder.store(builder.load(total), target, align=8)
         return context.get_dummy_value()
 
     return types.void(a, a0, rows, sums, counts), codegen

@@ -43,24 +43,38 @@ class Team:
         """Have up to ``helpers`` helpers call ``work``, which must not raise."""
         while len(self._helpers) < min(helpers, self.threads - 1):
             helper = threading.Thread(target=self._help, daemon=True)
+            # Listed first: an interrupt may leave `start` when the thread already runs.
+            self._helpers.append(helper)
             try:
                 helper.start()
             except RuntimeError:  # no more threads to be had: fewer will do
+                self._helpers.remove(helper)
                 break
-            self._helpers.append(helper)
         for _ in range(min(helpers, len(self._helpers))):
             self._asked.put(work)
 
     def close(self) -> None:
-        """End the helpers."""
-        for _ in self._helpers:
-            self._asked.put(None)
-        for helper in self._helpers:
-            helper.join()
+        """End the helpers, whatever interrupts it, and raise the first interrupt then."""
+        failures: list[BaseException] = []
+        told = ended = False
+        while not ended:
+            try:
+                if not told:
+                    self._asked.put(None)
+                    told = True
+                for helper in self._helpers:
+                    if helper.is_alive():  # one whose start was interrupted may not be yet, and cannot be joined
+                        helper.join()
+                ended = True
+            except BaseException as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
     def _help(self) -> None:
         while (work := self._asked.get()) is not None:
             work()
+        self._asked.put(None)  # one word to leave serves all
 
 
 @contextmanager
@@ -112,11 +126,13 @@ def run_tasks(work: Callable[[int, int], None], tasks: int, *, chunk: int) -> No
         except BaseException as failure:  # an interrupt outside a task
             failures.append(failure)
         # A helper that has not begun by now will find nothing left to do.
-        for ended in running:
-            while not ended.is_set():
-                try:
+        waiting = True
+        while waiting:
+            try:
+                for ended in running:
                     ended.wait()
-                except BaseException as failure:
-                    failures.append(failure)
+                waiting = False
+            except BaseException as failure:
+                failures.append(failure)
     if failures:
         raise failures[0]

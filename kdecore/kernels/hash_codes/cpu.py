@@ -24,7 +24,7 @@ def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
     normals = np.ascontiguousarray(padded.reshape(d, panels, lanes).transpose(1, 0, 2))
     tasks = -(-n // TASK_ROWS)
     projected = np.empty((panels, groups, n, lanes), rows.dtype)
-    sums, counts = np.zeros((2, groups, tasks, panels, lanes), rows.dtype)
+    sums, counts = np.zeros((2, groups, tasks, panels, lanes), np.float64)
     codes = np.empty((groups, n), np.int16 if bits <= 15 else np.int32)
 
     run_tasks(
@@ -32,9 +32,7 @@ def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
         groups * tasks,
         chunk=1,
     )
-    # Tasks are added up in float64, as the means of many rows need.
-    total, count = (np.sum(a, axis=1, dtype=np.float64) for a in (sums, counts))
-    means = (total / np.maximum(count, 1.0)).astype(rows.dtype)
+    means = (sums.sum(axis=1) / np.maximum(counts.sum(axis=1), 1.0)).astype(rows.dtype)
     run_tasks(
         lambda first, last: pack(projected, means, bits, codes, first, last),
         groups,
