@@ -103,8 +103,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
         for start in range(0, slots, chunk):
             used = min(chunk, slots - start)
             width = round_up(used, TILE_ROWS)
-            # Slots that only fill a tile: of weight 0, and finite so that 0 times them is 0. A query that is not finite makes
-            # them NaN, as it does the keys that count.
+            # Slots that only fill a tile: of weight 0, and finite so that 0 times them is 0, but for a query that is not.
             bias[used:width] = -np.inf
             keys[used * d : width * d] = 0.0
             values[used * columns : width * columns] = 0.0

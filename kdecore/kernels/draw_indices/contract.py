@@ -39,6 +39,5 @@ class DrawIndices(Protocol):
             (G, B, count) int64, ascending in each block.
         log_inclusion
             (G, B, count) float64, log π of each drawn position, ≤ 0 up to rounding.
-            O(G (n + B · count · log n)) by binary search; by a guide table O(G (n + B · count)) expected, where weights differ
-            little.
+            O(G (n + B · count · log n)) by binary search; O(G (n + B · count)) by a guide table where weights differ little.
         """
