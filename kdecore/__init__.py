@@ -6,7 +6,7 @@ Importing kdecore imports neither PyTorch nor CuPy.
 
 from kdecore.attention import attention
 from kdecore.errors import DeviceError, DTypeError, InputFileError, KdecoreError, KernelUnavailable, OptionError, ShapeError
-from kdecore.options import Exact, Hyper, KDEformer, SortLSH
+from kdecore.options import Exact, Hyper, KDEformer, SortLSH, Treecode
 from kdecore.report import Report
 
 __version__ = "0.1.0"
@@ -24,5 +24,6 @@ __all__ = [
     "Report",
     "ShapeError",
     "SortLSH",
+    "Treecode",
     "attention",
 ]

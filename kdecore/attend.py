@@ -20,6 +20,9 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
         part: Part = plan.kernels["attend_dense"].function(xp, problem.q, problem.k, problem.v, problem.scale)
         return part
 
+    keys = problem.k if selection.keys is None else selection.keys
+    values = problem.v if selection.values is None else selection.values
+
     def flat(array: Array) -> Array:
         return xp.reshape(array, (array.shape[0] * array.shape[1], *array.shape[2:]))
 
@@ -30,10 +33,10 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
     part = plan.kernels["attend_blocks"].function(
         xp,
         flat(problem.q),
-        flat(problem.k),
-        flat(problem.v),
+        flat(keys),
+        flat(values),
         global_index(selection.blocks.index, problem.n_q),
-        global_index(selection.key_index, problem.n_k),
+        global_index(selection.key_index, keys.shape[1]),
         flat(selection.log_weight),
         problem.scale,
     )

@@ -184,7 +184,42 @@ class KDEformer:
         return self.num_samples is None or self.probabilities == "paper"
 
 
-Options = Exact | SortLSH | Hyper | KDEformer
-METHODS: dict[str, type[Exact] | type[SortLSH] | type[Hyper] | type[KDEformer]] = {
-    cls.name: cls for cls in (Exact, SortLSH, Hyper, KDEformer)
+@dataclass(frozen=True)
+class Treecode:
+    """Options of ``method="treecode"``: near keys one by one, the others through the means of tree nodes.
+
+    Attributes
+    ----------
+    num_slots
+        Length of each block's list of keys and nodes; the budget if None.
+    block_size
+        Queries that share a list.
+    """
+
+    name: ClassVar[str] = "treecode"
+    kernels: ClassVar[tuple[str, ...]] = ("row_norms", "tree_order", "node_means", "open_tree", "attend_blocks")
+
+    num_slots: int | None = None
+    block_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.num_slots is not None:
+            integer_at_least(1, "num_slots", self.num_slots)
+        integer_at_least(1, "block_size", self.block_size)
+
+    def resolve(self, budget: int | None) -> Self:
+        """Return these options with num_slots set."""
+        if budget is not None and self.num_slots not in (None, budget):
+            raise OptionError(f"budget must be None or num_slots = {self.num_slots}, got {budget}")
+        return replace(self, num_slots=self.num_slots or budget or DEFAULT_BUDGET)
+
+    @property
+    def budget(self) -> int | None:
+        """Keys evaluated per query; None where not resolved."""
+        return self.num_slots
+
+
+Options = Exact | SortLSH | Hyper | KDEformer | Treecode
+METHODS: dict[str, type[Exact] | type[SortLSH] | type[Hyper] | type[KDEformer] | type[Treecode]] = {
+    cls.name: cls for cls in (Exact, SortLSH, Hyper, KDEformer, Treecode)
 }

@@ -7,7 +7,17 @@ from kdecore.inputs import Problem
 from kdecore.kernels.registry import Choice, Site, choose
 from kdecore.kernels.threads import thread_count
 from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
-from kdecore.options import DEFAULT_BUDGET, DEFAULT_HASHES, METHODS, Exact, KDEformer, Options, SortLSH, integer_at_least
+from kdecore.options import (
+    DEFAULT_BUDGET,
+    DEFAULT_HASHES,
+    METHODS,
+    Exact,
+    KDEformer,
+    Options,
+    SortLSH,
+    Treecode,
+    integer_at_least,
+)
 from kdecore.randomness import check_seed
 
 # Crossover between exact and sortlsh, fitted to 120 cases on two cores (bench/NOTES.md) within 10 %: cost in units of one
@@ -125,6 +135,8 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
             return total + size * (4 * TILE_ELEMENTS + 6 * min(problem.n_q, 256) * (problem.d + problem.d_v))
         return total + threads * _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
     slots = min(options.budget or problem.n_k, problem.n_k)
+    if isinstance(options, Treecode):
+        return total + _treecode_bytes(problem, options, kernels, size) + threads * _workspace_bytes(problem, size)
     blocks = problem.groups * (-(-problem.n_q // options.rows) if isinstance(options, SortLSH) else 1)
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
@@ -143,6 +155,22 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
     if isinstance(options, KDEformer):
         # The density estimates' own copies of queries and keys, with a coordinate more, and their tiles.
         total += size * (8 * (rows_q + rows_k) * (problem.d + 1) + 16 * TILE_ELEMENTS)
+    return total
+
+
+def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:
+    rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
+    slots = options.budget or problem.n_k
+    d, d_v, features = problem.d, problem.d_v, 33
+    blocks = problem.groups * -(-problem.n_q // options.block_size)
+    # Centred and seen rows, orders; means of nodes of up to as many again; lists, once for all groups and once for each.
+    total = size * (rows_q * 4 * d + rows_k * (4 * d + 3 * (d + d_v) + 6 * features)) + 8 * 8 * (rows_q + rows_k)
+    total += blocks * slots * (2 * 8 + size)
+    if kernels["open_tree"].target == "array-api":
+        # Sorted rows and their products; logits and errors of all blocks' queries, and what a round makes of them.
+        total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + features) + 16 * 8 * rows_k
+        total += size * blocks * slots * (12 * options.block_size + 2 * d + 8 * 8)
+        total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 2 * rows_q * (d_v + 1))
     return total
 
 

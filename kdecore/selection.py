@@ -42,12 +42,16 @@ class Selection:
     log_normaliser
         (G, n_q), natural log of each query's softmax denominator, where an estimator knows it better than the sum over
         its keys; None for that sum.
+    keys, values
+        (G, s_k, d) and (G, s_k, d_v) that ``key_index`` refers to, where they are not the problem's own; None for those.
     """
 
     blocks: Blocks | None = None
     key_index: Array | None = None
     log_weight: Array | None = None
     log_normaliser: Array | None = None
+    keys: Array | None = None
+    values: Array | None = None
 
 
 def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:

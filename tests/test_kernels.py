@@ -13,6 +13,7 @@ from kdecore.kernels.registry import KERNELS, Implementation, Site, choose
 from kdecore.namespaces import host, namespace_name
 from tests import oracles
 from tests.tolerances import assert_close
+from tests.trees import assert_same_lists, tree_problem
 
 IMPLEMENTATIONS = [(kernel, found) for kernel, all_found in KERNELS.items() for found in all_found]
 FLOATS = ("float32", "float64")
@@ -344,11 +345,19 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
         "draw_indices": (1 + rng.random((2, n)), rng.integers(0, n - 65, (2, 40)), 64, rng.random((2, 40)), 100),
         "attend_blocks": (*block_problem(rng, dtype, N=47, b=64, s=190, R_k=n, d=16, d_v=17), 0.2),
         "attend_dense": (*(rng.standard_normal((2, m, 8)).astype(dtype) for m in (400, n, n)), 0.2),
+        "tree_order": (rng.standard_normal((2, n, 9)), 4),
+        "node_means": (rng.standard_normal((2, n, 9)).astype(dtype), rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1)),
+        "open_tree": tree_problem(rng, n=n, slots=150),
     }[kernel]
     found = run(implementation, backend, *arguments, dtype=dtype)
     reference = KERNELS[kernel][-1].function(host, *arguments)
-    if kernel in ("hash_codes", "bucket_order"):
+    if kernel in ("hash_codes", "bucket_order", "tree_order"):
         np.testing.assert_array_equal(found, reference)
+    elif kernel == "node_means":
+        assert_close(found[0], reference[0], dtype=dtype)
+        assert_close(found[1], reference[1], dtype=dtype)
+    elif kernel == "open_tree":
+        assert_same_lists(found, reference)
     elif kernel == "row_norms":
         assert_close(found, reference)
     elif kernel == "draw_indices":

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdecore.errors import KernelUnavailable, OptionError
-from kdecore.kernels import attend_blocks, attend_dense, bucket_order, draw_indices, hash_codes, row_norms
+from kdecore.kernels import (
+    attend_blocks,
+    attend_dense,
+    bucket_order,
+    draw_indices,
+    hash_codes,
+    node_means,
+    open_tree,
+    row_norms,
+    tree_order,
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,9 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "hash_codes": _implementations(hash_codes.reference.hash_codes, hash_codes.cpu.hash_codes, _host_constants),
     "bucket_order": _implementations(bucket_order.reference.bucket_order, bucket_order.cpu.bucket_order, _host_constants),
     "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_constants),
+    "tree_order": _implementations(tree_order.reference.tree_order, tree_order.cpu.tree_order, _host_constants),
+    "node_means": _implementations(node_means.reference.node_means, node_means.cpu.node_means, _host_floats),
+    "open_tree": _implementations(open_tree.reference.open_tree, open_tree.cpu.open_tree, _host_constants),
     "attend_blocks": _implementations(attend_blocks.reference.attend_blocks, attend_blocks.cpu.attend_blocks, _host_floats),
     "attend_dense": _implementations(attend_dense.reference.attend_dense, attend_dense.cpu.attend_dense, _host_floats),
 }

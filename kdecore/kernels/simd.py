@@ -279,6 +279,99 @@ def add_finite(typingctx, a, a0, rows, sums, counts):
 
 
 @intrinsic
+def add_spreads(typingctx, logits, logits0, spreads, spreads0, rows, sizes, sizes0):
+    """Add to each row of the panel of logits its spread and its size, after the spread has been frozen.
+
+    spread ← 2 √(spread · size) − size where spread > size, as `open_tree` has it. Sizes are logarithms, at least 0.
+    """
+
+    def codegen(context, builder, signature, args):
+        logits, logits0, spreads, spreads0, rows, sizes, sizes0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        targets = simd.pointer(signature.args[0], logits, logits0), simd.pointer(signature.args[2], spreads, spreads0)
+        first_size = simd.pointer(signature.args[5], sizes, sizes0)
+        with cgutils.for_range(builder, rows) as loop:
+            target, place = (simd.at(x, builder.mul(loop.index, simd.index(simd.lanes))) for x in targets)
+            size = simd.splat(builder.load(simd.at(first_size, loop.index)))
+            spread = simd.load(place)
+            root = simd.llvm("sqrt", builder.fmul(spread, size))
+            beyond = builder.fsub(builder.fadd(root, root), size)
+            spread = builder.select(builder.fcmp_ordered(">", spread, size), beyond, spread)
+            simd.store(spread, place)
+            simd.store(builder.fadd(builder.fadd(simd.load(target), spread), size), target)
+        return context.get_dummy_value()
+
+    return types.void(logits, logits0, spreads, spreads0, rows, sizes, sizes0), codegen
+
+
+@intrinsic
+def scale_columns(typingctx, a, a0, rows, factors, factors0, total, total0):
+    """Multiply each column of the panel at a0 by its factor, and write the columns' sums to ``total[total0 : …]``."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, rows, factors, factors0, total, total0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        panel, result = simd.pointer(signature.args[0], a, a0), simd.pointer(signature.args[5], total, total0)
+        factor = simd.load(simd.pointer(signature.args[3], factors, factors0))
+        sums = cgutils.alloca_once_value(builder, simd.constant(0.0))
+        with cgutils.for_range(builder, rows) as loop:
+            row = simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes)))
+            value = builder.fmul(simd.load(row), factor)
+            simd.store(value, row)
+            builder.store(builder.fadd(builder.load(sums), value), sums)
+        simd.store(builder.load(sums), result)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, rows, factors, factors0, total, total0), codegen
+
+
+@intrinsic
+def multiply_rows(typingctx, a, a0, b, b0, rows, factors, factors0):
+    """Multiply the panel at b0 by that at a0, and each of its rows by its factor."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, b, b0, rows, factors, factors0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        panels = simd.pointer(signature.args[0], a, a0), simd.pointer(signature.args[2], b, b0)
+        first = simd.pointer(signature.args[5], factors, factors0)
+        with cgutils.for_range(builder, rows) as loop:
+            source, target = (simd.at(x, builder.mul(loop.index, simd.index(simd.lanes))) for x in panels)
+            factor = simd.splat(builder.load(simd.at(first, loop.index)))
+            simd.store(builder.fmul(builder.fmul(simd.load(source), simd.load(target)), factor), target)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, b, b0, rows, factors, factors0), codegen
+
+
+@intrinsic
+def fourth_powers(typingctx, a, a0, rows, factors, factors0, sums, fresh):
+    """Write to ``sums[: rows]`` each row's sum of (a[r, j] · factor[j])⁴ over the lanes, or add it unless fresh."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, rows, factors, factors0, sums, fresh = args
+        simd = _Vectors(context, builder, signature.args[0])
+        panel = simd.pointer(signature.args[0], a, a0)
+        factor = simd.load(simd.pointer(signature.args[3], factors, factors0))
+        result = simd.pointer(signature.args[5], sums, simd.index(0))
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(simd.element, [simd.element, simd.vector]),
+            f"llvm.vector.reduce.fadd.v{simd.lanes}f{8 * simd.bytes}",
+        )
+        with cgutils.for_range(builder, rows) as loop:
+            value = simd.load(simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes))))
+            value = builder.fmul(value, factor)
+            square = builder.fmul(value, value)
+            zero = ir.Constant(simd.element, 0.0)
+            total = builder.call(function, [zero, builder.fmul(square, square)], fastmath=["reassoc"])
+            target = simd.at(result, loop.index)
+            builder.store(builder.select(fresh, total, builder.fadd(total, builder.load(target))), target)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, rows, factors, factors0, sums, fresh), codegen
+
+
+@intrinsic
 def greater(typingctx, a, a0, b, b0):
     """Return an integer whose bit j says whether a[a0 + j] > b[b0 + j], j < lanes."""
 

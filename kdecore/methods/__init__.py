@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from kdecore.inputs import Problem
-from kdecore.methods import exact, hyper, kdeformer, sortlsh
+from kdecore.methods import exact, hyper, kdeformer, sortlsh, treecode
 from kdecore.planning import Plan
 from kdecore.selection import Selection
 
@@ -12,5 +12,6 @@ SELECT: dict[str, Callable[[Problem, Plan], Selection]] = {
     "sortlsh": sortlsh.select,
     "hyper": hyper.select,
     "kdeformer": kdeformer.select,
+    "treecode": treecode.select,
 }
 """Method name → function that selects keys."""

@@ -1,0 +1,38 @@
+"""What every implementation of `tree_order` promises."""
+
+from typing import Protocol
+
+from kdecore.namespaces import Array, Namespace
+
+SAMPLE = 256
+"""Rows of a node, evenly spaced, that its direction is found from."""
+ITERATIONS = 3
+"""Power iterations for it."""
+
+
+class TreeOrder(Protocol):
+    """Order rows by a balanced tree of median splits along each node's leading principal direction."""
+
+    def __call__(self, xp: Namespace, x: Array, leaf_size: int) -> Array:
+        """Return the order in which the tree (`kdecore.tree`) holds the rows.
+
+        Every node of more than ``leaf_size`` rows is sorted by the projection on its direction (ties: the lower row first)
+        and cut where its children meet. The direction is found from S = min(`SAMPLE`, size of the level's largest node)
+        rows, the ⌊j · size / S⌋-th of the node in ascending order: started from the coordinate of largest variance,
+        `ITERATIONS` power iterations on the sample's covariance. Nodes of one or two rows are in ascending order of rows,
+        and so are in the end the rows of every leaf.
+
+        Parameters
+        ----------
+        xp
+            Array namespace of ``x``.
+        x
+            (G, n, d) finite floating-point rows, n ≥ 1.
+        leaf_size
+            Rows in a leaf, at least 1: the tree ends at the first level of no larger nodes.
+
+        Returns
+        -------
+        Array
+            (G, n) int64: the row at each position. O(G n (d log n + ITERATIONS · d · log SAMPLE)).
+        """

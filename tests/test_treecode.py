@@ -1,0 +1,178 @@
+"""The treecode: its kernels against oracles, and what the whole estimator promises."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdecore
+from kdecore import Treecode, attention
+from kdecore.errors import OptionError
+from kdecore.kernels.registry import KERNELS
+from kdecore.tree import bounds, inner_nodes, levels
+from tests import oracles, strategies
+from tests.tolerances import assert_close
+from tests.trees import assert_same_lists, recursive_order, tree_problem
+
+
+def implementations(kernel):
+    return pytest.mark.parametrize("implementation", KERNELS[kernel], ids=lambda found: found.target)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 1000, 1025])
+def test_nodes_of_a_level_cover_all_positions_and_differ_by_one(n):
+    for level in range(levels(n) + 1):
+        sizes = np.diff(bounds(n, level))
+        assert sizes.sum() == n
+        assert sizes.max() - sizes.min() <= 1
+    assert sizes.max() == 1
+    assert inner_nodes(n) == sum(2**level for level in range(levels(n)))
+
+
+@pytest.mark.parametrize(("n", "leaf_size"), [(1, 1), (2, 1), (3, 1), (7, 2), (64, 1), (100, 32), (700, 1), (1300, 5)])
+@implementations("tree_order")
+def test_tree_order(backend, rng, implementation, n, leaf_size):
+    if backend.name == "array_api_strict" and implementation.target != "array-api":
+        pytest.skip("Numba kernels take no arrays of array-api-strict")
+    x = rng.standard_normal((2, n, 5)) * [3.0, 1.0, 2.0, 0.5, 0.1]
+    found = backend.numpy(implementation.function(backend.xp, backend.array(x), leaf_size))
+    for group in range(2):
+        np.testing.assert_array_equal(found[group], recursive_order(x[group], leaf_size))
+
+
+@implementations("tree_order")
+def test_equal_rows_keep_their_order(implementation):
+    found = implementation.function(kdecore.namespaces.host, np.ones((1, 77, 3)), 1)
+    np.testing.assert_array_equal(found[0], np.arange(77))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 77])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@implementations("node_means")
+def test_node_means(rng, implementation, n, dtype):
+    rows = (rng.standard_normal((2, n, 4)) + 100.0).astype(dtype)
+    order = rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1)
+    means, spread = implementation.function(kdecore.namespaces.host, rows, order)
+    assert means.dtype == spread.dtype == dtype
+    inner = inner_nodes(n)
+    assert means.shape == (2, inner + n, 4)
+    for group in range(2):
+        ordered = rows[group, order[group]].astype(np.float64)
+        np.testing.assert_array_equal(means[group, inner:], ordered.astype(dtype))
+        for level in range(levels(n)):
+            edges = bounds(n, level)
+            for i in range(2**level):
+                held, node = ordered[edges[i] : edges[i + 1]], 2**level - 1 + i
+                assert_close(means[group, node], held.mean(axis=0), dtype=dtype)
+                true_spread = ((held - held.mean(axis=0)) ** 2).sum(axis=1).mean()
+                # Rows at 100 are rounded, their differences with them.
+                tolerance = {"float32": 2e-4, "float64": 1e-12}[dtype]
+                np.testing.assert_allclose(spread[group, node], true_spread, rtol=tolerance, atol=tolerance)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(17, 80), st.integers(1, 60), st.booleans(), st.sampled_from((0.3, 1.0, 5.0)))
+@settings(max_examples=60, deadline=None)
+def test_open_tree_lists_the_same_nodes_in_numba(seed, n, slots, own, scale):
+    slots = min(slots, n - 1)
+    own = own and slots > 16
+    arguments = tree_problem(np.random.default_rng(seed), n=n, n_q=40, slots=slots, own=own, scale=scale)
+    cpu, reference = (found.function(kdecore.namespaces.host, *arguments) for found in KERNELS["open_tree"])
+    assert_same_lists(cpu, reference)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@implementations("open_tree")
+def test_every_key_is_counted_once(rng, implementation, own):
+    """Without spread, a list's log-weights are logarithms of numbers of keys, which add up to all."""
+    arguments = list(tree_problem(rng, n=333, slots=60, own=own))
+    arguments[5] = np.zeros_like(arguments[5])
+    _, log_weight = implementation.function(kdecore.namespaces.host, *arguments)
+    np.testing.assert_allclose(np.exp(log_weight).sum(axis=-1), 333.0, rtol=1e-12)
+
+
+@implementations("open_tree")
+def test_the_number_of_queries_need_not_fill_a_vector(rng, implementation):
+    arguments = tree_problem(rng, n=200, n_q=45, rows=9, slots=50)
+    expected = KERNELS["open_tree"][-1].function(kdecore.namespaces.host, *arguments)
+    assert_same_lists(implementation.function(kdecore.namespaces.host, *arguments), expected)
+
+
+@given(strategies.problems(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_shape_gives_means_of_values(problem, data):
+    q, k, v = problem
+    if k.shape[-2] < 2:
+        return
+    budget = data.draw(st.integers(1, k.shape[-2] - 1))
+    block_size = data.draw(st.integers(1, 8))
+    for kernels in ("array-api", "numba-cpu"):
+        out = attention(q, k, v, method=Treecode(block_size=block_size), budget=budget, kernels=kernels)
+        assert out.shape == (*q.shape[:-1], v.shape[-1])
+        assert (out <= v.max(axis=-2, keepdims=True) + 1e-12).all()
+        assert (out >= v.min(axis=-2, keepdims=True) - 1e-12).all()
+
+
+def words_like(rng, n, d=24):
+    """Keys in clusters of clusters, which queries resemble."""
+    centres = rng.standard_normal((20, d)) * 2.0
+    return centres[rng.integers(0, 20, n)] + rng.standard_normal((8 * n // 10 + 1, d))[rng.integers(0, 8 * n // 10, n)]
+
+
+@pytest.mark.parametrize("n_q", [1500, 400])
+def test_it_errs_far_less_than_sampling_where_keys_are_grouped(rng, n_q):
+    k, v = words_like(rng, 1500), rng.standard_normal((1500, 7))
+    q = k[:n_q] + 0.3 * rng.standard_normal((n_q, 24))
+    exact, _ = oracles.exact_attention(q[None], k[None], v[None], 0.3)
+    error = {}
+    for method in ("treecode", "sortlsh"):
+        out = attention(q, k, v, method=method, budget=256, scale=0.3)
+        error[method] = np.linalg.norm(out - exact[0]) / np.linalg.norm(exact[0])
+    assert error["treecode"] < 0.5 * error["sortlsh"]
+
+
+def test_more_keys_err_less(rng):
+    k, v = words_like(rng, 1500), rng.standard_normal((1500, 7))
+    exact, exact_lse = oracles.exact_attention(k[None], k[None], v[None], 0.3)
+    outs = [attention(k, k, v, method="treecode", budget=b, scale=0.3, return_lse=True) for b in (64, 256, 1024)]
+    errors = [np.linalg.norm(out - exact[0]) for out, _ in outs]
+    assert errors[0] > errors[1] > errors[2]
+    assert np.abs(outs[2][1] - exact_lse[0]).max() < 0.05
+
+
+def test_both_kernels_give_the_same_attention(rng):
+    q, k, v = rng.standard_normal((3, 2, 700, 12))
+    first, second = (
+        attention(q, k, v, method="treecode", budget=150, kernels=kernels) for kernels in ("numba-cpu", "array-api")
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_query_that_is_not_finite_spoils_its_own_row_only(rng, bad):
+    q, k, v = rng.standard_normal((3, 500, 8))
+    q[123, 4] = bad
+    out = attention(q, k, v, method="treecode", budget=100)
+    assert np.isfinite(np.delete(out, 123, axis=0)).all()
+
+
+@pytest.mark.parametrize("kernels", ["numba-cpu", "array-api"])
+@pytest.mark.parametrize("change", [lambda x: x * 0, lambda x: x * 0 + 3, lambda x: x * 30])
+def test_degenerate_keys(rng, kernels, change):
+    q, k, v = rng.standard_normal((3, 400, 6))
+    q = q[:300]
+    exact, _ = oracles.exact_attention(q[None], change(k)[None], v[None], 1.0)
+    out = attention(q, change(k), v, method="treecode", budget=200, scale=1.0, kernels=kernels)
+    assert np.isfinite(out).all()
+    if np.ptp(change(k)) == 0:
+        np.testing.assert_allclose(out, exact[0], rtol=0, atol=1e-12)
+
+
+def test_the_report_says_what_ran(rng):
+    q, k, v = rng.standard_normal((3, 600, 6))
+    _, report = attention(q, k, v, method="treecode", budget=200, return_report=True)
+    assert report.method == "treecode"
+    assert 100 < report.keys_per_query <= 200
+    with pytest.raises(OptionError, match="num_slots"):
+        attention(q, k, v, method=Treecode(num_slots=100), budget=200)
+    with pytest.raises(OptionError, match="block_size"):
+        Treecode(block_size=0)
