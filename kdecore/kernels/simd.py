@@ -279,6 +279,67 @@ def add_finite(typingctx, a, a0, rows, sums, counts):
 
 
 @intrinsic
+def inner_product(typingctx, a, a0, b, b0, vectors):
+    """Return Σ a[a0 + t] · b[b0 + t] over ``vectors`` · lanes elements."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, b, b0, vectors = args
+        simd = _Vectors(context, builder, signature.args[0])
+        first, second = simd.pointer(signature.args[0], a, a0), simd.pointer(signature.args[2], b, b0)
+        total = cgutils.alloca_once_value(builder, simd.constant(0.0))
+        with cgutils.for_range(builder, vectors) as loop:
+            place = builder.mul(loop.index, simd.index(simd.lanes))
+            pair = simd.load(simd.at(first, place)), simd.load(simd.at(second, place))
+            builder.store(simd.llvm("fma", *pair, builder.load(total)), total)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(simd.element, [simd.element, simd.vector]),
+            f"llvm.vector.reduce.fadd.v{simd.lanes}f{8 * simd.bytes}",
+        )
+        return builder.call(function, [ir.Constant(simd.element, 0.0), builder.load(total)], fastmath=["reassoc"])
+
+    return a.dtype(a, a0, b, b0, vectors), codegen
+
+
+@intrinsic
+def add_multiple(typingctx, factor, a, a0, b, b0, vectors):
+    """Add factor · a[a0 + t] to b[b0 + t], for ``vectors`` · lanes elements."""
+
+    def codegen(context, builder, signature, args):
+        factor, a, a0, b, b0, vectors = args
+        simd = _Vectors(context, builder, signature.args[1])
+        first, second = simd.pointer(signature.args[1], a, a0), simd.pointer(signature.args[3], b, b0)
+        scale = simd.splat(factor)
+        with cgutils.for_range(builder, vectors) as loop:
+            place = builder.mul(loop.index, simd.index(simd.lanes))
+            target = simd.at(second, place)
+            simd.store(simd.llvm("fma", scale, simd.load(simd.at(first, place)), simd.load(target)), target)
+        return context.get_dummy_value()
+
+    return types.void(a.dtype, a, a0, b, b0, vectors), codegen
+
+
+@intrinsic
+def add_squared_gaps(typingctx, a, a0, b, b0, c, c0, vectors):
+    """Add (a[a0 + t] − b[b0 + t])² to c[c0 + t], for ``vectors`` · lanes elements."""
+
+    def codegen(context, builder, signature, args):
+        a, a0, b, b0, c, c0, vectors = args
+        simd = _Vectors(context, builder, signature.args[0])
+        first, second, third = (
+            simd.pointer(signature.args[i], array, offset) for i, array, offset in ((0, a, a0), (2, b, b0), (4, c, c0))
+        )
+        with cgutils.for_range(builder, vectors) as loop:
+            place = builder.mul(loop.index, simd.index(simd.lanes))
+            target = simd.at(third, place)
+            gap = builder.fsub(simd.load(simd.at(first, place)), simd.load(simd.at(second, place)))
+            simd.store(simd.llvm("fma", gap, gap, simd.load(target)), target)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, b, b0, c, c0, vectors), codegen
+
+
+@intrinsic
 def add_spreads(typingctx, logits, logits0, spreads, spreads0, rows, sizes, sizes0):
     """Add to each row of the panel of logits its spread and its size, after the spread has been frozen.
 

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 
 from kdecore.kernels.jit import kernel
+from kdecore.kernels.simd import VECTOR_BYTES, add_multiple, add_squared_gaps, inner_product
 from kdecore.kernels.threads import run_tasks, small_tasks
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
@@ -16,7 +17,7 @@ SHORT = 16
 
 def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
     """Follow `kdecore.kernels.tree_order.contract.TreeOrder`."""
-    rows = host_view(x)
+    rows = whole_vectors(host_view(x))
     groups, n, _ = rows.shape
     order = np.empty((groups, n), np.int64)
     order[:] = np.arange(n)
@@ -31,7 +32,18 @@ def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
     return from_host_like(xp, order, x)
 
 
-@kernel(fastmath={"reassoc", "contract", "nsz"})
+def whole_vectors(rows: Array) -> Array:
+    """Return rows with zeros appended so that they fill vectors: themselves where they do."""
+    lanes = VECTOR_BYTES // rows.itemsize
+    missing = -rows.shape[2] % lanes
+    if not missing:
+        return rows
+    padded = np.pad(rows, ((0, 0), (0, 0), (0, missing)))
+    padded.flags.writeable = False
+    return padded
+
+
+@kernel()
 def split_nodes(rows, level, order, along, first, last):
     """Split nodes first … last − 1 of a level, counted through all groups."""
     _, n, d = rows.shape
@@ -51,57 +63,42 @@ def split_nodes(rows, level, order, along, first, last):
             for j in range(samples):
                 places[j] = (base + order[group, start + j * size // samples]) * d
             lead(flat, places, samples, factors, direction, sums)
+            vectors = d * rows.itemsize // VECTOR_BYTES
             for j in range(start, end):
-                along[group, j] = dot(flat, (base + order[group, j]) * d, direction)
+                along[group, j] = inner_product(flat, (base + order[group, j]) * d, direction, 0, vectors)
             select(along[group], order[group], start, end, middle)
         sort_rows(order[group], start, middle)
         sort_rows(order[group], middle, end)
 
 
-@kernel(fastmath={"reassoc", "contract", "nsz"})
-def dot(flat, start, direction):
-    """Return the inner product of the row at ``start`` with ``direction``."""
-    total = flat.dtype.type(0.0)
-    for t in range(direction.shape[0]):
-        total += flat[start + t] * direction[t]
-    return total
-
-
-@kernel(fastmath={"reassoc", "contract", "nsz"})
+@kernel()
 def lead(flat, places, samples, factors, direction, sums):
     """Write the leading principal direction of the rows at ``places``."""
     d = direction.shape[0]
+    vectors = d * flat.itemsize // VECTOR_BYTES
+    one = flat.dtype.type(1.0)
+    scale = flat.dtype.type(1.0 / samples)
     direction[:] = 0.0
     sums[:] = 0.0
     for j in range(samples):
-        for t in range(d):
-            direction[t] += flat[places[j] + t]
-    scale = flat.dtype.type(1.0 / samples)
-    for t in range(d):
-        direction[t] *= scale
+        add_multiple(scale, flat, places[j], direction, 0, vectors)
     for j in range(samples):
-        for t in range(d):
-            gap = flat[places[j] + t] - direction[t]
-            sums[t] += gap * gap
+        add_squared_gaps(flat, places[j], direction, 0, sums, 0, vectors)
     widest = np.argmax(sums)
     direction[:] = 0.0
     direction[widest] = 1.0
     for _ in range(ITERATIONS):
         mean = flat.dtype.type(0.0)
         for j in range(samples):
-            factors[j] = dot(flat, places[j], direction)
+            factors[j] = inner_product(flat, places[j], direction, 0, vectors)
             mean += factors[j]
         mean *= scale
         sums[:] = 0.0
         # The factors add up to 0, so that the rows need not be centred.
         for j in range(samples):
-            factor = factors[j] - mean
-            for t in range(d):
-                sums[t] += factor * flat[places[j] + t]
-        length = flat.dtype.type(0.0)
-        for t in range(d):
-            length += sums[t] * sums[t]
-        inverse = 1.0 / np.sqrt(length) if length > 0 else flat.dtype.type(1.0)
+            add_multiple(factors[j] - mean, flat, places[j], sums, 0, vectors)
+        length = inner_product(sums, 0, sums, 0, vectors)
+        inverse = one / np.sqrt(length) if length > 0 else one
         for t in range(d):
             direction[t] = sums[t] * inverse
 
