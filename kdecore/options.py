@@ -193,11 +193,12 @@ class Treecode:
     num_slots
         Length of each block's list of keys and nodes; the budget if None.
     block_size
-        Queries that share a list.
+        Queries that share a list, which is opened along the spread of the keys in `DIRECTIONS` directions.
     """
 
     name: ClassVar[str] = "treecode"
     kernels: ClassVar[tuple[str, ...]] = ("row_norms", "tree_order", "node_means", "open_tree", "attend_blocks")
+    DIRECTIONS: ClassVar[int] = 16
 
     num_slots: int | None = None
     block_size: int = 32

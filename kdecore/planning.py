@@ -161,7 +161,8 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
 def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     slots = options.budget or problem.n_k
-    d, d_v, features = problem.d, problem.d_v, 33
+    d, d_v = problem.d, problem.d_v
+    features = 2 * min(Treecode.DIRECTIONS, d) + 1
     blocks = problem.groups * -(-problem.n_q // options.block_size)
     # Centred and seen rows, orders; means of nodes of up to as many again; lists, once for all groups and once for each.
     total = size * (rows_q * 4 * d + rows_k * (4 * d + 3 * (d + d_v) + 6 * features)) + 8 * 8 * (rows_q + rows_k)

@@ -72,6 +72,14 @@ class _Vectors:
         name = f"llvm.vector.reduce.{name}.v{self.lanes}f{8 * self.bytes}"
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), [value])
 
+    def total(self, value: Any) -> Any:
+        """Return the sum of a vector's lanes, in the vector's element type."""
+        element = value.type.element
+        signature = ir.FunctionType(element, [element, value.type])
+        name = f"llvm.vector.reduce.fadd.v{self.lanes}f{32 if element == ir.FloatType() else 64}"
+        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        return self.builder.call(function, [ir.Constant(element, 0.0), value], fastmath=["reassoc"])
+
     def exp2(self, x: Any) -> Any:
         """2**x for x ≤ 0; exactly 0 below the smallest normal number; NaN stays NaN."""
         builder, kind = self.builder, self.kind
@@ -236,13 +244,7 @@ def scaled_squares(typingctx, a, a0, vectors, factor):
             builder.store(
                 builder.fadd(builder.load(sums), builder.fmul(value, value, flags=["contract"]), flags=["contract"]), sums
             )
-        total = ir.DoubleType()(0.0)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.DoubleType(), [ir.DoubleType(), wide]),
-            f"llvm.vector.reduce.fadd.v{simd.lanes}f64",
-        )
-        return builder.call(function, [total, builder.load(sums)], fastmath=["reassoc"])
+        return simd.total(builder.load(sums))
 
     return types.float64(a, a0, vectors, types.float64), codegen
 
@@ -291,12 +293,7 @@ def inner_product(typingctx, a, a0, b, b0, vectors):
             place = builder.mul(loop.index, simd.index(simd.lanes))
             pair = simd.load(simd.at(first, place)), simd.load(simd.at(second, place))
             builder.store(simd.llvm("fma", *pair, builder.load(total)), total)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(simd.element, [simd.element, simd.vector]),
-            f"llvm.vector.reduce.fadd.v{simd.lanes}f{8 * simd.bytes}",
-        )
-        return builder.call(function, [ir.Constant(simd.element, 0.0), builder.load(total)], fastmath=["reassoc"])
+        return simd.total(builder.load(total))
 
     return a.dtype(a, a0, b, b0, vectors), codegen
 
@@ -414,17 +411,11 @@ def fourth_powers(typingctx, a, a0, rows, factors, factors0, sums, fresh):
         panel = simd.pointer(signature.args[0], a, a0)
         factor = simd.load(simd.pointer(signature.args[3], factors, factors0))
         result = simd.pointer(signature.args[5], sums, simd.index(0))
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(simd.element, [simd.element, simd.vector]),
-            f"llvm.vector.reduce.fadd.v{simd.lanes}f{8 * simd.bytes}",
-        )
         with cgutils.for_range(builder, rows) as loop:
             value = simd.load(simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes))))
             value = builder.fmul(value, factor)
             square = builder.fmul(value, value)
-            zero = ir.Constant(simd.element, 0.0)
-            total = builder.call(function, [zero, builder.fmul(square, square)], fastmath=["reassoc"])
+            total = simd.total(builder.fmul(square, square))
             target = simd.at(result, loop.index)
             builder.store(builder.select(fresh, total, builder.fadd(total, builder.load(target))), target)
         return context.get_dummy_value()

@@ -31,6 +31,16 @@ def small_tasks(steps: int) -> int:
     return max(1, SMALL_STEPS // max(1, steps))
 
 
+def insist(step: Callable[[], object], failures: list[BaseException]) -> None:
+    """Call ``step`` again until it returns, and note what interrupts it in ``failures``."""
+    while True:
+        try:
+            step()
+            return
+        except BaseException as failure:
+            failures.append(failure)
+
+
 class Team:
     """The calling thread and helpers that wait for work, started when they are first asked."""
 
@@ -56,20 +66,16 @@ class Team:
     def close(self) -> None:
         """End the helpers, whatever interrupts it, and raise the first interrupt then."""
         failures: list[BaseException] = []
-        told = ended = False
-        while not ended:
-            try:
-                if not told:
-                    self._asked.put(None)
-                    told = True
-                for helper in self._helpers:
-                    if helper.is_alive():  # one whose start was interrupted may not be yet, and cannot be joined
-                        helper.join()
-                ended = True
-            except BaseException as failure:
-                failures.append(failure)
+        # One word more than needed does no harm.
+        insist(lambda: self._asked.put(None), failures)
+        insist(self._join, failures)
         if failures:
             raise failures[0]
+
+    def _join(self) -> None:
+        for helper in self._helpers:
+            if helper.is_alive():  # one whose start was interrupted may not be yet, and cannot be joined
+                helper.join()
 
     def _help(self) -> None:
         while (work := self._asked.get()) is not None:
@@ -126,13 +132,6 @@ def run_tasks(work: Callable[[int, int], None], tasks: int, *, chunk: int) -> No
         except BaseException as failure:  # an interrupt outside a task
             failures.append(failure)
         # A helper that has not begun by now will find nothing left to do.
-        waiting = True
-        while waiting:
-            try:
-                for ended in running:
-                    ended.wait()
-                waiting = False
-            except BaseException as failure:
-                failures.append(failure)
+        insist(lambda: [ended.wait() for ended in running], failures)
     if failures:
         raise failures[0]

@@ -3,12 +3,12 @@
 1. Queries and keys are each ordered by a balanced tree of similar rows; consecutive queries form a block.
 2. For each block the tree over the keys is opened where its closed nodes are estimated to err most, until the list is full.
 3. A closed node is one key: the mean key, at log-weight ln(count) + spread, with the mean value. Single keys are exact.
-4. In self-attention the block's own positions are exact too, and taken out of the nodes that hold them: out of their counts,
-   not their means, which errs no less (bench/NOTES.md).
+4. In self-attention (as many queries as keys) the block's own positions are exact too, and taken out of the nodes that hold
+   them: out of their counts; taking them out of the means too errs no less (bench/NOTES.md).
 
-Keys are compared by what queries see of them: a key k stands as C^(1/4) k, where C is the second moment of the queries.
-Between the Euclidean distance (power 0) and the mean squared difference of logits (power 1/2), this one errs least
-(bench/NOTES.md).
+Keys are compared by what queries see of them: a key k stands as C^(1/4) k, where C is the second moment of the queries:
+half way between the Euclidean distance (power 0) and the mean squared difference of logits (power 1/2). It errs least of the
+powers tried (bench/NOTES.md). Nothing is random; the estimate is biased, by what nodes hide.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,6 @@ from kdecore.planning import Plan
 from kdecore.selection import Selection, equal_blocks
 from kdecore.tree import inner_nodes
 
-DIRECTIONS = 16
-"""Directions along which the spread of the logits within a node is estimated."""
 MOMENT_ROWS = 4096
 """Rows, evenly spaced, that second moments are taken from, at least."""
 OWN_SHARE = 4
@@ -107,7 +105,7 @@ def key_view(xp: Namespace, q: Array, k: Array) -> KeyView:
     eigenvalues = xp.where(largest > 0, xp.maximum(eigenvalues, 1e-6 * largest), 1.0)
     metric, inverse = ((axes * (eigenvalues**power)[:, None, :]) @ xp.matrix_transpose(axes) for power in (0.25, -0.25))
     _, directions = xp.linalg.eigh(metric @ second_moment(xp, k) @ metric)
-    leading = directions[:, :, -min(DIRECTIONS, int(k.shape[2])) :]
+    leading = directions[:, :, -min(Treecode.DIRECTIONS, int(k.shape[2])) :]
     return KeyView(*(xp.astype(x, k.dtype) for x in (metric, metric @ leading, inverse @ leading)))
 
 

@@ -6,8 +6,6 @@ from kdecore.namespaces import Array, Namespace
 
 GROWTH = 8
 """A list grows by this part of itself in a round (rounding down, at least by one)."""
-POWER = 4
-"""A node's errors for the queries of a block are summed as this power: what one query needs is not averaged away."""
 
 
 class OpenTree(Protocol):
@@ -32,7 +30,7 @@ class OpenTree(Protocol):
         normal with half variance σ = ⟨probesᵢ, half_variances_h⟩. Where σ > ln c, c draws reach no such mean, and
         2 √(σ ln c) − ln c takes its place (the random energy model's frozen phase; derived). The estimated error of
         leaving it closed is its weight over the sum of all listed weights, times σ, times its importance; the node's error
-        is the sum of the block's queries' errors to the power `POWER`.
+        is the sum of the fourth powers of the block's queries' errors, so that what one query needs is not averaged away.
 
         A list begins with the root. In each round of a list of f slots, the max(1, ⌊f / `GROWTH`⌋) nodes of largest error
         or as many as slots are left, are opened: their two children take their place. Opening a single key leaves it, with

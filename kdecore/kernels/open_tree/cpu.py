@@ -82,6 +82,7 @@ def open_blocks(
     tops, totals = np.empty(filled, q.dtype), np.empty(filled, q.dtype)
     before, unused = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
     error, work = np.empty(wanted, q.dtype), np.empty(wanted, q.dtype)
+    distinct = np.empty(own_count, np.int64)
     level, place = np.empty(wanted, np.int64), np.empty(wanted, np.int64)
     chosen = np.empty(max(1, wanted // GROWTH), np.int64)
     for task in range(first, last):
@@ -148,22 +149,7 @@ def open_blocks(
                 for i in range(lanes):
                     before[i] = 1.0 / totals[lane + i] if lane + i < rows else 0.0
                 fourth_powers(errors, lane * wanted, used, before, 0, error, lane == 0)
-            for slot in range(used):
-                if level[slot] < 0 or not error[slot] >= 0:
-                    error[slot] = -1.0
-                work[slot] = error[slot]
-            least = nth_largest(work, used, count)
-            found = 0
-            for slot in range(used):
-                if error[slot] > least:
-                    chosen[found] = slot
-                    found += 1
-            for slot in range(used):
-                if found == count:
-                    break
-                if error[slot] == least:
-                    chosen[found] = slot
-                    found += 1
+            choose_worst(error, work, level, used, count, chosen)
             # Open them.
             children = 0
             for c in range(count):
@@ -184,42 +170,39 @@ def open_blocks(
                 else:
                     level[other] = -1
             used += count
-        for i in range(own_count):
-            key_index[group, block, i] = inner + own[group, block, i]
-            again = i > 0 and own[group, block, i] == own[group, block, i - 1]
-            log_weight[group, block, i] = -np.inf if again else 0.0
+        list_own(own, group, block, inner, distinct, key_index, log_weight)
         for slot in range(wanted):
             index, weight = 0, -np.inf
             if level[slot] >= 0:
                 start, end = bounds(level[slot], place[slot], n)
                 node = (1 << level[slot]) - 1 + place[slot]
                 index = node if node < inner else inner + start
-                count = end - start - distinct_inside(own[group, block], start, end)
+                count = end - start - (first_at_least(distinct, end) - first_at_least(distinct, start))
                 if count > 0:
                     weight = np.log(np.float64(count))
                     if end - start > 1:
-                        spread = half_spread[group, node] * norm
-                        if spread > weight:
-                            spread = 2.0 * np.sqrt(spread * weight) - weight
-                        weight += spread
+                        weight += frozen(half_spread[group, node] * norm, weight)
             key_index[group, block, own_count + slot] = index
             log_weight[group, block, own_count + slot] = weight
 
 
 @kernel()
-def bounds(level, place, n):
-    """Return where a node's positions begin and end."""
-    return (place * n) >> level, ((place + 1) * n) >> level
-
-
-@kernel()
-def distinct_inside(ascending, start, end):
-    """Return how many different numbers lie in start … end − 1."""
-    count = 0
-    for i in range(ascending.shape[0]):
-        number = ascending[i]
-        count += start <= number < end and (i == 0 or ascending[i - 1] != number)
-    return count
+def choose_worst(error, work, level, used, count, chosen):
+    """Write the ``count`` used slots of largest error to ``chosen``; empty slots and errors that are NaN come last."""
+    for slot in range(used):
+        if level[slot] < 0 or not error[slot] >= 0:
+            error[slot] = -1.0
+        work[slot] = error[slot]
+    least = nth_largest(work, used, count)
+    found = 0
+    for slot in range(used):
+        if error[slot] > least:
+            chosen[found] = slot
+            found += 1
+    for slot in range(used):
+        if found < count and error[slot] == least:
+            chosen[found] = slot
+            found += 1
 
 
 @kernel()
@@ -245,3 +228,46 @@ def nth_largest(values, used, count):
         else:
             break
     return values[target]
+
+
+@kernel()
+def list_own(own, group, block, inner, distinct, key_index, log_weight):
+    """List a block's own keys, and write them to ``distinct``, those said before as a position after all others."""
+    count = own.shape[2]
+    found = 0
+    for i in range(count):
+        position = own[group, block, i]
+        again = i > 0 and position == own[group, block, i - 1]
+        key_index[group, block, i] = inner + position
+        log_weight[group, block, i] = -np.inf if again else 0.0
+        if not again:
+            distinct[found] = position
+            found += 1
+    distinct[found:] = np.iinfo(np.int64).max
+
+
+@kernel()
+def frozen(half_variance, log_size):
+    """Return ln of the mean of exp over so many normal numbers, as the contract has it."""
+    if half_variance > log_size:
+        return 2.0 * np.sqrt(half_variance * log_size) - log_size
+    return half_variance
+
+
+@kernel()
+def first_at_least(ascending, value):
+    """Return the first place whose number is at least ``value``, or the length."""
+    low, high = 0, ascending.shape[0]
+    while low < high:
+        middle = (low + high) >> 1
+        if ascending[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel()
+def bounds(level, place, n):
+    """Return where a node's positions begin and end."""
+    return (place * n) >> level, ((place + 1) * n) >> level

@@ -2,7 +2,7 @@
 
 import math
 
-from kdecore.kernels.open_tree.contract import GROWTH, POWER
+from kdecore.kernels.open_tree.contract import GROWTH
 from kdecore.namespaces import Array, Namespace, take_along_rows, take_rows
 from kdecore.tree import inner_nodes, levels
 
@@ -57,7 +57,7 @@ def open_tree(
         top = xp.max(logits, axis=-1, keepdims=True)
         weights = xp.exp(logits - top)
         shares = weights / xp.sum(weights, axis=-1, keepdims=True) * errors
-        error = xp.where(node < 0, -1.0, xp.sum(shares**POWER, axis=2))
+        error = xp.where(node < 0, -1.0, xp.sum(shares**4, axis=2))
         worst_first = xp.argsort(-error, axis=-1, stable=True)
         kept = worst_first[:, :, count:]
         parents = take_last(xp, node, worst_first[:, :, :count])
