@@ -10,31 +10,14 @@ import pytest
 from kdecore.errors import KernelUnavailable, OptionError
 from kdecore.kernels import registry
 from kdecore.kernels.registry import KERNELS, Implementation, Site, choose
-from kdecore.namespaces import host, namespace_name
+from kdecore.namespaces import host
 from tests import oracles
+from tests.implementations import implementations, run
 from tests.tolerances import assert_close
 from tests.trees import assert_same_lists, tree_problem
 
 IMPLEMENTATIONS = [(kernel, found) for kernel, all_found in KERNELS.items() for found in all_found]
 FLOATS = ("float32", "float64")
-
-
-def implementations(kernel):
-    """Parametrise a test over the implementations of one kernel."""
-    return pytest.mark.parametrize("implementation", KERNELS[kernel], ids=lambda found: found.target)
-
-
-def run(implementation, backend, *arguments, dtype="float64"):
-    """Call an implementation with NumPy arguments on a backend, or skip where it says that it cannot run there."""
-    arrays = [backend.array(x) if isinstance(x, np.ndarray) else x for x in arguments]
-    device = next(str(x.device) for x in arrays if hasattr(x, "device"))
-    reason = implementation.unsupported(Site(namespace_name(backend.xp), device, dtype))
-    if reason is not None:
-        pytest.skip(reason)
-    found = implementation.function(backend.xp, *arrays)
-    if hasattr(found, "lse"):
-        return backend.numpy(found.out), backend.numpy(found.lse)
-    return tuple(backend.numpy(x) for x in found) if isinstance(found, tuple) else backend.numpy(found)
 
 
 @pytest.mark.parametrize(("kernel", "implementation"), IMPLEMENTATIONS, ids=lambda x: getattr(x, "target", x))
@@ -50,10 +33,10 @@ def test_implementations_have_their_contracts_signature(kernel, implementation):
 def test_every_kernel_ends_with_one_that_runs_everywhere():
     folders = {path.parent.name for path in Path(registry.__file__).parent.glob("*/contract.py")}
     assert set(KERNELS) == folders
-    for implementations in KERNELS.values():
-        assert implementations[-1].target == "array-api"
-        assert implementations[-1].unsupported(Site("any", "anywhere", "float32")) is None
-        assert len({found.target for found in implementations}) == len(implementations)
+    for every in KERNELS.values():
+        assert every[-1].target == "array-api"
+        assert every[-1].unsupported(Site("any", "anywhere", "float32")) is None
+        assert len({found.target for found in every}) == len(every)
 
 
 # hash_codes

@@ -24,6 +24,8 @@ CASES = {
     "tiny budget": (8192, 8192, 64, {"method": "sortlsh", "budget": 3}),
     "default budget": (8192, 8192, 64, {"method": "sortlsh"}),
     "exact": (4096, 4096, 64, {"method": "exact"}),
+    "tree": (4096, 4096, 64, {"method": "treecode", "budget": 128}),
+    "tree of few queries": (500, 20000, 32, {"method": "treecode", "budget": 256}),
     "few queries": (3, 50000, 64, {"method": "hyper", "budget": 100}),
 }
 
