@@ -86,6 +86,52 @@ def glove_error() -> Figures:
     return figures
 
 
+def treecode_error() -> Figures:
+    """Spectral error of `treecode`: six heads of a vision transformer at 896 px (n = 4,097), and GloVe words (n = 8,192)."""
+    from bench import vit
+
+    figures, of_layers = {}, []
+    for layer, (q, k, v) in vit.qkv(896).items():
+        (error,) = treecode_errors(q, k, v, None, (384,))
+        of_layers.append(error)
+        figures[f"layer {layer}, 384 keys"] = Figure(error, "", at_most=0.045)
+    figures["mean over layers"] = Figure(float(np.mean(of_layers)), "", at_most=0.02)
+    case = glove_case(8192)
+    for scale, bar in ((1.0, 0.025), (10**-0.5, 0.01), (0.1, 0.002)):
+        error, twice = treecode_errors(case.q[None], case.q[None], case.v[None], scale, (384, 768))
+        figures[f"words, logit scale {scale:.2f}, 384 keys"] = Figure(error, "", at_most=bar)
+        figures[f"words, logit scale {scale:.2f}, 768 keys over 384"] = Figure(twice / error, "×", at_most=0.6)
+    return figures
+
+
+def treecode_errors(q: Any, k: Any, v: Any, scale: float | None, budgets: tuple[int, ...]) -> list[float]:
+    """Return the spectral error for each budget, the mean over heads."""
+    exact = kdecore.attention(*(x.astype(np.float64) for x in (q, k, v)), method="exact", scale=scale)
+    outs = (kdecore.attention(q, k, v, method="treecode", budget=budget, scale=scale) for budget in budgets)
+    return [errors(host, out, exact).spectral for out in outs]
+
+
+def treecode_speed() -> Figures:
+    """`treecode` at n = 32,768, 4 heads, d = 64, float32: speed-up over torch SDPA, and where the time goes."""
+    q, k, v = random_inputs(4, 32768)
+    calls: dict[str, Callable[[], Any]] = {"SDPA": partial(sdpa, q, k, v, 0.125)}
+    for budget in (256, 512):
+        calls[f"budget {budget}"] = partial(kdecore.attention, q, k, v, method="treecode", budget=budget)
+    problem = canonicalise(q, k, v)
+    plan = make_plan(problem, method="treecode", budget=512)
+
+    def select() -> None:
+        with team():
+            SELECT["treecode"](problem, plan)
+
+    seconds = interleaved(calls | {"trees and opening": select}, repeats=2)
+    figures = {f"{name}, time": Figure(spent * 1e3, "ms") for name, spent in seconds.items()}
+    for budget, bar in ((256, 45.0), (512, 30.0)):
+        speedup = seconds["SDPA"] / seconds[f"budget {budget}"]
+        figures[f"budget {budget}, speed-up"] = Figure(speedup, "×", at_least=bar)
+    return figures
+
+
 def speed_16k() -> Figures:
     """At n = 16,384, one head, d = 100, float32, NumPy arrays, budget 384: times over torch SDPA, in one run."""
     case = glove_case(16384)
@@ -215,6 +261,7 @@ def random_inputs(heads: int, n: int) -> Any:
 
 
 MEASURES: dict[str, Callable[[], Figures]] = {
-    function.__name__: function for function in (glove_error, speed_16k, speed_heads, block_rate, growth, crossover)
+    function.__name__: function
+    for function in (glove_error, treecode_error, treecode_speed, speed_16k, speed_heads, block_rate, growth, crossover)
 }
 """Measure name → function."""

@@ -40,15 +40,16 @@ def attention(
         (…, n_k, d_v) values, likewise.
     method
         ``"exact"``; ``"sortlsh"`` (KDEformer's Algorithm 3); ``"hyper"`` (HyperAttention: the same with uniform sampling);
-        ``"auto"`` (exact below a measured crossover, sortlsh above; the report says which and why); or an options object,
-        `Exact`, `SortLSH` or `Hyper`, for control over a method's parts.
+        ``"kdeformer"`` (Algorithm 1); ``"treecode"`` (near keys one by one, the others through means of tree nodes; beyond
+        the paper); ``"auto"`` (exact below a measured crossover, sortlsh above; the report says which and why); or an options
+        object, `Exact`, `SortLSH`, `Hyper`, `KDEformer` or `Treecode`, for control over a method's parts.
     budget
         Keys evaluated per query, at least 1; 512 if None. At or above n_k the result is exact, for every method.
     scale
         Finite factor on ⟨q, k⟩; 1/√d if None.
     seed
         Integer in [0, 2**64). One seed gives the same random numbers on every array library, and two calls with one seed
-        the same result. No global random state is read or written.
+        the same result. No global random state is read or written. Exact and treecode draw nothing.
     kernels
         ``"auto"``, or the name of an implementation that every kernel must have, such as ``"array-api"``.
     threads
@@ -84,7 +85,8 @@ def attention(
     Notes
     -----
     Time is O(n_q n_k (d + d_v)) for exact, and O(n_q · budget · (d + d_v) + (n_q + n_k)(d + log n)) for sortlsh and hyper,
-    for each leading index. Temporaries are O(budget · (n_q + n_k)); no n × n array is ever made.
+    for each leading index; treecode's is O((n_q + n_k) (d log n + d²) + n_q · budget · (d + d_v)). Temporaries are
+    O(budget · (n_q + n_k)); no n × n array is ever made.
 
     References
     ----------

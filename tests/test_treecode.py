@@ -6,10 +6,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import kdecore
 from kdecore import Treecode, attention
 from kdecore.errors import OptionError
+from kdecore.inputs import canonicalise
 from kdecore.kernels.registry import KERNELS
+from kdecore.methods import SELECT, treecode
+from kdecore.namespaces import host
+from kdecore.planning import make_plan
 from kdecore.tree import bounds, inner_nodes, levels
 from tests import oracles, strategies
 from tests.implementations import implementations, run
@@ -38,7 +41,7 @@ def test_tree_order(backend, rng, implementation, n, leaf_size):
 
 @implementations("tree_order")
 def test_equal_rows_keep_their_order(implementation):
-    found = implementation.function(kdecore.namespaces.host, np.ones((1, 77, 3)), 1)
+    found = implementation.function(host, np.ones((1, 77, 3)), 1)
     np.testing.assert_array_equal(found[0], np.arange(77))
 
 
@@ -48,7 +51,7 @@ def test_equal_rows_keep_their_order(implementation):
 def test_node_means(rng, implementation, n, dtype):
     rows = (rng.standard_normal((2, n, 4)) + 100.0).astype(dtype)
     order = rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1)
-    means, spread = implementation.function(kdecore.namespaces.host, rows, order)
+    means, spread = implementation.function(host, rows, order)
     assert means.dtype == spread.dtype == dtype
     inner = inner_nodes(n)
     assert means.shape == (2, inner + n, 4)
@@ -81,7 +84,7 @@ def test_open_tree_lists_the_same_nodes_in_numba(seed, n, slots, own, scale):
     slots = min(slots, n - 1)
     own = own and slots > 16
     arguments = tree_problem(np.random.default_rng(seed), n=n, n_q=40, slots=slots, own=own, scale=scale)
-    cpu, reference = (found.function(kdecore.namespaces.host, *arguments) for found in KERNELS["open_tree"])
+    cpu, reference = (found.function(host, *arguments) for found in KERNELS["open_tree"])
     assert_same_lists(cpu, reference)
 
 
@@ -91,15 +94,15 @@ def test_every_key_is_counted_once(rng, implementation, own):
     """Without spread, a list's log-weights are logarithms of numbers of keys, which add up to all."""
     arguments = list(tree_problem(rng, n=333, slots=60, own=own))
     arguments[5] = np.zeros_like(arguments[5])
-    _, log_weight = implementation.function(kdecore.namespaces.host, *arguments)
+    _, log_weight = implementation.function(host, *arguments)
     np.testing.assert_allclose(np.exp(log_weight).sum(axis=-1), 333.0, rtol=1e-12)
 
 
 @implementations("open_tree")
 def test_the_number_of_queries_need_not_fill_a_vector(rng, implementation):
     arguments = tree_problem(rng, n=200, n_q=45, rows=9, slots=50)
-    expected = KERNELS["open_tree"][-1].function(kdecore.namespaces.host, *arguments)
-    assert_same_lists(implementation.function(kdecore.namespaces.host, *arguments), expected)
+    expected = KERNELS["open_tree"][-1].function(host, *arguments)
+    assert_same_lists(implementation.function(host, *arguments), expected)
 
 
 @given(strategies.problems(), st.data())
@@ -148,6 +151,39 @@ def test_every_library_gives_the_same_attention(backend, rng):
     expected = attention(*arrays, method="treecode", budget=150)
     found = attention(*(backend.array(x) for x in arrays), method="treecode", budget=150)
     np.testing.assert_allclose(backend.numpy(found), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_vector_added_to_all_keys_changes_nothing(rng):
+    q, k, v = rng.standard_normal((3, 400, 20))
+    moved = k + 30.0 * rng.standard_normal(20)
+    expected, found = (attention(q, x, v, method="treecode", budget=150) for x in (k, moved))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+def test_coordinates_hold_the_logits(rng):
+    """With as many directions as dimensions, the products of coordinates add up to the logits."""
+    q, k = rng.standard_normal((2, 3, 200, 9)) @ np.diag(np.arange(1.0, 10.0))
+    view = treecode.key_view(host, q, k)
+    coordinates = (q @ view.queries) @ (k @ view.keys).swapaxes(1, 2)
+    np.testing.assert_allclose(coordinates, q @ k.swapaxes(1, 2), rtol=1e-9, atol=1e-9)
+
+
+def test_own_positions_come_first_in_self_attention(rng):
+    arrays = rng.standard_normal((3, 2, 300, 6))
+
+    def select(q, k, v, budget):
+        problem = canonicalise(q, k, v)
+        selection = SELECT["treecode"](problem, make_plan(problem, method="treecode", budget=budget))
+        rows = selection.blocks.index.shape[2]
+        listed = np.stack([keys[index] for keys, index in zip(selection.keys, selection.key_index, strict=True)])
+        return selection, listed[:, :, :rows]
+
+    selection, first = select(*arrays, 150)
+    own = np.stack([k[index] for k, index in zip(arrays[1], selection.blocks.index, strict=True)])
+    np.testing.assert_array_equal(np.sort(first, axis=2), np.sort(own, axis=2))
+    assert (np.isfinite(selection.log_weight[:, :, : own.shape[2]]).sum(axis=(1, 2)) == 300).all()
+    for other in (select(*arrays, 100), select(arrays[0][:, :299], *arrays[1:], 150)):
+        assert not np.array_equal(np.sort(other[1], axis=2)[:, :3], np.sort(own, axis=2)[:, :3, : other[1].shape[2]])
 
 
 def test_gradients_reach_keys_and_values(rng):

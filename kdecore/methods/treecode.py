@@ -32,8 +32,8 @@ def select(problem: Problem, plan: Plan) -> Selection:
     Returns
     -------
     Selection
-        ``budget`` slots a block. O(G ((n_q + n_k) (d log n + d²) + n_q · budget · d)), of which every part but the attention
-        itself is done once for queries or keys.
+        ``budget`` slots a block, with the means of nodes and the keys in the tree's order as keys and values.
+        O(G ((n_q + n_k) (d log n + d²) + n_q · budget · d)).
     """
     options = plan.options
     assert isinstance(options, Treecode)
