@@ -162,15 +162,17 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     slots = options.budget or problem.n_k
     d, d_v = problem.d, problem.d_v
-    features = 2 * min(Treecode.DIRECTIONS, d) + 1
+    p = min(Treecode.DIRECTIONS, d)
     blocks = problem.groups * -(-problem.n_q // options.block_size)
-    # Centred and seen rows, orders; means of nodes of up to as many again; lists, once for all groups and once for each.
-    total = size * (rows_q * 4 * d + rows_k * (4 * d + 3 * (d + d_v) + 6 * features)) + 8 * 8 * (rows_q + rows_k)
+    # Coordinates, twice while rows are ordered; orders; keys, values and summaries of up to as many nodes; samples; lists,
+    # once for all groups and once for each.
+    total = size * ((rows_q + rows_k) * 5 * max(p, 16) + rows_k * (2 * (d + d_v) + 2 * p + 4)) + 8 * 8 * (rows_q + rows_k)
+    total += 8 * 4 * problem.groups * d * (min(8192, problem.n_q) + min(8192, problem.n_k) + 4 * d)
     total += blocks * slots * (2 * 8 + size)
     if kernels["open_tree"].target == "array-api":
         # Sorted rows and their products; logits and errors of all blocks' queries, and what a round makes of them.
-        total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + features) + 16 * 8 * rows_k
-        total += size * blocks * slots * (12 * options.block_size + 2 * d + 8 * 8)
+        total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + p) + 16 * 8 * rows_k
+        total += size * blocks * slots * (8 * options.block_size + 8 * 8)
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 2 * rows_q * (d_v + 1))
     return total
 

@@ -1,20 +1,21 @@
 """The shape of a balanced binary tree over n ordered rows, which follows from n alone.
 
 Node i of level ℓ holds the positions ⌊i·n / 2**ℓ⌋ … ⌊(i + 1)·n / 2**ℓ⌋ − 1, so that nodes of a level differ by at most one
-row, for any n. Nodes are numbered through all levels: h = 2**ℓ − 1 + i, with the children 2h + 1 and 2h + 2.
+row, for any n. Nodes are numbered through all levels: h = 2**ℓ − 1 + i, with the children 2h + 1 and 2h + 2. The nodes of
+the last level are the leaves.
 """
 
 from kdecore.namespaces import Array, host
 
 
-def levels(n: int, leaf_size: int = 1) -> int:
-    """Return the least level whose nodes hold at most ``leaf_size`` rows."""
+def depth(n: int, leaf_size: int) -> int:
+    """Return the level of the leaves: the least one whose nodes hold at most ``leaf_size`` rows."""
     return (-(-n // leaf_size) - 1).bit_length()
 
 
-def inner_nodes(n: int) -> int:
-    """Return how many nodes lie above the level of single rows."""
-    return (1 << levels(n)) - 1
+def node_count(n: int, leaf_size: int) -> int:
+    """Return how many nodes there are, leaves included."""
+    return (2 << depth(n, leaf_size)) - 1
 
 
 def bounds(n: int, level: int) -> Array:

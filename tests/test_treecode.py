@@ -13,21 +13,24 @@ from kdecore.kernels.registry import KERNELS
 from kdecore.methods import SELECT, treecode
 from kdecore.namespaces import host
 from kdecore.planning import make_plan
-from kdecore.tree import bounds, inner_nodes, levels
+from kdecore.tree import bounds, depth, node_count
 from tests import oracles, strategies
 from tests.implementations import implementations, run
 from tests.tolerances import assert_close
 from tests.trees import assert_same_lists, opened_one_by_one, recursive_order, tree_problem
 
 
+@pytest.mark.parametrize("leaf_size", [1, 2, 4, 7])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 1000, 1025])
-def test_nodes_of_a_level_cover_all_positions_and_differ_by_one(n):
-    for level in range(levels(n) + 1):
+def test_nodes_of_a_level_cover_all_positions_and_differ_by_one(n, leaf_size):
+    last = depth(n, leaf_size)
+    for level in range(last + 1):
         sizes = np.diff(bounds(n, level))
         assert sizes.sum() == n
         assert sizes.max() - sizes.min() <= 1
-    assert sizes.max() == 1
-    assert inner_nodes(n) == sum(2**level for level in range(levels(n)))
+        assert (sizes.max() <= leaf_size) == (level == last)
+    assert leaf_size == 1 or sizes.min() >= 1
+    assert node_count(n, leaf_size) == sum(2**level for level in range(last + 1))
 
 
 @pytest.mark.parametrize(("n", "leaf_size"), [(1, 1), (2, 1), (3, 1), (7, 2), (64, 1), (100, 32), (700, 1), (1300, 5)])
@@ -45,28 +48,36 @@ def test_equal_rows_keep_their_order(implementation):
     np.testing.assert_array_equal(found[0], np.arange(77))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 77])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 77, 700, 1300])
+@pytest.mark.parametrize("leaf_size", [2, 4])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@implementations("node_means")
-def test_node_means(rng, implementation, n, dtype):
-    rows = (rng.standard_normal((2, n, 4)) + 100.0).astype(dtype)
+@implementations("node_summaries")
+def test_node_summaries(rng, implementation, n, leaf_size, dtype):
+    k, v, coordinates = (rng.standard_normal((2, n, w)) + 100.0 for w in (4, 3, 2))
+    arrays = [x.astype(dtype) for x in (k, v, coordinates, rng.random((2, n)))]
     order = rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1)
-    means, spread = implementation.function(host, rows, order)
-    assert means.dtype == spread.dtype == dtype
-    inner = inner_nodes(n)
-    assert means.shape == (2, inner + n, 4)
+    found = implementation.function(host, *arrays, order, leaf_size)
+    nodes = node_count(n, leaf_size)
+    assert found.keys.shape == (2, nodes + n, 4)
+    assert found.values.shape == (2, nodes + n, 3)
+    assert {x.dtype for x in found} == {np.dtype(dtype)}
+    # Rows at 100 are rounded, their differences with them.
+    tolerance = {"float32": 2e-4, "float64": 1e-12}[dtype]
     for group in range(2):
-        ordered = rows[group, order[group]].astype(np.float64)
-        np.testing.assert_array_equal(means[group, inner:], ordered.astype(dtype))
-        for level in range(levels(n)):
+        keys, values, along, sizes = (x[group, order[group]].astype(np.float64) for x in arrays)
+        np.testing.assert_array_equal(found.keys[group, nodes:], keys.astype(dtype))
+        np.testing.assert_array_equal(found.values[group, nodes:], values.astype(dtype))
+        for level in range(depth(n, leaf_size) + 1):
             edges = bounds(n, level)
             for i in range(2**level):
-                held, node = ordered[edges[i] : edges[i + 1]], 2**level - 1 + i
-                assert_close(means[group, node], held.mean(axis=0), dtype=dtype)
-                true_spread = ((held - held.mean(axis=0)) ** 2).sum(axis=1).mean()
-                # Rows at 100 are rounded, their differences with them.
-                tolerance = {"float32": 2e-4, "float64": 1e-12}[dtype]
-                np.testing.assert_allclose(spread[group, node], true_spread, rtol=tolerance, atol=tolerance)
+                held, node = slice(edges[i], edges[i + 1]), 2**level - 1 + i
+                assert_close(found.keys[group, node], keys[held].mean(axis=0), dtype=dtype)
+                assert_close(found.values[group, node], values[held].mean(axis=0), dtype=dtype)
+                assert_close(found.sizes[group, node], sizes[held].mean(), dtype=dtype)
+                spread = keys[held].var(axis=0).sum()
+                np.testing.assert_allclose(found.spread[group, node], spread, rtol=tolerance, atol=tolerance)
+                variances = along[held].var(axis=0)
+                np.testing.assert_allclose(found.variances[group, node], variances, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("own", "slots"), [(True, 50), (False, 50), (False, 1), (True, 17), (False, 119)])
@@ -161,11 +172,12 @@ def test_a_vector_added_to_all_keys_changes_nothing(rng):
 
 
 def test_coordinates_hold_the_logits(rng):
-    """With as many directions as dimensions, the products of coordinates add up to the logits."""
-    q, k = rng.standard_normal((2, 3, 200, 9)) @ np.diag(np.arange(1.0, 10.0))
-    view = treecode.key_view(host, q, k)
-    coordinates = (q @ view.queries) @ (k @ view.keys).swapaxes(1, 2)
-    np.testing.assert_allclose(coordinates, q @ k.swapaxes(1, 2), rtol=1e-9, atol=1e-9)
+    """With as many directions as dimensions, the products of coordinates add up to the logits with centred keys."""
+    q, k = rng.standard_normal((2, 3, 200, 9)) @ np.diag(np.arange(1.0, 10.0)) + 3.0
+    view = treecode.key_view(host, q, k, 0.7)
+    coordinates = (q @ view.queries) @ (k @ view.keys - view.centre).swapaxes(1, 2)
+    centred = k - k.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(coordinates, 0.7 * q @ centred.swapaxes(1, 2), rtol=1e-9, atol=1e-9)
 
 
 def test_own_positions_come_first_in_self_attention(rng):
@@ -182,7 +194,7 @@ def test_own_positions_come_first_in_self_attention(rng):
     own = np.stack([k[index] for k, index in zip(arrays[1], selection.blocks.index, strict=True)])
     np.testing.assert_array_equal(np.sort(first, axis=2), np.sort(own, axis=2))
     assert (np.isfinite(selection.log_weight[:, :, : own.shape[2]]).sum(axis=(1, 2)) == 300).all()
-    for other in (select(*arrays, 100), select(arrays[0][:, :299], *arrays[1:], 150)):
+    for other in (select(*arrays, 60), select(arrays[0][:, :299], *arrays[1:], 150)):
         assert not np.array_equal(np.sort(other[1], axis=2)[:, :3], np.sort(own, axis=2)[:, :3, : other[1].shape[2]])
 
 

@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from kdecore.kernels.node_means.reference import node_means
-from kdecore.kernels.open_tree.contract import GROWTH
+from kdecore.kernels.node_summaries.reference import node_summaries
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
 from kdecore.namespaces import host
-from kdecore.tree import inner_nodes
 
 
 def recursive_order(x, leaf_size):
@@ -34,80 +33,87 @@ def recursive_order(x, leaf_size):
     return split(np.arange(n), 0, 0)
 
 
-def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=True, scale=1.0):
+def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=True, scale=1.0, leaf_size=4):
     """Arguments of `open_tree` for keys in clusters: blocks of queries as they come, own positions at random."""
     keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
-    q = rng.standard_normal((groups, n_q, d)) * scale
-    order = tree_order(host, keys, 1)
-    means, spread = node_means(host, keys, order)
-    along = keys[:, :, :p]
-    moments, _ = node_means(host, np.concatenate([along, along**2], axis=-1), order)
-    inner = inner_nodes(n)
-    half_variances = 0.5 * np.maximum(moments[:, :inner, p:] - moments[:, :inner, :p] ** 2, 0.0)
+    q = rng.standard_normal((groups, n_q, d))
+    order = tree_order(host, keys, leaf_size)
+    sizes = 0.5 + rng.random((groups, n))
+    nodes = node_summaries(host, keys, keys, keys[:, :, :p], sizes, order, leaf_size)
     blocks = n_q // rows
     query_index = np.stack([rng.permutation(n_q)[: blocks * rows].reshape(blocks, rows) for _ in range(groups)])
     own_positions = np.sort(rng.integers(0, n, (groups, blocks, rows)), axis=-1) if own else None
-    importance = 0.5 + rng.random((groups, inner))
-    probes = q[:, :, :p] ** 2
-    return q, query_index, probes, means, half_variances, spread * 0.5 / d, importance, own_positions, slots
+    coordinates = scale * q[:, :, :p]
+    return q, scale, coordinates, query_index, nodes.keys, nodes.spread, nodes.variances, nodes.sizes, own_positions, slots
 
 
-def opened_one_by_one(q, query_index, probes, keys, half_variances, half_spread, importance, own, slots):
+def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots):
     """What `open_tree` promises, from its contract, for one block and one node at a time."""
-    groups, blocks, rows = query_index.shape
-    inner = half_variances.shape[1]
-    n = keys.shape[1] - inner
+    groups, blocks, _ = query_index.shape
+    nodes = spread.shape[1]
+    n, depth = keys.shape[1] - nodes, (nodes + 1).bit_length() - 2
     index, weight = np.zeros((groups, blocks, slots), np.int64), np.full((groups, blocks, slots), -np.inf)
 
     def members(level, i):
         return range((i * n) >> level, ((i + 1) * n) >> level)
 
-    def spread_of(variance, count):
+    def spread_of(half_variance, count):
         limit = np.log(count)
-        return variance if variance <= limit else 2 * np.sqrt(variance * limit) - limit
-
-    def row_of(level, i):
-        node = 2**level - 1 + i
-        return node if node < inner else inner + members(level, i)[0]
+        return half_variance if half_variance <= limit else 2 * np.sqrt(half_variance * limit) - limit
 
     for g, b in np.ndindex(groups, blocks):
         mine = query_index[g, b]
 
-        def log_weights_and_spreads(level, i, g=g, mine=mine):
-            count, row = len(members(level, i)), row_of(level, i)
-            spreads = [spread_of(probes[g, j] @ half_variances[g, row], count) if count > 1 else 0.0 for j in mine]
-            return q[g, mine] @ keys[g, row] + spreads + np.log(count), np.array(spreads)
+        def weights_and_spreads(level, i, g=g, mine=mine):
+            count, h = len(members(level, i)), 2**level - 1 + i
+            spreads = np.array([spread_of(0.5 * coordinates[g, j] ** 2 @ variances[g, h], count) for j in mine])
+            return scale * (q[g, mine] @ keys[g, h]) + spreads + np.log(count), spreads * sizes[g, h]
 
         own_rows = [] if own is None else list(own[g, b])
-        listed = [(0, 0)]
-        while len(listed) < slots - len(own_rows):
-            found = [log_weights_and_spreads(*node) if node else (np.full(rows, -np.inf), None) for node in listed]
-            total = np.logaddexp.reduce([logs for logs, _ in found], axis=0)
-            error = [
-                (np.exp(logs - total) * spreads * (importance[g, row_of(*node)] if len(members(*node)) > 1 else 0)) ** 4
-                if node
-                else np.full(rows, -1.0)
-                for node, (logs, spreads) in zip(listed, found, strict=True)
-            ]
-            count = min(max(1, len(listed) // GROWTH), slots - len(own_rows) - len(listed))
-            for place in np.argsort([-e.sum() for e in error], kind="stable")[:count]:
-                node = listed[place]
-                if node and len(members(*node)) > 1:
-                    level, i = node
-                    listed[place] = (level + 1, 2 * i)
-                    listed.append((level + 1, 2 * i + 1))
+        wanted = slots - len(own_rows)
+        closed, opened, error = [(0, 0)], [], {}
+        taken, f, refreshed = 1, 1, 0
+        while f < wanted:
+            found = {node: weights_and_spreads(*node) for node in closed + opened}
+            total = np.logaddexp.reduce([logs for logs, _ in found.values()], axis=0)
+            everything = f >= REFRESH * refreshed
+            refreshed = f if everything else refreshed
+            for node in closed:
+                if everything or node not in error:
+                    logs, shares = found[node]
+                    error[node] = ((np.exp(logs - total) * shares) ** 4).sum()
+            step = min(max(1, f // GROWTH), wanted - f)
+            f, before = f + step, taken
+            for node in sorted(closed, key=lambda node: -error[node])[:step]:
+                level, i = node
+                more = len(members(*node)) - 1 if level == depth else 1
+                if taken + more > wanted:
+                    continue
+                taken += more
+                closed.remove(node)
+                if level == depth:
+                    opened.append(node)
                 else:
-                    listed.append(None)
-        norm = np.mean([q[g, j] @ q[g, j] for j in mine])
+                    closed += [(level + 1, 2 * i), (level + 1, 2 * i + 1)]
+            if taken == before:
+                break
+        norm = scale**2 * np.mean([q[g, j] @ q[g, j] for j in mine])
         for place, position in enumerate(own_rows):
-            index[g, b, place] = inner + position
+            index[g, b, place] = nodes + position
             weight[g, b, place] = -np.inf if position in own_rows[:place] else 0.0
-        for place, node in enumerate(listed, start=len(own_rows)):
-            count = len(set(members(*node)) - set(own_rows)) if node else 0
+        place = len(own_rows)
+        for level, i in closed:
+            h, count = 2**level - 1 + i, len(set(members(level, i)) - set(own_rows))
             if count:
-                row = index[g, b, place] = row_of(*node)
-                spread = spread_of(half_spread[g, row] * norm, count) if len(members(*node)) > 1 else 0.0
-                weight[g, b, place] = np.log(count) + spread
+                half_variance = 0.5 * spread[g, h] * norm / q.shape[2]
+                several = len(members(level, i)) > 1
+                index[g, b, place] = h
+                weight[g, b, place] = np.log(count) + (spread_of(half_variance, count) if several else 0.0)
+            place += 1
+        for node in opened:
+            for position in sorted(set(members(*node)) - set(own_rows)):
+                index[g, b, place], weight[g, b, place] = nodes + position, 0.0
+                place += 1
     return index, weight
 
 

@@ -16,7 +16,7 @@ from kdecore.kernels import (
     bucket_order,
     draw_indices,
     hash_codes,
-    node_means,
+    node_summaries,
     open_tree,
     row_norms,
     tree_order,
@@ -102,7 +102,9 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "bucket_order": _implementations(bucket_order.reference.bucket_order, bucket_order.cpu.bucket_order, _host_constants),
     "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_constants),
     "tree_order": _implementations(tree_order.reference.tree_order, tree_order.cpu.tree_order, _host_constants),
-    "node_means": _implementations(node_means.reference.node_means, node_means.cpu.node_means, _host_floats),
+    "node_summaries": _implementations(
+        node_summaries.reference.node_summaries, node_summaries.cpu.node_summaries, _host_floats
+    ),
     "open_tree": _implementations(open_tree.reference.open_tree, open_tree.cpu.open_tree, _host_constants),
     "attend_blocks": _implementations(attend_blocks.reference.attend_blocks, attend_blocks.cpu.attend_blocks, _host_floats),
     "attend_dense": _implementations(attend_dense.reference.attend_dense, attend_dense.cpu.attend_dense, _host_floats),

@@ -299,21 +299,27 @@ def inner_product(typingctx, a, a0, b, b0, vectors):
 
 
 @intrinsic
-def add_multiple(typingctx, factor, a, a0, b, b0, vectors):
-    """Add factor · a[a0 + t] to b[b0 + t], for ``vectors`` · lanes elements."""
+def add_multiples(typingctx, factors, factors0, a, a0, rows, b, b0, vectors):
+    """Write Σ_j factors[factors0 + j] · a[a0 + j · width + t] to b[b0 + t], t < width = ``vectors`` · lanes, j < rows."""
 
     def codegen(context, builder, signature, args):
-        factor, a, a0, b, b0, vectors = args
-        simd = _Vectors(context, builder, signature.args[1])
-        first, second = simd.pointer(signature.args[1], a, a0), simd.pointer(signature.args[3], b, b0)
-        scale = simd.splat(factor)
-        with cgutils.for_range(builder, vectors) as loop:
-            place = builder.mul(loop.index, simd.index(simd.lanes))
-            target = simd.at(second, place)
-            simd.store(simd.llvm("fma", scale, simd.load(simd.at(first, place)), simd.load(target)), target)
+        factors, factors0, a, a0, rows, b, b0, vectors = args
+        simd = _Vectors(context, builder, signature.args[2])
+        scales = simd.pointer(signature.args[0], factors, factors0)
+        first, target = simd.pointer(signature.args[2], a, a0), simd.pointer(signature.args[5], b, b0)
+        width = builder.mul(vectors, simd.index(simd.lanes))
+        with cgutils.for_range(builder, vectors) as column:
+            place = builder.mul(column.index, simd.index(simd.lanes))
+            total = cgutils.alloca_once_value(builder, simd.constant(0.0))
+            builder.store(simd.constant(0.0), total)
+            with cgutils.for_range(builder, rows) as loop:
+                row = simd.load(simd.at(first, builder.add(builder.mul(loop.index, width), place)))
+                scale = simd.splat(builder.load(simd.at(scales, loop.index)))
+                builder.store(simd.llvm("fma", scale, row, builder.load(total)), total)
+            simd.store(builder.load(total), simd.at(target, place))
         return context.get_dummy_value()
 
-    return types.void(a.dtype, a, a0, b, b0, vectors), codegen
+    return types.void(factors, factors0, a, a0, rows, b, b0, vectors), codegen
 
 
 @intrinsic
@@ -516,3 +522,40 @@ def copy_rows(typingctx, source, source0, target, target0, count):
         return context.get_dummy_value()
 
     return types.void(source, source0, target, target0, count), codegen
+
+
+@intrinsic
+def copy_vector(typingctx, source, source0, target, target0):
+    """Copy one vector."""
+
+    def codegen(context, builder, signature, args):
+        source, source0, target, target0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        simd.store(
+            simd.load(simd.pointer(signature.args[0], source, source0)), simd.pointer(signature.args[2], target, target0)
+        )
+        return context.get_dummy_value()
+
+    return types.void(source, source0, target, target0), codegen
+
+
+@intrinsic
+def part_vector(typingctx, a, a0, b0, gap, gap0, up, down, c, c0):
+    """Add up · gap to the vector at a0, write what it was minus down · gap at b0, and both to c, one after the other.
+
+    a0 and b0 are places in ``a``; ``gap`` and ``c`` are arrays with the places gap0 and c0.
+    """
+
+    def codegen(context, builder, signature, args):
+        a, a0, b0, gap, gap0, up, down, c, c0 = args
+        simd = _Vectors(context, builder, signature.args[0])
+        first, second = (simd.pointer(signature.args[0], a, place) for place in (a0, b0))
+        both = simd.pointer(signature.args[7], c, c0)
+        start, step = simd.load(first), simd.load(simd.pointer(signature.args[3], gap, gap0))
+        for factor, place, copy in ((up, first, both), (builder.fneg(down), second, simd.at(both, simd.index(simd.lanes)))):
+            value = simd.llvm("fma", simd.splat(factor), step, start)
+            simd.store(value, place)
+            simd.store(value, copy)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, b0, gap, gap0, a.dtype, a.dtype, c, c0), codegen

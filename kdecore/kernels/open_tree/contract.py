@@ -5,7 +5,9 @@ from typing import Protocol
 from kdecore.namespaces import Array, Namespace
 
 GROWTH = 8
-"""A list grows by this part of itself in a round (rounding down, at least by one)."""
+"""A round opens one in so many of the nodes opened so far (rounding down, at least one)."""
+REFRESH = 4
+"""Errors are estimated anew when so many times the nodes are listed."""
 
 
 class OpenTree(Protocol):
@@ -15,57 +17,61 @@ class OpenTree(Protocol):
         self,
         xp: Namespace,
         q: Array,
+        scale: float,
+        coordinates: Array,
         query_index: Array,
-        probes: Array,
         keys: Array,
-        half_variances: Array,
-        half_spread: Array,
-        importance: Array,
+        spread: Array,
+        variances: Array,
+        sizes: Array,
         own: Array | None,
         slots: int,
     ) -> tuple[Array, Array]:
         """Return each block's list of nodes and single keys, with log-weights.
 
-        A closed node h of c keys weighs, for query i, exp(⟨qᵢ, k̄_h⟩ + σ + ln c): the logits within it are taken as
-        normal with half variance σ = ⟨probesᵢ, half_variances_h⟩. Where σ > ln c, c draws reach no such mean, and
+        A closed node h of c keys weighs, for query i, exp(scale ⟨qᵢ, k̄_h⟩ + σ + ln c): the logits within it are taken as
+        normal with half variance σ = ½ Σ_t coordinatesᵢₜ² variances_hₜ. Where σ > ln c, c draws reach no such mean, and
         2 √(σ ln c) − ln c takes its place (the random energy model's frozen phase; derived). The estimated error of
-        leaving it closed is its weight over the sum of all listed weights, times σ, times its importance; the node's error
-        is the sum of the fourth powers of the block's queries' errors, so that what one query needs is not averaged away.
+        leaving it closed is its weight over the sum of all weights, times σ, times its size; the node's error is the sum of
+        the fourth powers of the block's queries' errors, so that what one query needs is not averaged away.
 
-        A list begins with the root. In each round of a list of f slots, the max(1, ⌊f / `GROWTH`⌋) nodes of largest error
-        or as many as slots are left, are opened: their two children take their place. Opening a single key leaves it, with
-        an empty slot. Which of equal errors is taken, and the order of a list, are left open.
+        A list begins with the root, f = 1. A round orders the c = min(max(1, ⌊f / `GROWTH`⌋), slots − s − f) closed nodes of
+        largest error (all, if they are fewer), the largest first, opens those for which there is room, and adds c to f. An
+        inner node's children take its place, which takes one slot more; a leaf of m keys is listed key by key, which takes
+        m − 1 slots more, and keeps its weight in the sums. The list ends with a round that opens nothing, or with f =
+        slots − s. Sums of weights are those of the round's beginning. A node's error is that of the first round after it was
+        listed, but all are estimated anew in a round that begins with `REFRESH` times the f of the last one that did so, or
+        more. Which of equal errors is taken, and the order of a list, are left open.
 
         Parameters
         ----------
         xp
             Array namespace of the arrays.
         q
-            (G, n_q, d) finite queries times scale.
+            (G, n_q, d) queries. One with a number that is not finite counts as 0.
+        scale
+            Finite factor on ⟨q, k⟩.
+        coordinates
+            (G, n_q, p) finite; of the queries, times scale.
         query_index
             (G, B, b) int64: the queries of each block.
-        probes
-            (G, n_q, p) ≥ 0.
         keys
-            (G, N + n_k, d) means of nodes and keys, as `node_means` returns them.
-        half_variances
-            (G, N, p) ≥ 0: half the variance of the keys of each node along p directions.
-        half_spread
-            (G, N) ≥ 0: half the mean squared distance of a node's keys to their mean, over d.
-        importance
-            (G, N) ≥ 0: size of the node's values.
+            (G, N + n_k, d): mean keys of the nodes, and the keys in the order of the tree.
+        spread, variances, sizes
+            (G, N), (G, N, p) and (G, N): as `kdecore.kernels.node_summaries.contract.TreeNodes` has them.
         own
-            (G, B, b) int64, ascending: positions in the tree of the keys that each block lists by themselves, which are
-            taken out of the nodes that hold them; or None.
+            (G, B, s) int64, ascending: positions in the tree of keys that each block lists by themselves, which are taken
+            out of the nodes that hold them; or None.
         slots
-            Length of the lists, more than b where there are own keys; below n_k.
+            Length of the lists, more than s; below n_k.
 
         Returns
         -------
         key_index
-            (G, B, slots) int64, rows of ``keys``. The first b are the own keys.
+            (G, B, slots) int64, rows of ``keys``. The first s are the own keys.
         log_weight
-            (G, B, slots) of q's dtype: ln of the number of the node's keys that are not own, plus σ with half_spread times
-            the block's mean ‖q‖² as half variance; 0 for single keys; −inf for own keys said before, empty slots and nodes
-            of own keys only. O(G B slots (b (d + p) + log slots)): no node is looked at whose parent stayed closed.
+            (G, B, slots) of q's dtype: ln of the number of the node's keys that are not own, plus σ with spread times the
+            block's mean ‖scale q‖² / 2d as half variance; 0 for single keys; −inf for empty slots, own keys said before and
+            keys or nodes that are all own. O(G B slots (b (d + p) + log slots)): no node is looked at whose parent stayed
+            closed.
         """

@@ -1,7 +1,8 @@
-"""`open_tree` in Numba for the CPU: a block a task, its queries across the lanes, its list of weights in cache.
+"""`open_tree` in Numba for the CPU: a block a task, its queries across the lanes, its lists of weights in cache.
 
-Weights and errors of all listed nodes are kept relative to each query's largest logit so far, in units of log 2, and brought
-down when an opened node's child exceeds it.
+Logits are kept in units of log 2, weights and errors relative to each query's largest logit so far, and brought down when an
+opened node's child exceeds it. The children of a node lie as far from it as from each other, so that one product gives both
+their logits. Closed nodes are counted in bins by the size of their errors, which spares sorting them in every round.
 """
 
 import math
@@ -10,247 +11,365 @@ import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import GROWTH
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
 from kdecore.kernels.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
     add_spreads,
     column_max,
     copy_rows,
+    copy_vector,
     exp2_columns,
     fourth_powers,
     multiply_rows,
     multiply_tile,
+    part_vector,
     scale_columns,
+    scaled_squares,
 )
 from kdecore.kernels.threads import run_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 LN2 = math.log(2.0)
+HOLDER_LEVEL = 6
+"""Level whose nodes are as many as a word has bits."""
+BINS = 4096
+"""Bins of float32 errors: an octave has 16."""
 
 
 def open_tree(
     xp: Namespace,
     q: Array,
+    scale: float,
+    coordinates: Array,
     query_index: Array,
-    probes: Array,
     keys: Array,
-    half_variances: Array,
-    half_spread: Array,
-    importance: Array,
+    spread: Array,
+    variances: Array,
+    sizes: Array,
     own: Array | None,
     slots: int,
 ) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
-    inputs = [host_view(x) for x in (q, query_index, probes, keys, half_variances, half_spread, importance)]
-    queries, index = inputs[:2]
-    groups, blocks, _ = index.shape
+    inputs = [host_view(x) for x in (q, coordinates, query_index, keys, spread, variances, sizes)]
+    groups, blocks, _ = inputs[2].shape
     own_ = np.empty((groups, blocks, 0), np.int64) if own is None else np.array(host_view(own))
     own_.flags.writeable = False
-    key_index = np.empty((groups, blocks, slots), np.int64)
-    log_weight = np.empty((groups, blocks, slots), queries.dtype)
-    run_tasks(lambda first, last: open_blocks(*inputs, own_, key_index, log_weight, first, last), groups * blocks, chunk=4)
+    key_index = np.zeros((groups, blocks, slots), np.int64)
+    log_weight = np.full((groups, blocks, slots), -np.inf, inputs[0].dtype)
+    run_tasks(
+        lambda first, last: open_blocks(*inputs, own_, float(scale), key_index, log_weight, first, last),
+        groups * blocks,
+        chunk=16,
+    )
     return from_host_like(xp, key_index, q), from_host_like(xp, log_weight, q)
 
 
 @kernel()
-def open_blocks(
-    q, query_index, probes, keys, half_variances, half_spread, importance, own, key_index, log_weight, first, last
-):
+def open_blocks(q, coordinates, query_index, keys, spread, variances, sizes, own, scale, key_index, log_weight, first, last):
     """Open the tree for blocks first … last − 1, counted through all groups."""
     _, blocks, rows = query_index.shape
     n_q, d = q.shape[1:]
+    nodes, p = variances.shape[1:]
     total = keys.shape[1]
-    inner, p = half_variances.shape[1:]
-    n = total - inner
+    n, first_leaf = total - nodes, nodes // 2
     own_count = own.shape[2]
     wanted = key_index.shape[2] - own_count
     lanes = VECTOR_BYTES // q.itemsize
     filled = round_up(rows, lanes)
-    flat_q, flat_probes, flat_keys = q.reshape(-1), probes.reshape(-1), keys.reshape(-1)
-    flat_variances = half_variances.reshape(-1)
-    factor = q.dtype.type(1.0 / LN2)
+    flat_q, flat_coordinates, flat_keys, flat_variances = (
+        q.reshape(-1),
+        coordinates.reshape(-1),
+        keys.reshape(-1),
+        variances.reshape(-1),
+    )
+    one = q.dtype.type(1.0)
     query_rows = np.empty(filled, np.int64)
-    queries, block_probes = np.empty(filled * d, q.dtype), np.empty(filled * p, q.dtype)
-    most = round_up(2 * max(1, wanted // GROWTH), TILE_ROWS)
-    child_keys, child_variances = np.zeros(most * d, q.dtype), np.zeros(most * p, q.dtype)
-    logits, spreads = np.empty(most * lanes, q.dtype), np.empty(most * lanes, q.dtype)
-    sizes, values = np.zeros(most, q.dtype), np.zeros(most, q.dtype)
-    child_slots = np.empty(most, np.int64)
+    queries, squares = np.empty(filled * d, q.dtype), np.empty(filled * p, q.dtype)
+    # Of a round: nodes opened, their children's differences, and what is found for the children.
+    most = max(1, wanted // GROWTH)
+    chosen = np.empty(wanted, np.int64)
+    gaps = np.zeros(round_up(most, TILE_ROWS) * d, q.dtype)
+    width = round_up(2 * most, TILE_ROWS)
+    child_variances, child_logs, child_sizes = (
+        np.zeros(width * p, q.dtype),
+        np.zeros(width, q.dtype),
+        np.zeros(width, q.dtype),
+    )
+    child_places, shares = np.empty(width, np.int64), np.empty((width, 2), q.dtype)
     zeros = np.zeros(TILE_ROWS, q.dtype)
-    weights, errors = np.empty(filled * wanted, q.dtype), np.empty(filled * wanted, q.dtype)
+    deltas, logits = np.empty(width * lanes, q.dtype), np.empty(width * lanes, q.dtype)
+    child_errors = np.empty(filled * width, q.dtype)
+    # Of a list: what each place holds, and for each query of the block its logit, weight and error.
+    node, level, bins = np.empty(wanted, np.int64), np.empty(wanted, np.int64), np.empty(wanted, np.int64)
+    plain, weights, errors = (
+        np.empty(filled * wanted, q.dtype),
+        np.empty(filled * wanted, q.dtype),
+        np.empty(filled * wanted, q.dtype),
+    )
+    error, fresh = np.empty(wanted, q.dtype), np.empty(max(wanted, width), q.dtype)
+    leaves = np.empty(wanted, np.int64)
+    heads, following = np.full(BINS, -1, np.int32), np.empty(wanted, np.int32)
     tops, totals = np.empty(filled, q.dtype), np.empty(filled, q.dtype)
-    before, unused = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
-    error, work = np.empty(wanted, q.dtype), np.empty(wanted, q.dtype)
+    factors, unused, no_weight = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype), np.zeros(lanes, q.dtype)
     distinct = np.empty(own_count, np.int64)
-    level, place = np.empty(wanted, np.int64), np.empty(wanted, np.int64)
-    chosen = np.empty(max(1, wanted // GROWTH), np.int64)
+    logs = log2_counts(n, q.dtype.type(0.0))
     for task in range(first, last):
         group, block = task // blocks, task % blocks
-        norm = 0.0
         for r in range(filled):
             query_rows[r] = group * n_q + query_index[group, block, min(r, rows - 1)]
-        for r in range(rows):
-            for t in range(d):
-                norm += np.float64(flat_q[query_rows[r] * d + t]) ** 2
-        norm /= rows
-        for lane in range(0, filled, lanes):
-            load_queries(flat_q, query_rows, lane, d, factor, queries)
-            load_queries(flat_probes, query_rows, lane, p, factor, block_probes)
+        norm = load_block(flat_q, flat_coordinates, query_rows, rows, d, p, scale, queries, squares)
+        # The root, with half the difference of a child from a node that has none.
+        gap_count, child_count = 0, 1
+        used, listed, taken, f, refreshed, opened, peak = 1, 0, 1, 1, 0, 0, 0
+        node[0], level[0], bins[0] = 0, 0, 0
+        child_places[0] = 0
+        copy_rows(flat_keys, group * total * d, gaps, 0, d)
+        copy_rows(flat_variances, group * nodes * p, child_variances, 0, p)
+        child_logs[0], child_sizes[0] = logs[0], sizes[group, 0]
         tops[:] = -np.inf
-        level[0], place[0] = 0, 0
-        used, children = 1, 1
-        child_slots[0] = 0
         while True:
-            # Weigh the nodes at child_slots.
-            width = round_up(children, TILE_ROWS)
-            for j in range(children):
-                slot = child_slots[j]
-                start, end = bounds(level[slot], place[slot], n)
-                node = (1 << level[slot]) - 1 + place[slot]
-                row = node if node < inner else inner + start
-                copy_rows(flat_keys, (group * total + row) * d, child_keys, j * d, d)
-                if end - start > 1:
-                    copy_rows(flat_variances, (group * inner + node) * p, child_variances, j * p, p)
-                    sizes[j] = np.log2(np.float64(end - start))
-                    values[j] = importance[group, node]
-                else:
-                    child_variances[j * p : (j + 1) * p] = 0.0
-                    sizes[j] = 0.0
-                    values[j] = 0.0
+            # Weigh what is new.
             for lane in range(0, filled, lanes):
-                for j in range(0, width, TILE_ROWS):
-                    multiply_tile(
-                        child_variances, j * p, p, 1, block_probes, lane * p, p, zeros, 0, spreads, j * lanes, True
-                    )
-                    multiply_tile(child_keys, j * d, d, 1, queries, lane * d, d, zeros, 0, logits, j * lanes, True)
-                add_spreads(logits, 0, spreads, 0, children, sizes, 0)
-                before[:] = tops[lane : lane + lanes]
-                column_max(logits, 0, children, tops, lane)
+                base = lane * wanted
+                for j in range(0, max(gap_count, 1), TILE_ROWS):
+                    multiply_tile(gaps, j * d, d, 1, queries, lane * d, d, zeros, 0, deltas, j * lanes, True)
+                spreads = lane * width
+                for j in range(0, child_count, TILE_ROWS):
+                    at = spreads + j * lanes
+                    multiply_tile(child_variances, j * p, p, 1, squares, lane * p, p, zeros, 0, child_errors, at, True)
+                if gap_count == 0 and f == 1:
+                    copy_vector(deltas, 0, logits, 0)
+                    copy_vector(deltas, 0, plain, base)
+                else:
+                    for j in range(gap_count):
+                        left, right = base + child_places[2 * j] * lanes, base + child_places[2 * j + 1] * lanes
+                        up, down = shares[j, 0], shares[j, 1]
+                        part_vector(plain, left, right, deltas, j * lanes, up, down, logits, 2 * j * lanes)
+                add_spreads(logits, 0, child_errors, spreads, child_count, child_logs, 0)
+                copy_vector(tops, lane, factors, 0)
+                column_max(logits, 0, child_count, tops, lane)
                 changed = False
                 for i in range(lanes):
-                    changed |= before[i] != tops[lane + i]
-                    before[i] = np.exp2(before[i] - tops[lane + i]) if before[i] != tops[lane + i] else 1.0
-                base = lane * wanted
-                old = used if used > 1 else 0
-                scale_columns(weights, base, old, before, 0, totals, lane)
+                    moved = factors[i] != tops[lane + i]
+                    changed |= moved
+                    factors[i] = np.exp2(factors[i] - tops[lane + i]) if moved else one
+                scale_columns(weights, base, listed, factors, 0, totals, lane)
                 if changed:
-                    scale_columns(errors, base, old, before, 0, unused, 0)
-                exp2_columns(logits, 0, children, tops, lane, totals, lane)
-                multiply_rows(logits, 0, spreads, 0, children, values, 0)
-                for j in range(children):
-                    copy_rows(logits, j * lanes, weights, base + child_slots[j] * lanes, lanes)
-                    copy_rows(spreads, j * lanes, errors, base + child_slots[j] * lanes, lanes)
-            if used >= wanted:
+                    scale_columns(errors, base, listed, factors, 0, unused, 0)
+                exp2_columns(logits, 0, child_count, tops, lane, totals, lane)
+                multiply_rows(logits, 0, child_errors, spreads, child_count, child_sizes, 0)
+                for j in range(child_count):
+                    place = base + child_places[j] * lanes
+                    copy_vector(logits, j * lanes, weights, place)
+                    copy_vector(child_errors, spreads + j * lanes, errors, place)
+            if f >= wanted:
                 break
-            # The nodes of largest error.
-            count = min(max(1, used // GROWTH), wanted - used)
+            # Estimate errors: of all nodes, or of what is new.
+            everything = f >= REFRESH * refreshed
             for lane in range(0, filled, lanes):
                 for i in range(lanes):
-                    before[i] = 1.0 / totals[lane + i] if lane + i < rows else 0.0
-                fourth_powers(errors, lane * wanted, used, before, 0, error, lane == 0)
-            choose_worst(error, work, level, used, count, chosen)
-            # Open them.
-            children = 0
-            for c in range(count):
-                slot, other = chosen[c], used + c
-                start, end = bounds(level[slot], place[slot], n) if level[slot] >= 0 else (0, 0)
-                for lane in range(0, filled, lanes):
-                    for i in range(lanes):
-                        weights[lane * wanted + other * lanes + i] = 0.0
-                        errors[lane * wanted + other * lanes + i] = 0.0
-                        if end - start > 1:
-                            weights[lane * wanted + slot * lanes + i] = 0.0
-                            errors[lane * wanted + slot * lanes + i] = 0.0
-                if end - start > 1:
-                    level[slot], place[slot] = level[slot] + 1, 2 * place[slot]
-                    level[other], place[other] = level[slot], place[slot] + 1
-                    child_slots[children], child_slots[children + 1] = slot, other
-                    children += 2
+                    factors[i] = one / totals[lane + i] if lane + i < rows else 0.0
+                if everything:
+                    fourth_powers(errors, lane * wanted, used, factors, 0, fresh, lane == 0)
                 else:
-                    level[other] = -1
-            used += count
-        list_own(own, group, block, inner, distinct, key_index, log_weight)
-        for slot in range(wanted):
-            index, weight = 0, -np.inf
-            if level[slot] >= 0:
-                start, end = bounds(level[slot], place[slot], n)
-                node = (1 << level[slot]) - 1 + place[slot]
-                index = node if node < inner else inner + start
-                count = end - start - (first_at_least(distinct, end) - first_at_least(distinct, start))
-                if count > 0:
-                    weight = np.log(np.float64(count))
-                    if end - start > 1:
-                        weight += frozen(half_spread[group, node] * norm, weight)
-            key_index[group, block, own_count + slot] = index
-            log_weight[group, block, own_count + slot] = weight
+                    fourth_powers(child_errors, lane * width, child_count, factors, 0, fresh, lane == 0)
+            if everything:
+                refreshed, peak = f, 0
+                for place in range(used):
+                    if bins[place] >= 0:
+                        heads[bins[place]] = -1
+                for place in range(used):
+                    if bins[place] >= 0:
+                        peak = max(peak, put(error, fresh[place], bins, heads, following, place))
+            else:
+                for j in range(child_count):
+                    peak = max(peak, put(error, fresh[j], bins, heads, following, child_places[j]))
+            # Open the worst.
+            step = min(max(1, f // GROWTH), wanted - f)
+            f += step
+            while peak > 0 and heads[peak] < 0:
+                peak -= 1
+            found = take_worst(error, heads, following, peak, step, chosen)
+            gap_count, before, listed = 0, taken, used
+            for c in range(found):
+                place = chosen[c]
+                h, depth = node[place], level[place]
+                i = h + 1 - (1 << depth)
+                more = (((i + 1) * n) >> depth) - ((i * n) >> depth) - 1 if h >= first_leaf else 1
+                if c >= step or taken + more > wanted:
+                    put(error, error[place], bins, heads, following, place)
+                    continue
+                taken += more
+                if h >= first_leaf:
+                    bins[place] = -1
+                    leaves[opened] = i
+                    opened += 1
+                else:
+                    left = 2 * h + 1
+                    depth += 1
+                    start, middle, end = (2 * i * n) >> depth, ((2 * i + 1) * n) >> depth, ((2 * i + 2) * n) >> depth
+                    halve_gap(flat_keys, (group * total + left) * d, gaps, gap_count * d, d)
+                    copy_rows(flat_variances, (group * nodes + left) * p, child_variances, 2 * gap_count * p, 2 * p)
+                    few = n >> depth
+                    for j, child, rows_in in ((0, left, middle - start), (1, left + 1, end - middle)):
+                        child_logs[2 * gap_count + j] = logs[2 * depth + rows_in - few]
+                        child_sizes[2 * gap_count + j] = sizes[group, child]
+                        shares[gap_count, j] = 2.0 * (end - start - rows_in) / (end - start)
+                    node[place], level[place], node[used], level[used] = left, depth, left + 1, depth
+                    bins[place], bins[used] = 0, 0
+                    child_places[2 * gap_count], child_places[2 * gap_count + 1] = place, used
+                    for lane in range(0, filled, lanes):
+                        copy_vector(no_weight, 0, weights, lane * wanted + place * lanes)
+                    used += 1
+                    gap_count += 1
+            child_count = 2 * gap_count
+            if taken == before:
+                break
+        for place in range(used):
+            if bins[place] >= 0:
+                heads[bins[place]] = -1
+        holders = list_own(own, group, block, nodes, n, distinct, key_index, log_weight)
+        at = own_count
+        for place in range(used):
+            if bins[place] < 0:
+                continue
+            depth = level[place]
+            i = node[place] + 1 - (1 << depth)
+            start, end = (i * n) >> depth, ((i + 1) * n) >> depth
+            mine = 0
+            if depth < HOLDER_LEVEL or holders >> np.uint64(i >> (depth - HOLDER_LEVEL)) & np.uint64(1):
+                mine = first_at_least(distinct, end) - first_at_least(distinct, start)
+            if mine < end - start:
+                size = LN2 * logs[2 * depth + end - start - (n >> depth)] if mine == 0 else np.log(float(end - start - mine))
+                key_index[group, block, at] = node[place]
+                sigma = frozen(spread[group, node[place]] * norm, size) if end - start > 1 else 0.0
+                log_weight[group, block, at] = size + sigma
+            at += 1
+        depth = level_of(first_leaf)
+        for c in range(opened):
+            i = leaves[c]
+            for position in range((i * n) >> depth, ((i + 1) * n) >> depth):
+                mine = first_at_least(distinct, position)
+                if mine == own_count or distinct[mine] != position:
+                    key_index[group, block, at] = nodes + position
+                    log_weight[group, block, at] = 0.0
+                at += 1
 
 
 @kernel()
-def choose_worst(error, work, level, used, count, chosen):
-    """Write the ``count`` used slots of largest error to ``chosen``; empty slots and errors that are NaN come last."""
-    for slot in range(used):
-        if level[slot] < 0 or not error[slot] >= 0:
-            error[slot] = -1.0
-        work[slot] = error[slot]
-    least = nth_largest(work, used, count)
-    found = 0
-    for slot in range(used):
-        if error[slot] > least:
-            chosen[found] = slot
+def load_block(q, coordinates, query_rows, rows, d, p, scale, queries, squares):
+    """Write a block's queries, and half the squares of their coordinates, across the lanes; return mean ‖scale q‖² / 2d.
+
+    Queries that are not finite count as 0.
+    """
+    lanes = VECTOR_BYTES // q.itemsize
+    filled = query_rows.shape[0]
+    norm = 0.0
+    for lane in range(0, filled, lanes):
+        load_queries(q, query_rows, lane, d, q.dtype.type(scale / LN2), queries)
+        load_queries(coordinates, query_rows, lane, p, q.dtype.type(1.0), squares)
+    half = q.dtype.type(0.5 / LN2)
+    vectors = d // lanes
+    for t in range(np.uintp(filled * p)):
+        squares[t] *= squares[t] * half
+    for r in range(filled):
+        square = scaled_squares(q, query_rows[r] * d, vectors, 1.0)
+        for t in range(vectors * lanes, d):
+            square += np.float64(q[query_rows[r] * d + t]) ** 2
+        if not square < np.inf:
+            square = 0.0
+            lane = r // lanes * lanes
+            for t in range(d):
+                queries[lane * d + t * lanes + r - lane] = 0.0
+        if r < rows:
+            norm += square
+    return norm / rows * scale * scale * 0.5 / d
+
+
+@kernel()
+def log2_counts(n, zero):
+    """Return the binary logarithms of ⌊n / 2**ℓ⌋ and of one more, at 2ℓ and 2ℓ + 1."""
+    logs = np.empty(2 * 64, np.asarray(zero).dtype)
+    for level in range(64):
+        logs[2 * level] = np.log2(float(max(1, n >> level)))
+        logs[2 * level + 1] = np.log2(float((n >> level) + 1))
+    return logs
+
+
+@kernel()
+def halve_gap(rows, place, gaps, target, d):
+    """Write half the difference of the row at ``place`` from the next one."""
+    first, second, out = np.uintp(place), np.uintp(place + d), np.uintp(target)
+    half = rows.dtype.type(0.5)
+    for t in range(np.uintp(d)):
+        gaps[out + t] = half * (rows[first + t] - rows[second + t])
+
+
+@kernel()
+def put(error, value, bins, heads, following, place):
+    """Put a closed node into the bin of its error, NaN counting as 0, and return that."""
+    error[place] = value if value > 0 else 0.0
+    rounded = np.float32(error[place])
+    # Sign, exponent and four bits of the fraction.
+    found = rounded.view(np.int32) >> 19
+    bins[place] = found
+    following[place] = heads[found]
+    heads[found] = place
+    return found
+
+
+@kernel()
+def take_worst(error, heads, following, peak, count, chosen):
+    """Take at least ``count`` nodes of largest error out of the bins, or all: to ``chosen``, the largest first.
+
+    No bin above ``peak`` holds a node. All nodes of the last bin are taken; return how many.
+    """
+    found, current = 0, peak
+    while current >= 0 and found < count:
+        place = heads[current]
+        heads[current] = -1
+        current -= 1
+        while place >= 0:
+            chosen[found] = place
             found += 1
-    for slot in range(used):
-        if found < count and error[slot] == least:
-            chosen[found] = slot
-            found += 1
+            place = following[place]
+    for i in range(1, found):
+        place = chosen[i]
+        j = i - 1
+        while j >= 0 and error[chosen[j]] < error[place]:
+            chosen[j + 1] = chosen[j]
+            j -= 1
+        chosen[j + 1] = place
+    return found
 
 
 @kernel()
-def nth_largest(values, used, count):
-    """Return the count-th largest of the first ``used`` values, which are put in another order (Hoare's selection)."""
-    low, high, target = 0, used - 1, count - 1
-    while low < high:
-        pivot = values[(low + high) >> 1]
-        i, j = low, high
-        while i <= j:
-            while values[i] > pivot:
-                i += 1
-            while pivot > values[j]:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if target <= j:
-            high = j
-        elif target >= i:
-            low = i
-        else:
-            break
-    return values[target]
+def list_own(own, group, block, nodes, n, distinct, key_index, log_weight):
+    """List a block's own keys, and write them to ``distinct``, those said before as a position after all others.
 
-
-@kernel()
-def list_own(own, group, block, inner, distinct, key_index, log_weight):
-    """List a block's own keys, and write them to ``distinct``, those said before as a position after all others."""
+    Return which nodes of `HOLDER_LEVEL` hold any, as the bits of an integer.
+    """
     count = own.shape[2]
-    found = 0
+    found, holders = 0, np.uint64(0)
     for i in range(count):
         position = own[group, block, i]
         again = i > 0 and position == own[group, block, i - 1]
-        key_index[group, block, i] = inner + position
+        key_index[group, block, i] = nodes + position
         log_weight[group, block, i] = -np.inf if again else 0.0
         if not again:
             distinct[found] = position
             found += 1
+            holders |= np.uint64(1) << np.uint64((((position + 1) << HOLDER_LEVEL) - 1) // n)
     distinct[found:] = np.iinfo(np.int64).max
+    return holders
 
 
 @kernel()
-def frozen(half_variance, log_size):
+def frozen(half_variance, log_count):
     """Return ln of the mean of exp over so many normal numbers, as the contract has it."""
-    if half_variance > log_size:
-        return 2.0 * np.sqrt(half_variance * log_size) - log_size
+    if half_variance > log_count:
+        return 2.0 * np.sqrt(half_variance * log_count) - log_count
     return half_variance
 
 
@@ -268,6 +387,9 @@ def first_at_least(ascending, value):
 
 
 @kernel()
-def bounds(level, place, n):
-    """Return where a node's positions begin and end."""
-    return (place * n) >> level, ((place + 1) * n) >> level
+def level_of(node):
+    """Return the level of a node."""
+    level = 0
+    while (2 << level) - 1 <= node:
+        level += 1
+    return level

@@ -2,115 +2,155 @@
 
 import math
 
-from kdecore.kernels.open_tree.contract import GROWTH
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
 from kdecore.namespaces import Array, Namespace, take_along_rows, take_rows
-from kdecore.tree import inner_nodes, levels
 
 
 def open_tree(
     xp: Namespace,
     q: Array,
+    scale: float,
+    coordinates: Array,
     query_index: Array,
-    probes: Array,
     keys: Array,
-    half_variances: Array,
-    half_spread: Array,
-    importance: Array,
+    spread: Array,
+    variances: Array,
+    sizes: Array,
     own: Array | None,
     slots: int,
 ) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
-    groups, blocks, rows = query_index.shape
-    inner = int(half_variances.shape[1])
-    n = int(keys.shape[1]) - inner
-    device = q.device
-
-    def gather(values: Array, index: Array) -> Array:
-        flat = xp.reshape(values, (-1, *values.shape[2:]))
-        group = xp.reshape(xp.arange(groups, dtype=xp.int64, device=device), (-1, 1, 1))
-        return take_rows(xp, flat, index + group * values.shape[1])
-
-    queries, block_probes = gather(q, query_index), gather(probes, query_index)
+    nodes = int(variances.shape[1])
+    n, first_leaf = int(keys.shape[1]) - nodes, nodes // 2
+    queries = gather(xp, xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale, query_index)
+    squares = gather(xp, coordinates * coordinates, query_index)
 
     def weigh(node: Array) -> tuple[Array, Array]:
-        """Return log-weights and unnormalised errors (G, B, b, f) of nodes (G, B, f); −1 is an empty slot."""
-        row, start, end = node_rows(xp, xp.maximum(node, xp.zeros_like(node)), n)
-        size = xp.log(xp.astype(xp.maximum(end - start, xp.ones_like(end)), q.dtype))[:, :, None, :]
-        if inner:
-            parent = xp.minimum(row, xp.full_like(row, inner - 1))
-            closed = (end - start > 1)[:, :, None, :]
-            variances = xp.matrix_transpose(gather(half_variances, parent))
-            spread = xp.where(closed, frozen(xp, block_probes @ variances, size), 0.0)
-            value = gather(importance, parent)[:, :, None, :]
-        else:
-            spread = value = xp.zeros((1,), dtype=q.dtype, device=device)
-        logits = queries @ xp.matrix_transpose(gather(keys, row)) + spread + size
+        """Return log-weights, and σ times sizes, (G, B, b, f) of nodes (G, B, f); −1 is an empty place."""
+        at = xp.maximum(node, xp.zeros_like(node))
+        start, end = node_bounds(xp, at, n)
+        log_count = xp.log(xp.astype(end - start, q.dtype))[:, :, None, :]
+        sigma = frozen(xp, 0.5 * (squares @ xp.matrix_transpose(gather(xp, variances, at))), log_count)
+        logits = queries @ xp.matrix_transpose(gather(xp, keys, at)) + sigma + log_count
         empty = (node < 0)[:, :, None, :]
-        return xp.where(empty, -xp.inf, logits), xp.where(empty, 0.0, spread * value)
+        size = gather(xp, sizes[:, :, None], at)[:, :, None, :, 0]
+        return xp.where(empty, -xp.inf, logits), xp.where(empty, 0.0, sigma * size)
 
-    node = xp.zeros((groups, blocks, 1), dtype=xp.int64, device=device)
-    logits, errors = weigh(node)
-    wanted = slots if own is None else slots - rows
-    while node.shape[2] < wanted:
-        used = int(node.shape[2])
-        count = min(max(1, used // GROWTH), wanted - used)
+    closed = xp.zeros((*query_index.shape[:2], 1), dtype=xp.int64, device=q.device)
+    opened = closed[:, :, :0]
+    logits, sigma = weigh(closed)
+    error, is_new = xp.zeros(closed.shape, dtype=q.dtype, device=q.device), closed == 0
+    taken = xp.ones(query_index.shape[:2], dtype=xp.int64, device=q.device)
+    ended = taken < 0
+    wanted = slots - (0 if own is None else int(own.shape[2]))
+    used, refreshed = 1, 0
+    while used < wanted:
+        refresh = used >= REFRESH * refreshed
+        refreshed = used if refresh else refreshed
         top = xp.max(logits, axis=-1, keepdims=True)
         weights = xp.exp(logits - top)
-        shares = weights / xp.sum(weights, axis=-1, keepdims=True) * errors
-        error = xp.where(node < 0, -1.0, xp.sum(shares**4, axis=2))
-        worst_first = xp.argsort(-error, axis=-1, stable=True)
-        kept = worst_first[:, :, count:]
-        parents = take_last(xp, node, worst_first[:, :, :count])
-        _, start, end = node_rows(xp, xp.maximum(parents, xp.zeros_like(parents)), n)
-        single = (parents < 0) | (end - start == 1)
-        left = xp.where(single, parents, 2 * parents + 1)
-        right = xp.where(single, -1, 2 * parents + 2)
-        left_logits, left_errors = weigh(left)
-        right_logits, right_errors = weigh(right)
-        node = xp.concat([take_last(xp, node, kept), left, right], axis=-1)
+        shares = weights / xp.sum(weights, axis=-1, keepdims=True)
+        error = xp.where(is_new | refresh, xp.sum((shares * sigma) ** 4, axis=2), error)
+        step = min(max(1, used // GROWTH), wanted - used)
+        used += step
+        worst_first = xp.argsort(xp.where(closed < 0, xp.inf, -error), axis=-1, stable=True)
+        worst, kept = worst_first[:, :, :step], worst_first[:, :, step:]
+        node, node_logits, node_sigma, node_error = (take_last(xp, x, worst) for x in (closed, logits, sigma, error))
+        fits, taken = make_room(xp, node, taken, wanted, n, first_leaf, ended)
+        ended = ended | ~xp.any(fits, axis=-1)
+        leaf = node >= first_leaf
+        split, whole = fits & ~leaf, fits & leaf
+        opened = xp.concat([opened, xp.where(whole, node, -1)], axis=-1)
+        # An opened leaf is no longer closed, but its weight stays.
+        left, right = xp.where(split, 2 * node + 1, xp.where(whole, -1, node)), xp.where(split, 2 * node + 2, -1)
+        (left_logits, left_sigma), (right_logits, right_sigma) = weigh(left), weigh(right)
+        left_logits = xp.where(split[:, :, None, :], left_logits, node_logits)
+        left_sigma = xp.where(split[:, :, None, :], left_sigma, node_sigma)
+        closed = xp.concat([take_last(xp, closed, kept), left, right], axis=-1)
         logits = xp.concat([take_last(xp, logits, kept), left_logits, right_logits], axis=-1)
-        errors = xp.concat([take_last(xp, errors, kept), left_errors, right_errors], axis=-1)
-    return listed(xp, node, queries, half_spread, own, n)
+        sigma = xp.concat([take_last(xp, sigma, kept), left_sigma, right_sigma], axis=-1)
+        error = xp.concat([take_last(xp, error, kept), node_error, node_error], axis=-1)
+        is_new = xp.concat([xp.zeros_like(kept, dtype=xp.bool), split, split], axis=-1)
+    norms = xp.mean(xp.sum(queries * queries, axis=-1), axis=-1)
+    half_spread = gather(xp, spread[:, :, None], xp.maximum(closed, xp.zeros_like(closed)))[..., 0] * (
+        norms[:, :, None] * (0.5 / int(q.shape[2]))
+    )
+    return listed(xp, closed, half_spread, opened, own, slots, n, nodes)
 
 
-def listed(xp: Namespace, node: Array, queries: Array, half_spread: Array, own: Array | None, n: int) -> tuple[Array, Array]:
-    """Return rows and log-weights of the nodes (G, B, f) left closed, after those of own keys."""
-    groups, blocks, used = node.shape
-    row, start, end = node_rows(xp, xp.maximum(node, xp.zeros_like(node)), n)
-    count = xp.where(node < 0, 0, end - start)
+def make_room(
+    xp: Namespace, node: Array, taken: Array, wanted: int, n: int, first_leaf: int, ended: Array
+) -> tuple[Array, Array]:
+    """Return which of the nodes (G, B, c), in this order, can be opened, and how many slots are taken then."""
+    start, end = node_bounds(xp, xp.maximum(node, xp.zeros_like(node)), n)
+    cost = xp.where(node >= first_leaf, end - start - 1, 1)
+    fits = []
+    for i in range(node.shape[2]):
+        room = (node[:, :, i] >= 0) & ~ended & (taken + cost[:, :, i] <= wanted)
+        taken = taken + xp.where(room, cost[:, :, i], 0)
+        fits.append(room)
+    return xp.stack(fits, axis=-1), taken
+
+
+def listed(
+    xp: Namespace, closed: Array, half_spread: Array, opened: Array, own: Array | None, slots: int, n: int, nodes: int
+) -> tuple[Array, Array]:
+    """Return rows and log-weights of own keys, closed nodes (G, B, f) and the keys of opened leaves (G, B, o)."""
+    groups, blocks, _ = closed.shape
+    dtype, device = half_spread.dtype, half_spread.device
+    start, end = node_bounds(xp, xp.maximum(closed, xp.zeros_like(closed)), n)
+    count = xp.where(closed < 0, 0, end - start)
+    leaf_start, leaf_end = node_bounds(xp, xp.maximum(opened, xp.zeros_like(opened)), n)
+    largest = -(-n // ((nodes + 1) // 2))
+    position = leaf_start[..., None] + xp.arange(largest, dtype=xp.int64, device=device)
+    held = (position < leaf_end[..., None]) & (opened >= 0)[..., None]
+    position, held = xp.reshape(position, (groups, blocks, -1)), xp.reshape(held, (groups, blocks, -1))
     if own is not None:
         again = xp.concat([xp.zeros_like(own[:, :, :1], dtype=xp.bool), own[:, :, 1:] == own[:, :, :-1]], axis=-1)
-        inside = (own[:, :, None, :] >= start[..., None]) & (own[:, :, None, :] < end[..., None]) & ~again[:, :, None, :]
-        count = xp.where(node < 0, 0, count - xp.sum(xp.astype(inside, xp.int64), axis=-1))
-    inner = int(half_spread.shape[1])
-    size = xp.log(xp.astype(xp.maximum(count, xp.ones_like(count)), queries.dtype))
-    weight = size
-    if inner:
-        parent = xp.reshape(xp.minimum(row, xp.full_like(row, inner - 1)), (groups, blocks * used))
-        spread = xp.reshape(take_along_rows(xp, half_spread, parent), node.shape)
-        spread = spread * xp.mean(xp.sum(queries * queries, axis=-1), axis=-1)[:, :, None]
-        weight = size + xp.where(end - start > 1, frozen(xp, spread, size), 0.0)
-    weight = xp.where(count > 0, weight, -xp.inf)
+        once = ~again[:, :, None, :]
+        inside = (own[:, :, None, :] >= start[..., None]) & (own[:, :, None, :] < end[..., None]) & once
+        count = xp.where(closed < 0, 0, count - xp.sum(xp.astype(inside, xp.int64), axis=-1))
+        held = held & ~xp.any(position[..., None] == own[:, :, None, :], axis=-1)
+    log_count = xp.log(xp.astype(xp.maximum(count, xp.ones_like(count)), dtype))
+    several = end - start > 1
+    weight = xp.where(count > 0, log_count + xp.where(several, frozen(xp, half_spread, log_count), 0.0), -xp.inf)
+    row = xp.concat([xp.where(closed < 0, 0, closed), xp.where(held, position + nodes, 0)], axis=-1)
+    zero = xp.zeros((1,), dtype=dtype, device=device)
+    weight = xp.concat([weight, xp.where(held, zero, -xp.inf)], axis=-1)
+    # What counts comes first; no more than the slots do.
+    first = xp.argsort(xp.astype(weight == -xp.inf, xp.int64), axis=-1, stable=True)
+    wanted = slots - (0 if own is None else int(own.shape[2]))
+    if int(first.shape[2]) < wanted:
+        missing = (groups, blocks, wanted - int(first.shape[2]))
+        row = xp.concat([row, xp.zeros(missing, dtype=xp.int64, device=device)], axis=-1)
+        weight = xp.concat([weight, xp.full(missing, -xp.inf, dtype=dtype, device=device)], axis=-1)
+    else:
+        row, weight = (take_last(xp, x, first[:, :, :wanted]) for x in (row, weight))
     if own is None:
         return row, weight
-    own_weight = xp.where(again, -xp.inf, xp.zeros(own.shape, dtype=queries.dtype, device=queries.device))
-    return xp.concat([own + inner, row], axis=-1), xp.concat([own_weight, weight], axis=-1)
+    return xp.concat([own + nodes, row], axis=-1), xp.concat([xp.where(again, -xp.inf, zero), weight], axis=-1)
 
 
-def frozen(xp: Namespace, half_variance: Array, log_size: Array) -> Array:
+def frozen(xp: Namespace, half_variance: Array, log_count: Array) -> Array:
     """Return ln of the mean of exp over so many normal numbers, as the contract has it."""
-    beyond = 2.0 * xp.sqrt(half_variance * xp.where(log_size > 0, log_size, 0.0)) - log_size
-    return xp.where(half_variance > log_size, beyond, half_variance)
+    beyond = 2.0 * xp.sqrt(half_variance * xp.where(log_count > 0, log_count, 0.0)) - log_count
+    return xp.where(half_variance > log_count, beyond, half_variance)
 
 
-def node_rows(xp: Namespace, node: Array, n: int) -> tuple[Array, Array, Array]:
-    """Return each node's row among means and keys, and where its positions begin and end; all int64, as ``node``."""
+def node_bounds(xp: Namespace, node: Array, n: int) -> tuple[Array, Array]:
+    """Return where the positions of nodes begin and end; all int64, as ``node``."""
     level = xp.zeros_like(node)
-    for depth in range(1, levels(n) + 1):
+    for depth in range(1, n.bit_length() + 1):
         level = level + xp.astype(node >= 2**depth - 1, xp.int64)
     place = node + 1 - (xp.ones_like(node) << level)
-    start, end = (place * n) >> level, ((place + 1) * n) >> level
-    return xp.where(node < inner_nodes(n), node, start + inner_nodes(n)), start, end
+    return (place * n) >> level, ((place + 1) * n) >> level
+
+
+def gather(xp: Namespace, values: Array, index: Array) -> Array:
+    """Take rows (G, B, r) of (G, N, w): (G, B, r, w)."""
+    groups = int(values.shape[0])
+    group = xp.reshape(xp.arange(groups, dtype=xp.int64, device=values.device), (-1, 1, 1))
+    return take_rows(xp, xp.reshape(values, (-1, *values.shape[2:])), index + group * values.shape[1])
 
 
 def take_last(xp: Namespace, values: Array, index: Array) -> Array:

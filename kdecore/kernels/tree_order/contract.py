@@ -16,11 +16,11 @@ class TreeOrder(Protocol):
     def __call__(self, xp: Namespace, x: Array, leaf_size: int) -> Array:
         """Return the order in which the tree (`kdecore.tree`) holds the rows.
 
-        Every node of more than ``leaf_size`` rows is sorted by the projection on its direction (ties: the lower row first)
-        and cut where its children meet. The direction is found from S = min(`SAMPLE`, size of the level's largest node)
-        rows, the ⌊j · size / S⌋-th of the node in ascending order: started from the coordinate of largest variance,
-        `ITERATIONS` power iterations on the sample's covariance. Nodes of one or two rows are in ascending order of rows,
-        and so are in the end the rows of every leaf.
+        Every node of more than ``leaf_size`` rows is cut where its children meet, by the projection on its direction (ties:
+        the lower row first); its children hold their rows in ascending order. The direction is found from
+        S = min(`SAMPLE`, size of the level's largest node) rows, the ⌊j · size / S⌋-th of the node: started from the
+        coordinate of largest variance, `ITERATIONS` power iterations on the sample's covariance. Nodes of one or two rows
+        are cut as they are.
 
         Parameters
         ----------

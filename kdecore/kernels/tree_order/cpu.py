@@ -1,162 +1,152 @@
-"""`tree_order` in Numba for the CPU: level by level, a node a task; medians by selection instead of sorting."""
+"""`tree_order` in Numba for the CPU: level by level with a node a task, then a small subtree a task, in cache.
+
+At each level rows are copied to where their node lies, so that every node is read in one go. A node's rows stay in ascending
+order when they part, so that nothing is ever sorted.
+"""
 
 from functools import partial
 
 import numpy as np
 
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import VECTOR_BYTES, add_multiple, add_squared_gaps, inner_product
-from kdecore.kernels.threads import run_tasks, small_tasks
+from kdecore.kernels.simd import VECTOR_BYTES, add_multiples, add_squared_gaps, copy_rows, inner_product
+from kdecore.kernels.threads import run_tasks
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
-from kdecore.tree import levels
+from kdecore.tree import depth
 
-SHORT = 16
-"""Rows of a node that are sorted by insertion."""
+TASK_ROWS = 2048
+"""Rows of a subtree that is one task, at most."""
 
 
 def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
     """Follow `kdecore.kernels.tree_order.contract.TreeOrder`."""
-    rows = whole_vectors(host_view(x))
-    groups, n, _ = rows.shape
-    order = np.empty((groups, n), np.int64)
-    order[:] = np.arange(n)
-    along = np.empty((groups, n), rows.dtype)
-    for level in range(levels(n, leaf_size)):
-        size = -(-n >> level)
-        run_tasks(
-            partial(split_nodes, rows, level, order, along),
-            groups << level,
-            chunk=small_tasks(size * rows.shape[2] // 4),
-        )
-    return from_host_like(xp, order, x)
-
-
-def whole_vectors(rows: Array) -> Array:
-    """Return rows with zeros appended so that they fill vectors: themselves where they do."""
-    lanes = VECTOR_BYTES // rows.itemsize
-    missing = -rows.shape[2] % lanes
-    if not missing:
-        return rows
-    padded = np.pad(rows, ((0, 0), (0, 0), (0, missing)))
-    padded.flags.writeable = False
-    return padded
+    found = host_view(x)
+    groups, n, d = found.shape
+    lanes = VECTOR_BYTES // found.itemsize
+    # Two places for rows, in whole vectors, and for their numbers: those of a level, and those of the next one.
+    rows = np.zeros((2, groups, n, -(-d // lanes) * lanes), found.dtype)
+    rows[0, :, :, :d] = found
+    order = np.empty((2, groups, n), np.int64)
+    order[0] = np.arange(n)
+    last = depth(n, leaf_size)
+    whole = min(last, depth(n, TASK_ROWS))
+    for level in range(whole):
+        run_tasks(partial(split_subtrees, rows, order, level, level + 1), groups << level, chunk=1)
+    run_tasks(partial(split_subtrees, rows, order, whole, last), groups << whole, chunk=1)
+    return from_host_like(xp, order[last & 1], x)
 
 
 @kernel()
-def split_nodes(rows, level, order, along, first, last):
-    """Split nodes first … last − 1 of a level, counted through all groups."""
-    _, n, d = rows.shape
-    flat = rows.reshape(-1)
-    direction, sums = np.empty(d, rows.dtype), np.empty(d, rows.dtype)
+def split_subtrees(rows, order, top, end_level, first, last):
+    """Split the nodes of levels top … end_level − 1 under nodes first … last − 1 of level ``top`` of all groups."""
+    _, groups, n, width = rows.shape
+    flat, flat_order = rows.reshape(-1), order.reshape(-1)
+    largest = -(-n >> top)
+    direction, sums = np.empty(width, rows.dtype), np.empty(width, rows.dtype)
+    sample = np.empty(SAMPLE * width, rows.dtype)
     factors = np.empty(SAMPLE, rows.dtype)
-    places = np.empty(SAMPLE, np.int64)
-    largest = -(-n >> level)
+    along, work = np.empty(largest, rows.dtype), np.empty(largest, rows.dtype)
+    vectors = width * rows.itemsize // VECTOR_BYTES
     for task in range(first, last):
-        group, i = task >> level, task & ((1 << level) - 1)
-        start, end = (i * n) >> level, ((i + 1) * n) >> level
-        middle = ((2 * i + 1) * n) >> (level + 1)
-        size = end - start
-        base = group * n
-        if size > 2:
-            samples = min(SAMPLE, largest)
-            for j in range(samples):
-                places[j] = (base + order[group, start + j * size // samples]) * d
-            lead(flat, places, samples, factors, direction, sums)
-            vectors = d * rows.itemsize // VECTOR_BYTES
-            for j in range(start, end):
-                along[group, j] = inner_product(flat, (base + order[group, j]) * d, direction, 0, vectors)
-            select(along[group], order[group], start, end, middle)
-        sort_rows(order[group], start, middle)
-        sort_rows(order[group], middle, end)
+        group, subtree = task >> top, task & ((1 << top) - 1)
+        for level in range(top, end_level):
+            source = ((level & 1) * groups + group) * n
+            target = (((level + 1) & 1) * groups + group) * n
+            samples = min(SAMPLE, -(-n >> level))
+            for i in range(subtree << (level - top), (subtree + 1) << (level - top)):
+                start, end = (i * n) >> level, ((i + 1) * n) >> level
+                low = (((2 * i + 1) * n) >> (level + 1)) - start
+                size = end - start
+                begin = source + start
+                if size > 2:
+                    for j in range(samples):
+                        copy_rows(flat, (begin + j * size // samples) * width, sample, j * width, width)
+                    lead(sample, samples, width, factors, direction, sums)
+                    for j in range(size):
+                        along[j] = inner_product(flat, (begin + j) * width, direction, 0, vectors)
+                        work[j] = along[j]
+                    part(flat, flat_order, begin, target + start, size, low, along, nth_smallest(work, size, low - 1), width)
+                else:
+                    copy_rows(flat, begin * width, flat, (target + start) * width, size * width)
+                    copy_rows(flat_order, begin, flat_order, target + start, size)
 
 
 @kernel()
-def lead(flat, places, samples, factors, direction, sums):
-    """Write the leading principal direction of the rows at ``places``."""
-    d = direction.shape[0]
-    vectors = d * flat.itemsize // VECTOR_BYTES
-    one = flat.dtype.type(1.0)
-    scale = flat.dtype.type(1.0 / samples)
-    direction[:] = 0.0
+def part(flat, flat_order, source, target, size, low, along, threshold, width):
+    """Copy the ``low`` rows of least projection to ``target`` and the others behind them, each part in its order."""
+    less = 0
+    for j in range(size):
+        less += along[j] < threshold
+    ties = low - less
+    left, right = 0, low
+    for j in range(size):
+        goes_left = along[j] < threshold
+        if along[j] == threshold and ties > 0:
+            ties -= 1
+            goes_left = True
+        # Projections that overflow compare with nothing: no part takes more than its share.
+        if right == size or (goes_left and left < low):
+            to = target + left
+            left += 1
+        else:
+            to = target + right
+            right += 1
+        copy_rows(flat, (source + j) * width, flat, to * width, width)
+        flat_order[to] = flat_order[source + j]
+
+
+@kernel()
+def lead(sample, samples, width, factors, direction, sums):
+    """Write the leading principal direction of a sample of rows."""
+    vectors = width * sample.itemsize // VECTOR_BYTES
+    one = sample.dtype.type(1.0)
+    scale = sample.dtype.type(1.0 / samples)
+    factors[:samples] = scale
+    add_multiples(factors, 0, sample, 0, samples, direction, 0, vectors)
     sums[:] = 0.0
     for j in range(samples):
-        add_multiple(scale, flat, places[j], direction, 0, vectors)
-    for j in range(samples):
-        add_squared_gaps(flat, places[j], direction, 0, sums, 0, vectors)
+        add_squared_gaps(sample, j * width, direction, 0, sums, 0, vectors)
     widest = np.argmax(sums)
     direction[:] = 0.0
     direction[widest] = 1.0
     for _ in range(ITERATIONS):
-        mean = flat.dtype.type(0.0)
+        mean = sample.dtype.type(0.0)
         for j in range(samples):
-            factors[j] = inner_product(flat, places[j], direction, 0, vectors)
+            factors[j] = inner_product(sample, j * width, direction, 0, vectors)
             mean += factors[j]
         mean *= scale
-        sums[:] = 0.0
-        # The factors add up to 0, so that the rows need not be centred.
         for j in range(samples):
-            add_multiple(factors[j] - mean, flat, places[j], sums, 0, vectors)
+            factors[j] -= mean
+        # The factors add up to 0, so that the rows need not be centred.
+        add_multiples(factors, 0, sample, 0, samples, sums, 0, vectors)
         length = inner_product(sums, 0, sums, 0, vectors)
         inverse = one / np.sqrt(length) if length > 0 else one
-        for t in range(d):
+        for t in range(width):
             direction[t] = sums[t] * inverse
 
 
 @kernel()
-def before(value, row, other, other_row):
-    """Return whether a row comes before another one."""
-    return value < other or (value == other and row < other_row)
-
-
-@kernel()
-def select(value, row, start, end, middle):
-    """Move the least of start … end − 1 before ``middle``, by value and then by row (Hoare's selection)."""
-    low, high = start, end - 1
-    while high - low >= SHORT:
-        pivot_at = (low + high) >> 1
-        # The median of three, put in the middle.
-        for a, b in ((low, pivot_at), (low, high), (pivot_at, high)):
-            if before(value[b], row[b], value[a], row[a]):
-                value[a], value[b] = value[b], value[a]
-                row[a], row[b] = row[b], row[a]
-        pivot, pivot_row = value[pivot_at], row[pivot_at]
+def nth_smallest(values, size, nth):
+    """Return the number that ``nth`` (from 0) of the first ``size`` are below, reordering them (Hoare's selection)."""
+    low, high = 0, size - 1
+    while low < high:
+        a, b, c = values[low], values[(low + high) >> 1], values[high]
+        pivot = max(min(a, b), min(max(a, b), c))
         i, j = low, high
         while i <= j:
-            while before(value[i], row[i], pivot, pivot_row):
+            while values[i] < pivot:
                 i += 1
-            while before(pivot, pivot_row, value[j], row[j]):
+            while pivot < values[j]:
                 j -= 1
             if i <= j:
-                value[i], value[j] = value[j], value[i]
-                row[i], row[j] = row[j], row[i]
+                values[i], values[j] = values[j], values[i]
                 i += 1
                 j -= 1
-        if middle <= j:
+        if nth <= j:
             high = j
-        elif middle >= i:
+        elif nth >= i:
             low = i
         else:
-            return
-    for i in range(low + 1, high + 1):
-        moved, moved_row = value[i], row[i]
-        j = i - 1
-        while j >= low and before(moved, moved_row, value[j], row[j]):
-            value[j + 1], row[j + 1] = value[j], row[j]
-            j -= 1
-        value[j + 1], row[j + 1] = moved, moved_row
-
-
-@kernel()
-def sort_rows(row, start, end):
-    """Sort rows start … end − 1."""
-    if end - start > SHORT:
-        row[start:end].sort()
-        return
-    for i in range(start + 1, end):
-        moved = row[i]
-        j = i - 1
-        while j >= start and row[j] > moved:
-            row[j + 1] = row[j]
-            j -= 1
-        row[j + 1] = moved
+            break
+    return values[nth]

@@ -2,7 +2,7 @@
 
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.namespaces import Array, Namespace, host, row_norms, take_along_rows, take_rows
-from kdecore.tree import bounds, levels
+from kdecore.tree import bounds, depth
 
 
 def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
@@ -11,7 +11,7 @@ def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
     flat = xp.reshape(x, (groups * n, d))
     group = xp.arange(groups, dtype=xp.int64, device=x.device)[:, None]
     order = xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=x.device), (groups, n))
-    for level in range(levels(n, leaf_size)):
+    for level in range(depth(n, leaf_size)):
         starts = bounds(n, level)
         sizes = starts[1:] - starts[:-1]
         samples = min(SAMPLE, int(host.max(sizes)))

@@ -1,0 +1,60 @@
+"""What every implementation of `node_summaries` promises."""
+
+from typing import NamedTuple, Protocol
+
+from kdecore.namespaces import Array, Namespace
+
+
+class TreeNodes(NamedTuple):
+    """Means and spreads of the N = `kdecore.tree.node_count` nodes of a tree over n keys.
+
+    Attributes
+    ----------
+    keys, values
+        (G, N + n, d) and (G, N + n, d_v): the mean key and value of each node, then the key and value at each position.
+    spread
+        (G, N): mean squared distance of a node's keys to their mean.
+    variances
+        (G, N, p): variance of each coordinate within a node.
+    sizes
+        (G, N): mean size of a node's values.
+    """
+
+    keys: Array
+    values: Array
+    spread: Array
+    variances: Array
+    sizes: Array
+
+
+class NodeSummaries(Protocol):
+    """Summarise the keys and values in every node of a tree (`kdecore.tree`)."""
+
+    def __call__(
+        self, xp: Namespace, k: Array, v: Array, coordinates: Array, sizes: Array, order: Array, leaf_size: int
+    ) -> TreeNodes:
+        """Return the summaries of all nodes.
+
+        Spreads and variances are merged from those of the children (Chan, Golub & LeVeque 1979), without the cancellation
+        of a difference of squares.
+
+        Parameters
+        ----------
+        xp
+            Array namespace of the arrays.
+        k, v
+            (G, n, d) keys and (G, n, d_v) values, n ≥ 1, of one floating dtype.
+        coordinates
+            (G, n, p) coordinates of the keys.
+        sizes
+            (G, n) sizes of the values.
+        order
+            (G, n) int64: the key at each position of the tree.
+        leaf_size
+            Keys in a leaf, at least 2, so that no leaf is empty.
+
+        Returns
+        -------
+        TreeNodes
+            In O(G n (d + d_v + p)).
+        """
