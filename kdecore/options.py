@@ -198,7 +198,14 @@ class Treecode:
     """
 
     name: ClassVar[str] = "treecode"
-    kernels: ClassVar[tuple[str, ...]] = ("row_norms", "tree_order", "node_summaries", "open_tree", "attend_blocks")
+    kernels: ClassVar[tuple[str, ...]] = (
+        "project_rows",
+        "row_norms",
+        "tree_order",
+        "node_summaries",
+        "open_tree",
+        "attend_blocks",
+    )
     DIRECTIONS: ClassVar[int] = 16
     """Coordinates by which rows are ordered and nodes opened."""
     LEAF_SIZE: ClassVar[int] = 4

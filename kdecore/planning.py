@@ -167,7 +167,7 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
     # Coordinates, twice while rows are ordered; orders; keys, values and summaries of up to as many nodes; samples; lists,
     # once for all groups and once for each.
     total = size * ((rows_q + rows_k) * 5 * max(p, 16) + rows_k * (2 * (d + d_v) + 2 * p + 4)) + 8 * 8 * (rows_q + rows_k)
-    total += 8 * 4 * problem.groups * d * (min(8192, problem.n_q) + min(8192, problem.n_k) + 4 * d)
+    total += problem.groups * d * (size * 3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * 8 * d)
     total += blocks * slots * (2 * 8 + size)
     if kernels["open_tree"].target == "array-api":
         # Sorted rows and their products; logits and errors of all blocks' queries, and what a round makes of them.

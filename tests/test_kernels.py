@@ -328,6 +328,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
         "draw_indices": (1 + rng.random((2, n)), rng.integers(0, n - 65, (2, 40)), 64, rng.random((2, 40)), 100),
         "attend_blocks": (*block_problem(rng, dtype, N=47, b=64, s=190, R_k=n, d=16, d_v=17), 0.2),
         "attend_dense": (*(rng.standard_normal((2, m, 8)).astype(dtype) for m in (400, n, n)), 0.2),
+        "project_rows": (rng.standard_normal((2, n, 9)).astype(dtype), rng.standard_normal((2, 9, 7)).astype(dtype)),
         "tree_order": (rng.standard_normal((2, n, 9)), 4),
         "node_summaries": (
             *(rng.standard_normal((2, n, width)).astype(dtype) for width in (9, 7, 3)),
@@ -346,8 +347,8 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             assert_close(part, expected, dtype=dtype)
     elif kernel == "open_tree":
         assert_same_lists(found, reference)
-    elif kernel == "row_norms":
-        assert_close(found, reference)
+    elif kernel in ("row_norms", "project_rows"):
+        assert_close(found, reference, dtype=dtype if kernel == "project_rows" else "float64")
     elif kernel == "draw_indices":
         np.testing.assert_array_equal(found[0], reference[0])
         np.testing.assert_allclose(found[1], reference[1], rtol=0, atol=1e-12)

@@ -174,7 +174,7 @@ def test_a_vector_added_to_all_keys_changes_nothing(rng):
 def test_coordinates_hold_the_logits(rng):
     """With as many directions as dimensions, the products of coordinates add up to the logits with centred keys."""
     q, k = rng.standard_normal((2, 3, 200, 9)) @ np.diag(np.arange(1.0, 10.0)) + 3.0
-    view = treecode.key_view(host, q, k, 0.7)
+    view = treecode.balanced_view(host, q, k, 0.7)
     coordinates = (q @ view.queries) @ (k @ view.keys - view.centre).swapaxes(1, 2)
     centred = k - k.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(coordinates, 0.7 * q @ centred.swapaxes(1, 2), rtol=1e-9, atol=1e-9)
@@ -249,3 +249,30 @@ def test_the_report_says_what_ran(rng):
         attention(q, k, v, method=Treecode(num_slots=100), budget=200)
     with pytest.raises(OptionError, match="block_size"):
         Treecode(block_size=0)
+
+
+@pytest.mark.parametrize(("n", "d", "p"), [(1, 1, 1), (15, 3, 2), (600, 64, 16), (33, 300, 7)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@implementations("project_rows")
+def test_project_rows(backend, rng, implementation, n, d, p, dtype):
+    rows, matrix = rng.standard_normal((2, n, d)), rng.standard_normal((2, d, p))
+    rows, matrix = rows.astype(dtype), matrix.astype(dtype)
+    rows[0, n // 2, d // 2] = np.nan
+    found = run(implementation, backend, rows, matrix, dtype=dtype)
+    expected = rows.astype(np.float64) @ matrix.astype(np.float64)
+    assert np.isnan(found[0, n // 2]).all()
+    found[0, n // 2] = expected[0, n // 2] = 0.0
+    assert_close(found, expected, dtype=dtype)
+
+
+def test_coordinates_of_both_sides_have_the_same_diagonal_moment(rng):
+    q, k = rng.standard_normal((2, 2, 500, 30)) * np.geomspace(3.0, 0.01, 30)
+    view = treecode.balanced_view(host, q, k, 0.5)
+    moments = [x.swapaxes(1, 2) @ x / 500 for x in (q @ view.queries, k @ view.keys - view.centre)]
+    np.testing.assert_allclose(moments[0], moments[1], rtol=0, atol=1e-3 * moments[0].max())
+    off_diagonal = moments[0] * (1.0 - np.eye(moments[0].shape[1]))
+    assert np.abs(off_diagonal).max() < 1e-3 * moments[0].max()
+    logits = 0.5 * q @ (k - k.mean(axis=1, keepdims=True)).swapaxes(1, 2)
+    kept = (q @ view.queries) @ (k @ view.keys - view.centre).swapaxes(1, 2)
+    least = np.linalg.norm(np.linalg.svd(logits, compute_uv=False)[:, 16:], axis=1)
+    assert (np.linalg.norm(logits - kept, axis=(1, 2)) < 1.5 * least).all()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kdecore.kernels.node_summaries.reference import node_summaries
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, START_SHARE
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
 from kdecore.namespaces import host
@@ -71,8 +71,9 @@ def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variance
 
         own_rows = [] if own is None else list(own[g, b])
         wanted = slots - len(own_rows)
-        closed, opened, error = [(0, 0)], [], {}
-        taken, f, refreshed = 1, 1, 0
+        start = max(level for level in range(depth + 1) if level == 0 or 2**level <= wanted / START_SHARE)
+        closed, opened, error = [(start, i) for i in range(2**start)], [], {}
+        taken, f, refreshed = 2**start, 2**start, 0
         while f < wanted:
             found = {node: weights_and_spreads(*node) for node in closed + opened}
             total = np.logaddexp.reduce([logs for logs, _ in found.values()], axis=0)

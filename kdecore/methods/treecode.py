@@ -8,19 +8,25 @@
    them: out of their counts; taking them out of the means too errs no less (bench/NOTES.md).
 
 Rows are compared by what the other side sees of them, in few coordinates whose products add up to nearly the whole logit
-(`key_view`). Nothing is random; the estimate is biased, by what nodes hide.
+(`balanced_view`). Nothing is random; the estimate is biased, by what nodes hide.
 """
 
 from dataclasses import dataclass
 
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, invert_permutation, take_along_rows, without_gradient
+from kdecore.namespaces import Array, Namespace, invert_permutation, spans, take_along_rows, without_gradient
 from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.selection import Selection, equal_blocks
 
-MOMENT_ROWS = 4096
+MOMENT_ROWS = 2048
 """Rows, evenly spaced, that second moments are taken from, at least."""
+SMALL_PRODUCT = 1024
+"""Rows of one product among those that second moments are summed from."""
+RIDGE = 1e-6
+"""Part of the mean eigenvalue that is added to all."""
+ITERATIONS = 4
+"""Orthogonal iterations."""
 OWN_SHARE = 4
 """Own positions are listed where they take at most this part of the budget."""
 
@@ -32,15 +38,16 @@ def select(problem: Problem, plan: Plan) -> Selection:
     -------
     Selection
         ``budget`` slots a block, with the means of nodes and the keys in the tree's order as keys and values.
-        O(G ((n_q + n_k) (d p + p log n) + n_q · budget · d + d³)), with p = `Treecode.DIRECTIONS`.
+        O(G ((n_q + n_k) (d p + p log n) + n_q · budget · d + d² p)), with p = `Treecode.DIRECTIONS`.
     """
     options = plan.options
     assert isinstance(options, Treecode)
     assert options.budget is not None
     xp, kernels = problem.xp, plan.kernels
     q, k, v = (without_gradient(x) for x in (problem.q, problem.k, problem.v))
-    view = key_view(xp, q, k, problem.scale)
-    query_coordinates, key_coordinates = finite(xp, q @ view.queries), finite(xp, k @ view.keys - view.centre)
+    project = kernels["project_rows"].function
+    view = balanced_view(xp, q, k, problem.scale)
+    query_coordinates, key_coordinates = project(xp, q, view.queries), project(xp, k, view.keys) - view.centre
 
     query_order = kernels["tree_order"].function(xp, query_coordinates, options.block_size)
     blocks = equal_blocks(xp, query_order, options.block_size)
@@ -69,13 +76,13 @@ def select(problem: Problem, plan: Plan) -> Selection:
 
 
 @dataclass(frozen=True)
-class KeyView:
-    """How queries and keys see each other.
+class View:
+    """How queries and keys see each other: in coordinates whose products add up to nearly the whole logit.
 
     Attributes
     ----------
     queries, keys
-        (G, d, p): what turns queries and keys into coordinates; the sum of the products of coordinates is nearly the logit.
+        (G, d, p): what turns queries and keys into coordinates.
     centre
         (G, 1, p): coordinates of the mean key.
     """
@@ -85,38 +92,56 @@ class KeyView:
     centre: Array
 
 
-def key_view(xp: Namespace, q: Array, k: Array, scale: float) -> KeyView:
-    """Find coordinates for queries q (G, n_q, d) and keys k (G, n_k, d).
+def balanced_view(xp: Namespace, q: Array, k: Array, scale: float) -> View:
+    """Find the coordinates of queries q (G, n_q, d) and keys k (G, n_k, d) that hold most of the logits.
 
-    A key k is seen as C^(1/4) k, where C is the second moment of the queries times scale: half way between the Euclidean
-    distance (power 0) and the mean squared difference of logits (power 1/2); it errs least of the powers tried
-    (bench/NOTES.md). Coordinates lie along the leading principal directions of the keys so seen, so that the products of
-    those of C^(-1/4) q with them hold as much of the logits as p numbers can. O(G (d³ + `MOMENT_ROWS` · d²)).
+    They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
+    queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
+    second moments of scaled queries and centred keys, the leading eigenvectors of S C are found by orthogonal iteration from
+    a fixed start, and balanced within their span; a larger eigenproblem would leave NumPy's threads spinning for long
+    afterwards. Other scalings err more (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
     """
     queries, keys = sample(xp, q) * scale, sample(xp, k)
     centre = xp.mean(keys, axis=1, keepdims=True)
-    eigenvalues, axes = xp.linalg.eigh(second_moment(xp, queries))
-    largest = eigenvalues[:, -1:]
-    eigenvalues = xp.where(largest > 0, xp.maximum(eigenvalues, 1e-6 * largest), 1.0)
-    metric, inverse = ((axes * (eigenvalues**power)[:, None, :]) @ xp.matrix_transpose(axes) for power in (0.25, -0.25))
-    _, directions = xp.linalg.eigh(metric @ second_moment(xp, keys - centre) @ metric)
-    leading = directions[:, :, -min(Treecode.DIRECTIONS, int(k.shape[2])) :]
+    c, s = second_moment(xp, queries), second_moment(xp, keys - centre)
+    d, p = int(k.shape[2]), min(Treecode.DIRECTIONS, int(k.shape[2]))
+    c, s = with_ridge(xp, c), with_ridge(xp, s)
+    both = s @ c
+    # The columns that are largest where both moments are.
+    size = xp.linalg.diagonal(s) * xp.linalg.diagonal(c)
+    largest = xp.argsort(-size, axis=1, stable=True)[:, :p]
+    basis = xp.astype(largest[:, None, :] == xp.arange(d, dtype=largest.dtype, device=k.device)[None, :, None], c.dtype)
+    for _ in range(ITERATIONS if p < d else 0):
+        basis, _ = xp.linalg.qr(both @ basis)
+    seen = c @ basis
+    root = xp.linalg.cholesky(xp.matrix_transpose(basis) @ seen)
+    # Query coordinates of unit moment, and the moment of the keys in what goes with them.
+    whitened = xp.matrix_transpose(xp.linalg.solve(root, xp.matrix_transpose(basis)))
+    eigenvalues, axes = xp.linalg.eigh(xp.matrix_transpose(whitened) @ c @ s @ c @ whitened)
+    singular = xp.sqrt(xp.maximum(eigenvalues, 1e-12 * eigenvalues[:, -1:]))[:, None, :]
+    of_queries = whitened @ axes
     # Libraries differ in the signs of eigenvectors, which would turn the order round.
-    leading = xp.where(xp.sum(leading**3, axis=1, keepdims=True) < 0, -leading, leading)
-    of_queries, of_keys = xp.astype(inverse @ leading * scale, k.dtype), xp.astype(metric @ leading, k.dtype)
-    return KeyView(of_queries, of_keys, xp.astype(centre, k.dtype) @ of_keys)
+    of_queries = xp.where(xp.sum(of_queries**3, axis=1, keepdims=True) < 0, -of_queries, of_queries)
+    of_keys = xp.astype(c @ of_queries / xp.sqrt(singular), k.dtype)
+    of_queries = xp.astype(of_queries * xp.sqrt(singular) * scale, k.dtype)
+    return View(of_queries, of_keys, xp.astype(centre, k.dtype) @ of_keys)
 
 
 def sample(xp: Namespace, rows: Array) -> Array:
-    """Return at least `MOMENT_ROWS` rows or all, evenly spaced, in float64, with 0 for numbers that are not finite."""
-    return xp.astype(finite(xp, rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :]), xp.float64)
+    """Return at least `MOMENT_ROWS` rows or all, evenly spaced, with 0 for numbers that are not finite."""
+    rows = rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :]
+    return xp.where(xp.isfinite(rows), rows, 0.0)
 
 
 def second_moment(xp: Namespace, rows: Array) -> Array:
-    """Return the mean of x xᵀ over rows (G, n, d): (G, d, d)."""
-    return xp.matrix_transpose(rows) @ rows / int(rows.shape[1])
+    """Return the mean of x xᵀ over rows (G, n, d): float64 (G, d, d)."""
+    # Products so small that NumPy's threads leave them alone.
+    parts = [xp.matrix_transpose(rows[:, part, :]) @ rows[:, part, :] for part in spans(int(rows.shape[1]), SMALL_PRODUCT)]
+    return sum(xp.astype(part, xp.float64) for part in parts) / int(rows.shape[1])
 
 
-def finite(xp: Namespace, rows: Array) -> Array:
-    """Return rows with 0 for numbers that are not finite: an order needs numbers that can be compared."""
-    return xp.where(xp.isfinite(rows), rows, 0.0)
+def with_ridge(xp: Namespace, moment: Array) -> Array:
+    """Return a moment (G, d, d) with a little added to its diagonal, so that it is positive definite; 0 becomes 1."""
+    d = int(moment.shape[1])
+    size = xp.linalg.trace(moment)[:, None, None] / d
+    return moment + xp.where(size > 0, RIDGE * size, 1.0) * xp.eye(d, dtype=moment.dtype, device=moment.device)

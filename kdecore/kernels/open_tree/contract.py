@@ -4,6 +4,8 @@ from typing import Protocol
 
 from kdecore.namespaces import Array, Namespace
 
+START_SHARE = 16
+"""A list begins with the nodes of the last level that are no more than one in so many of its slots."""
 GROWTH = 8
 """A round opens one in so many of the nodes opened so far (rounding down, at least one)."""
 REFRESH = 4
@@ -35,7 +37,8 @@ class OpenTree(Protocol):
         leaving it closed is its weight over the sum of all weights, times σ, times its size; the node's error is the sum of
         the fourth powers of the block's queries' errors, so that what one query needs is not averaged away.
 
-        A list begins with the root, f = 1. A round orders the c = min(max(1, ⌊f / `GROWTH`⌋), slots − s − f) closed nodes of
+        A list of s own keys begins with the f nodes of the last level that has no more than (slots − s) / `START_SHARE` of
+        them, or with the root. A round orders the c = min(max(1, ⌊f / `GROWTH`⌋), slots − s − f) closed nodes of
         largest error (all, if they are fewer), the largest first, opens those for which there is room, and adds c to f. An
         inner node's children take its place, which takes one slot more; a leaf of m keys is listed key by key, which takes
         m − 1 slots more, and keeps its weight in the sums. The list ends with a round that opens nothing, or with f =
@@ -52,7 +55,7 @@ class OpenTree(Protocol):
         scale
             Finite factor on ⟨q, k⟩.
         coordinates
-            (G, n_q, p) finite; of the queries, times scale.
+            (G, n_q, p) of the queries, times scale; finite where the query is.
         query_index
             (G, B, b) int64: the queries of each block.
         keys
@@ -75,3 +78,9 @@ class OpenTree(Protocol):
             keys or nodes that are all own. O(G B slots (b (d + p) + log slots)): no node is looked at whose parent stayed
             closed.
         """
+
+
+def first_level(slots: int, nodes: int) -> int:
+    """Return the level that lists of so many slots, own keys left out, begin with, in a tree of so many nodes."""
+    leaves = (nodes + 1) // 2
+    return max(1, min(slots // START_SHARE, leaves)).bit_length() - 1

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_level
 from kdecore.kernels.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
@@ -55,10 +55,11 @@ def open_tree(
     groups, blocks, _ = inputs[2].shape
     own_ = np.empty((groups, blocks, 0), np.int64) if own is None else np.array(host_view(own))
     own_.flags.writeable = False
+    start = first_level(slots - own_.shape[2], inputs[5].shape[1])
     key_index = np.zeros((groups, blocks, slots), np.int64)
     log_weight = np.full((groups, blocks, slots), -np.inf, inputs[0].dtype)
     run_tasks(
-        lambda first, last: open_blocks(*inputs, own_, float(scale), key_index, log_weight, first, last),
+        lambda first, last: open_blocks(*inputs, own_, float(scale), start, key_index, log_weight, first, last),
         groups * blocks,
         chunk=16,
     )
@@ -66,7 +67,9 @@ def open_tree(
 
 
 @kernel()
-def open_blocks(q, coordinates, query_index, keys, spread, variances, sizes, own, scale, key_index, log_weight, first, last):
+def open_blocks(
+    q, coordinates, query_index, keys, spread, variances, sizes, own, scale, start_level, key_index, log_weight, first, last
+):
     """Open the tree for blocks first … last − 1, counted through all groups."""
     _, blocks, rows = query_index.shape
     n_q, d = q.shape[1:]
@@ -119,33 +122,35 @@ def open_blocks(q, coordinates, query_index, keys, spread, variances, sizes, own
         for r in range(filled):
             query_rows[r] = group * n_q + query_index[group, block, min(r, rows - 1)]
         norm = load_block(flat_q, flat_coordinates, query_rows, rows, d, p, scale, queries, squares)
-        # The root, with half the difference of a child from a node that has none.
-        gap_count, child_count = 0, 1
-        used, listed, taken, f, refreshed, opened, peak = 1, 0, 1, 1, 0, 0, 0
-        node[0], level[0], bins[0] = 0, 0, 0
-        child_places[0] = 0
-        copy_rows(flat_keys, group * total * d, gaps, 0, d)
-        copy_rows(flat_variances, group * nodes * p, child_variances, 0, p)
-        child_logs[0], child_sizes[0] = logs[0], sizes[group, 0]
+        # The first nodes, which come without a parent.
+        gap_count, child_count = 0, 1 << start_level
+        used, listed, taken, f, refreshed, opened, peak = child_count, 0, child_count, child_count, child_count, 0, 0
+        few = n >> start_level
+        copy_rows(flat_keys, (group * total + used - 1) * d, gaps, 0, used * d)
+        copy_rows(flat_variances, (group * nodes + used - 1) * p, child_variances, 0, used * p)
+        for j in range(used):
+            node[j], level[j], bins[j], child_places[j] = used - 1 + j, start_level, 0, j
+            child_logs[j] = logs[2 * start_level + (((j + 1) * n) >> start_level) - ((j * n) >> start_level) - few]
+            child_sizes[j] = sizes[group, used - 1 + j]
         tops[:] = -np.inf
         while True:
             # Weigh what is new.
             for lane in range(0, filled, lanes):
                 base = lane * wanted
-                for j in range(0, max(gap_count, 1), TILE_ROWS):
+                for j in range(0, gap_count if listed else child_count, TILE_ROWS):
                     multiply_tile(gaps, j * d, d, 1, queries, lane * d, d, zeros, 0, deltas, j * lanes, True)
                 spreads = lane * width
                 for j in range(0, child_count, TILE_ROWS):
                     at = spreads + j * lanes
                     multiply_tile(child_variances, j * p, p, 1, squares, lane * p, p, zeros, 0, child_errors, at, True)
-                if gap_count == 0 and f == 1:
-                    copy_vector(deltas, 0, logits, 0)
-                    copy_vector(deltas, 0, plain, base)
-                else:
+                if listed:
                     for j in range(gap_count):
                         left, right = base + child_places[2 * j] * lanes, base + child_places[2 * j + 1] * lanes
                         up, down = shares[j, 0], shares[j, 1]
                         part_vector(plain, left, right, deltas, j * lanes, up, down, logits, 2 * j * lanes)
+                else:
+                    copy_rows(deltas, 0, logits, 0, child_count * lanes)
+                    copy_rows(deltas, 0, plain, base, child_count * lanes)
                 add_spreads(logits, 0, child_errors, spreads, child_count, child_logs, 0)
                 copy_vector(tops, lane, factors, 0)
                 column_max(logits, 0, child_count, tops, lane)

@@ -2,7 +2,7 @@
 
 import math
 
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_level
 from kdecore.namespaces import Array, Namespace, take_along_rows, take_rows
 
 
@@ -23,7 +23,7 @@ def open_tree(
     nodes = int(variances.shape[1])
     n, first_leaf = int(keys.shape[1]) - nodes, nodes // 2
     queries = gather(xp, xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale, query_index)
-    squares = gather(xp, coordinates * coordinates, query_index)
+    squares = gather(xp, xp.where(xp.isfinite(coordinates), coordinates, 0.0) ** 2, query_index)
 
     def weigh(node: Array) -> tuple[Array, Array]:
         """Return log-weights, and σ times sizes, (G, B, b, f) of nodes (G, B, f); −1 is an empty place."""
@@ -36,14 +36,16 @@ def open_tree(
         size = gather(xp, sizes[:, :, None], at)[:, :, None, :, 0]
         return xp.where(empty, -xp.inf, logits), xp.where(empty, 0.0, sigma * size)
 
-    closed = xp.zeros((*query_index.shape[:2], 1), dtype=xp.int64, device=q.device)
+    wanted = slots - (0 if own is None else int(own.shape[2]))
+    start = first_level(wanted, nodes)
+    used, refreshed = 1 << start, 0
+    closed = xp.arange(used - 1, 2 * used - 1, dtype=xp.int64, device=q.device)
+    closed = xp.broadcast_to(closed, (*query_index.shape[:2], used))
     opened = closed[:, :, :0]
     logits, sigma = weigh(closed)
-    error, is_new = xp.zeros(closed.shape, dtype=q.dtype, device=q.device), closed == 0
-    taken = xp.ones(query_index.shape[:2], dtype=xp.int64, device=q.device)
+    error, is_new = xp.zeros(closed.shape, dtype=q.dtype, device=q.device), closed >= 0
+    taken = xp.full(query_index.shape[:2], used, dtype=xp.int64, device=q.device)
     ended = taken < 0
-    wanted = slots - (0 if own is None else int(own.shape[2]))
-    used, refreshed = 1, 0
     while used < wanted:
         refresh = used >= REFRESH * refreshed
         refreshed = used if refresh else refreshed

@@ -27,7 +27,7 @@ class TreeOrder(Protocol):
         xp
             Array namespace of ``x``.
         x
-            (G, n, d) finite floating-point rows, n ≥ 1.
+            (G, n, d) floating-point rows, n ≥ 1; numbers that are not finite count as 0.
         leaf_size
             Rows in a leaf, at least 1: the tree ends at the first level of no larger nodes.
 

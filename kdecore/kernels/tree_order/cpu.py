@@ -10,7 +10,7 @@ import numpy as np
 
 from kdecore.kernels.jit import kernel
 from kdecore.kernels.simd import VECTOR_BYTES, add_multiples, add_squared_gaps, copy_rows, inner_product
-from kdecore.kernels.threads import run_tasks
+from kdecore.kernels.threads import run_tasks, small_tasks
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 from kdecore.tree import depth
@@ -25,16 +25,31 @@ def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
     groups, n, d = found.shape
     lanes = VECTOR_BYTES // found.itemsize
     # Two places for rows, in whole vectors, and for their numbers: those of a level, and those of the next one.
-    rows = np.zeros((2, groups, n, -(-d // lanes) * lanes), found.dtype)
-    rows[0, :, :, :d] = found
+    rows = np.empty((2, groups, n, -(-d // lanes) * lanes), found.dtype)
     order = np.empty((2, groups, n), np.int64)
-    order[0] = np.arange(n)
+    run_tasks(partial(start, found, rows, order), groups * n, chunk=small_tasks(2 * rows.shape[3]))
     last = depth(n, leaf_size)
     whole = min(last, depth(n, TASK_ROWS))
     for level in range(whole):
         run_tasks(partial(split_subtrees, rows, order, level, level + 1), groups << level, chunk=1)
     run_tasks(partial(split_subtrees, rows, order, whole, last), groups << whole, chunk=1)
     return from_host_like(xp, order[last & 1], x)
+
+
+@kernel()
+def start(found, rows, order, first, last):
+    """Write rows first … last − 1, counted through all groups, and their numbers where level 0 has them."""
+    _, n, d = found.shape
+    width = rows.shape[3]
+    flat, flat_rows, flat_order = found.reshape(-1), rows.reshape(-1), order.reshape(-1)
+    for i in range(first, last):
+        source, target = np.uintp(i * d), np.uintp(i * width)
+        for t in range(np.uintp(d)):
+            value = flat[source + t]
+            flat_rows[target + t] = value if abs(value) < np.inf else 0.0
+        for t in range(np.uintp(d), np.uintp(width)):
+            flat_rows[target + t] = 0.0
+        flat_order[i] = i % n
 
 
 @kernel()

@@ -8,6 +8,7 @@ from kdecore.tree import bounds, depth
 def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
     """Follow `kdecore.kernels.tree_order.contract.TreeOrder`."""
     groups, n, d = x.shape
+    x = xp.where(xp.isfinite(x), x, 0.0)
     flat = xp.reshape(x, (groups * n, d))
     group = xp.arange(groups, dtype=xp.int64, device=x.device)[:, None]
     order = xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=x.device), (groups, n))

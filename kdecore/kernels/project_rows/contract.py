@@ -1,0 +1,31 @@
+"""What every implementation of `project_rows` promises."""
+
+from typing import Protocol
+
+from kdecore.namespaces import Array, Namespace
+
+
+class ProjectRows(Protocol):
+    """Multiply rows by a matrix.
+
+    A kernel because NumPy's matrix product leaves threads that wait for more by spinning: on two cores they took a third
+    of the time of all that followed (bench/NOTES.md).
+    """
+
+    def __call__(self, xp: Namespace, rows: Array, matrix: Array) -> Array:
+        """Return the products.
+
+        Parameters
+        ----------
+        xp
+            Array namespace of the arrays.
+        rows
+            (G, n, d) floating-point.
+        matrix
+            (G, d, p) of the same dtype.
+
+        Returns
+        -------
+        Array
+            (G, n, p), row by row in memory; what is not finite spoils its own row only. O(G n d p).
+        """

@@ -1,0 +1,8 @@
+"""`project_rows` in the array API."""
+
+from kdecore.namespaces import Array, Namespace
+
+
+def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
+    """Follow `kdecore.kernels.project_rows.contract.ProjectRows`."""
+    return rows @ matrix
