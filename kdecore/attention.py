@@ -49,7 +49,7 @@ def attention(
         Finite factor on ⟨q, k⟩; 1/√d if None.
     seed
         Integer in [0, 2**64). One seed gives the same random numbers on every array library, and two calls with one seed
-        the same result. No global random state is read or written. Exact and treecode draw nothing.
+        the same result. No global random state is read or written. Exact draws nothing, nor does treecode but for samples.
     kernels
         ``"auto"``, or the name of an implementation that every kernel must have, such as ``"array-api"``.
     threads

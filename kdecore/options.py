@@ -195,6 +195,9 @@ class Treecode:
     block_size
         Queries that share a list. Fewer err less and take longer: 32 takes 0.7 times the time of 16 and errs 1.15 times as
         much (bench/NOTES.md).
+    far_field
+        What stands for a node that stays closed: ``"mean"``, its mean key and value; or ``"sample"``, one of its keys drawn
+        at random, which is unbiased in numerator and denominator, and errs more on all data measured.
     """
 
     name: ClassVar[str] = "treecode"
@@ -213,11 +216,14 @@ class Treecode:
 
     num_slots: int | None = None
     block_size: int = 16
+    far_field: str = "mean"
 
     def __post_init__(self) -> None:
         if self.num_slots is not None:
             integer_at_least(1, "num_slots", self.num_slots)
         integer_at_least(1, "block_size", self.block_size)
+        if self.far_field not in ("mean", "sample"):
+            raise OptionError(f"far_field must be one of mean, sample, got {self.far_field!r}")
 
     def resolve(self, budget: int | None) -> Self:
         """Return these options with num_slots set."""

@@ -5,7 +5,7 @@ row, for any n. Nodes are numbered through all levels: h = 2**ℓ − 1 + i, wit
 the last level are the leaves.
 """
 
-from kdecore.namespaces import Array, host
+from kdecore.namespaces import Array, Namespace, host
 
 
 def depth(n: int, leaf_size: int) -> int:
@@ -21,3 +21,12 @@ def node_count(n: int, leaf_size: int) -> int:
 def bounds(n: int, level: int) -> Array:
     """Return where the nodes of a level begin, and where the last one ends: NumPy int64 (2**level + 1,)."""
     return (host.arange(2**level + 1, dtype=host.int64) * n) >> level
+
+
+def node_bounds(xp: Namespace, node: Array, n: int) -> tuple[Array, Array]:
+    """Return where the positions of nodes begin and end; all int64, as ``node``."""
+    level = xp.zeros_like(node)
+    for depth in range(1, n.bit_length() + 1):
+        level = level + xp.astype(node >= 2**depth - 1, xp.int64)
+    place = node + 1 - (xp.ones_like(node) << level)
+    return (place * n) >> level, ((place + 1) * n) >> level

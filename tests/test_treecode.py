@@ -249,6 +249,8 @@ def test_the_report_says_what_ran(rng):
         attention(q, k, v, method=Treecode(num_slots=100), budget=200)
     with pytest.raises(OptionError, match="block_size"):
         Treecode(block_size=0)
+    with pytest.raises(OptionError, match="far_field"):
+        Treecode(far_field="means")
 
 
 @pytest.mark.parametrize(("n", "d", "p"), [(1, 1, 1), (15, 3, 2), (600, 64, 16), (33, 300, 7)])
@@ -276,3 +278,12 @@ def test_coordinates_of_both_sides_have_the_same_diagonal_moment(rng):
     kept = (q @ view.queries) @ (k @ view.keys - view.centre).swapaxes(1, 2)
     least = np.linalg.norm(np.linalg.svd(logits, compute_uv=False)[:, 16:], axis=1)
     assert (np.linalg.norm(logits - kept, axis=(1, 2)) < 1.5 * least).all()
+
+
+def test_a_sampled_far_field_is_the_same_for_one_seed_on_every_library_and_another_for_another(backend, rng):
+    arrays = rng.standard_normal((3, 2, 300, 12))
+    method = Treecode(far_field="sample")
+    first, second = (attention(*arrays, method=method, budget=150, seed=seed) for seed in (0, 1))
+    found = attention(*(backend.array(x) for x in arrays), method=method, budget=150, seed=0)
+    np.testing.assert_allclose(backend.numpy(found), first, rtol=1e-9, atol=1e-9)
+    assert np.abs(first - second).max() > 1e-3

@@ -5,6 +5,7 @@ step function of it. The steps follow from the sampling weights, which are compu
 outcome is evaluated once, at a start inside its interval, and counts with the interval's length.
 """
 
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdecore import Hyper, SortLSH
+from kdecore import Hyper, SortLSH, Treecode
 from kdecore.grouping.sign_lsh import hash_orders
 from kdecore.inputs import canonicalise
 from kdecore.kernels.registry import KERNELS, Site
-from kdecore.methods import SELECT, sortlsh
+from kdecore.methods import SELECT, sortlsh, treecode
 from kdecore.namespaces import host
 from kdecore.planning import make_plan
+from kdecore.tree import bounds, node_count
 from tests import oracles, strategies
 
 TOLERANCE = 1e-9
@@ -194,3 +196,42 @@ def test_draw_indices_is_unbiased(implementation, problem):
         np.add.at(expected, positions[0, block], lengths[block] * np.exp(-log_inclusion[0, block]))
     np.testing.assert_allclose(expected[outside], 1.0, atol=TOLERANCE)
     assert not np.delete(expected, outside).any(), "a key of the window was drawn"
+
+
+@pytest.mark.parametrize("kernels", ["auto", "array-api"])
+@pytest.mark.parametrize(("n_q", "budget", "block_size"), [(61, 30, 5), (40, 30, 5), (61, 10, 5), (61, 1, 7), (61, 60, 4)])
+def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_size, kernels):
+    """A block's keys change where its start takes a node's number over a multiple of 1 / (keys in the node).
+
+    Closed nodes don't depend on the start: those of far_field="mean", in the same places, say which they are.
+    """
+    q, k, v = make(rng, n_q=n_q, n_k=61)
+    problem = canonicalise(q, k, v)
+
+    def select(far_field, start):
+        plan = make_plan(
+            problem, method=Treecode(block_size=block_size, far_field=far_field), budget=budget, kernels=kernels
+        )
+        chosen = mock.patch.object(treecode, "uniform", lambda xp, seed, stream, count, device: np.full(count, start))
+        with chosen:
+            return SELECT["treecode"](problem, plan)
+
+    closed = select("mean", 0.0)
+    nodes = node_count(61, Treecode.LEAF_SIZE)
+    steps = {0.0, 1.0}
+    for node in np.unique(closed.key_index[closed.key_index < nodes]):
+        level = int(node + 1).bit_length() - 1
+        edges = bounds(61, level)
+        count = np.diff(edges)[node + 1 - 2**level]
+        steps |= set((np.arange(count) / count - node * treecode.GOLDEN_RATIO) % 1.0)
+    steps = np.array(sorted(steps))
+    expected = np.zeros((*closed.key_index.shape[:2], 61))
+    for low, high in pairwise(steps):
+        selection = select("sample", (low + high) / 2)
+        counts = np.isfinite(selection.log_weight)
+        assert (selection.key_index[counts] >= nodes).all()
+        for at in np.ndindex(expected.shape[:2]):
+            listed = selection.key_index[at][counts[at]] - nodes
+            assert len(set(listed)) == len(listed), "a key counts twice"
+            np.add.at(expected[at], listed, (high - low) * np.exp(selection.log_weight[at][counts[at]]))
+    np.testing.assert_allclose(expected, 1.0, rtol=0, atol=TOLERANCE)

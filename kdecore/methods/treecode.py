@@ -8,16 +8,20 @@
    them: out of their counts; taking them out of the means too errs no less (bench/NOTES.md).
 
 Rows are compared by what the other side sees of them, in few coordinates whose products add up to nearly the whole logit
-(`balanced_view`). Nothing is random; the estimate is biased, by what nodes hide.
+(`balanced_view`). Nothing is random; the estimate is biased, by what nodes hide. With far_field="sample" a closed node is
+replaced by one of its keys, drawn at random, and the estimate is unbiased in numerator and denominator.
 """
 
+import math
 from dataclasses import dataclass
 
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, invert_permutation, spans, take_along_rows, without_gradient
+from kdecore.namespaces import Array, Namespace, host, invert_permutation, spans, take_along_rows, without_gradient
 from kdecore.options import Treecode
 from kdecore.planning import Plan
-from kdecore.selection import Selection, equal_blocks
+from kdecore.randomness import uniform
+from kdecore.selection import Blocks, Selection, equal_blocks
+from kdecore.tree import node_bounds
 
 MOMENT_ROWS = 2048
 """Rows, evenly spaced, that second moments are taken from, at least."""
@@ -27,6 +31,9 @@ RIDGE = 1e-6
 """Part of the mean eigenvalue that is added to all."""
 ITERATIONS = 4
 """Orthogonal iterations."""
+SAMPLES_STREAM = 1
+"""Random stream of the keys drawn from closed nodes."""
+GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 OWN_SHARE = 4
 """Own positions are listed where they take at most this part of the budget."""
 
@@ -72,7 +79,44 @@ def select(problem: Problem, plan: Plan) -> Selection:
         own,
         options.budget,
     )
+    if options.far_field == "sample":
+        holder = None if own is None else holders(xp, blocks, query_order, key_order)
+        starts = uniform(xp, plan.seed, SAMPLES_STREAM, math.prod(blocks.index.shape[:2]), device=problem.device)
+        key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, int(nodes.spread.shape[1]))
     return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values)
+
+
+def draw(
+    xp: Namespace, key_index: Array, log_weight: Array, starts: Array, holder: Array | None, n: int, nodes: int
+) -> tuple[Array, Array]:
+    """Replace each closed node of c keys by one of them, drawn with probability 1 / c, at log-weight ln c (derived).
+
+    The larger a node's part of the attention, the further it was opened: these are samples without replacement, one
+    from each of many strata of about equal importance. ``starts`` (G · B,) is uniform in [0, 1); each node's number is its
+    block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block, ``holder``
+    (G, n), lists as its own does not count again.
+    """
+    groups, blocks, _ = key_index.shape
+    closed = (key_index < nodes) & (log_weight > -xp.inf)
+    node = xp.where(closed, key_index, 0)
+    first, end = node_bounds(xp, node, n)
+    count = xp.astype(end - first, xp.float64)
+    number = xp.reshape(starts, (groups, blocks, 1)) + xp.astype(node, xp.float64) * GOLDEN_RATIO
+    place = xp.astype((number - xp.floor(number)) * count, xp.int64)
+    position = xp.minimum(first + place, end - 1)
+    weight = xp.astype(xp.log(count), log_weight.dtype)
+    if holder is not None:
+        block = xp.arange(blocks, dtype=xp.int64, device=holder.device)[None, :, None]
+        weight = xp.where(take_along_rows(xp, holder, position) == block, -xp.inf, weight)
+    return xp.where(closed, nodes + position, key_index), xp.where(closed, weight, log_weight)
+
+
+def holders(xp: Namespace, blocks: Blocks, query_order: Array, key_order: Array) -> Array:
+    """Return the block that the query of each position of the keys' tree is in, int64 (G, n)."""
+    ends = host.asarray(blocks.starts[1:])
+    block = host.searchsorted(ends, host.arange(int(query_order.shape[1])), side="right")
+    of_place = xp.broadcast_to(xp.asarray(block, dtype=xp.int64, device=query_order.device), query_order.shape)
+    return take_along_rows(xp, take_along_rows(xp, of_place, invert_permutation(xp, query_order)), key_order)
 
 
 @dataclass(frozen=True)

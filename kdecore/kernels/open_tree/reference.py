@@ -4,6 +4,7 @@ import math
 
 from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_level
 from kdecore.namespaces import Array, Namespace, take_along_rows, take_rows
+from kdecore.tree import node_bounds
 
 
 def open_tree(
@@ -137,15 +138,6 @@ def frozen(xp: Namespace, half_variance: Array, log_count: Array) -> Array:
     """Return ln of the mean of exp over so many normal numbers, as the contract has it."""
     beyond = 2.0 * xp.sqrt(half_variance * xp.where(log_count > 0, log_count, 0.0)) - log_count
     return xp.where(half_variance > log_count, beyond, half_variance)
-
-
-def node_bounds(xp: Namespace, node: Array, n: int) -> tuple[Array, Array]:
-    """Return where the positions of nodes begin and end; all int64, as ``node``."""
-    level = xp.zeros_like(node)
-    for depth in range(1, n.bit_length() + 1):
-        level = level + xp.astype(node >= 2**depth - 1, xp.int64)
-    place = node + 1 - (xp.ones_like(node) << level)
-    return (place * n) >> level, ((place + 1) * n) >> level
 
 
 def gather(xp: Namespace, values: Array, index: Array) -> Array:
