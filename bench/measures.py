@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import kdecore
-from bench import peers
+from bench import glove_full, peers
 from bench.timing import interleaved
 from kdecore.inputs import canonicalise
 from kdecore.kernels import attend_blocks
@@ -18,6 +18,7 @@ from kdecore.machine import load_adapter, peak_memory
 from kdecore.methods import SELECT
 from kdecore.metrics import errors
 from kdecore.namespaces import host
+from kdecore.options import Treecode
 from kdecore.planning import make_plan
 from kdecore_adapters import numpy_adapter
 
@@ -92,22 +93,30 @@ def treecode_error() -> Figures:
 
     figures, of_layers = {}, []
     for layer, (q, k, v) in vit.qkv(896).items():
-        (error,) = treecode_errors(q, k, v, None, (384,))
-        of_layers.append(error)
+        error, twice, sampled = treecode_errors(q, k, v, None, (384, 768, 384))
+        of_layers.append((error, twice, sampled))
         figures[f"layer {layer}, 384 keys"] = Figure(error, "", at_most=0.045)
-    figures["mean over layers"] = Figure(float(np.mean(of_layers)), "", at_most=0.02)
+    mean, twice, sampled = np.mean(of_layers, axis=0)
+    figures["mean over layers"] = Figure(mean, "", at_most=0.02)
+    figures["mean over layers, 768 keys over 384"] = Figure(twice / mean, "×", at_most=0.6)
+    figures["mean over layers, sampled far field"] = Figure(sampled, "")
     case = glove_case(8192)
     for scale, bar in ((1.0, 0.025), (10**-0.5, 0.01), (0.1, 0.002)):
-        error, twice = treecode_errors(case.q[None], case.q[None], case.v[None], scale, (384, 768))
+        error, twice, sampled = treecode_errors(case.q[None], case.q[None], case.v[None], scale, (384, 768, 384))
         figures[f"words, logit scale {scale:.2f}, 384 keys"] = Figure(error, "", at_most=bar)
         figures[f"words, logit scale {scale:.2f}, 768 keys over 384"] = Figure(twice / error, "×", at_most=0.6)
+        figures[f"words, logit scale {scale:.2f}, sampled far field"] = Figure(sampled, "")
     return figures
 
 
-def treecode_errors(q: Any, k: Any, v: Any, scale: float | None, budgets: tuple[int, ...]) -> list[float]:
-    """Return the spectral error for each budget, the mean over heads."""
+def treecode_errors(q: Any, k: Any, v: Any, scale: float | None, budgets: tuple[int, int, int]) -> list[float]:
+    """Return the spectral error, the mean over heads, for two budgets and for the last with a sampled far field."""
     exact = kdecore.attention(*(x.astype(np.float64) for x in (q, k, v)), method="exact", scale=scale)
-    outs = (kdecore.attention(q, k, v, method="treecode", budget=budget, scale=scale) for budget in budgets)
+    methods = (Treecode(), Treecode(), Treecode(far_field="sample"))
+    outs = (
+        kdecore.attention(q, k, v, method=method, budget=budget, scale=scale)
+        for method, budget in zip(methods, budgets, strict=True)
+    )
     return [errors(host, out, exact).spectral for out in outs]
 
 
@@ -208,17 +217,17 @@ def block_rate() -> Figures:
     return figures
 
 
-def growth() -> Figures:
-    """From n = 16,384 to 1,048,576, d = 64, one head, budget 512, float32: time a token, and memory above the inputs."""
+def many_words(n: int) -> list[np.ndarray[Any, Any]]:
+    """Return q, k and v, each (n, 64) float32: words with a little noise, real directions and norms in any number."""
     rng = np.random.default_rng(0)
     (words,) = numpy_adapter.load(GLOVE, ("vectors",))
     base = words[:, :64].astype(np.float32)
+    return [base[rng.integers(0, len(base), n)] + 0.1 * rng.standard_normal((n, 64), dtype=np.float32) for _ in range(3)]
 
-    def inputs(n: int) -> list[Any]:
-        # Words with a little noise: real directions and norms, in any number.
-        return [base[rng.integers(0, len(base), n)] + 0.1 * rng.standard_normal((n, 64), dtype=np.float32) for _ in range(3)]
 
-    small, large, largest = (inputs(n) for n in (16384, 131072, 1048576))
+def growth() -> Figures:
+    """From n = 16,384 to 1,048,576, d = 64, one head, budget 512, float32: time a token, and memory above the inputs."""
+    small, large, largest = (many_words(n) for n in (16384, 131072, 1048576))
     call = partial(kdecore.attention, method="sortlsh", budget=512, scale=0.1)
     seconds = interleaved({"16,384": lambda: call(*small), "131,072": lambda: call(*large)}, repeats=3)
     seconds |= interleaved({"1,048,576": lambda: call(*largest)}, repeats=2)
@@ -234,24 +243,57 @@ def growth() -> Figures:
     return figures
 
 
+def treecode_growth() -> Figures:
+    """`treecode` from n = 16,384 to 1,048,576, d = 64, one head, budget 512, float32: time, and memory above the inputs."""
+    figures, a_token = {}, {}
+    for n, bar in ((16384, None), (65536, None), (262144, None), (1048576, 30.0)):
+        inputs = many_words(n)
+        call = partial(kdecore.attention, *inputs, method="treecode", budget=512, scale=0.1)
+        seconds = interleaved({"treecode": call}, repeats=1)["treecode"]
+        a_token[n] = seconds / n
+        figures[f"time at {n:,}"] = Figure(seconds, "s", at_most=bar)
+    figures["time a token at 1,048,576 over that at 16,384"] = Figure(a_token[1048576] / a_token[16384], "×")
+    if (peak := peak_memory(call)) is not None:
+        figures["peak memory above the inputs at 1,048,576"] = Figure(peak / GIB, "GiB")
+    return figures
+
+
+def all_words() -> Figures:
+    """All 341,479 words of GloVe 6B attending to each other, d = 100, float32, from 512 exact rows."""
+    words = glove_full.load()
+    rows = np.sort(np.random.default_rng(0).choice(len(words), 512, replace=False))
+    figures = {}
+    for scale in (0.1, 10**-0.5):
+        exact = kdecore.attention(*(x.astype(np.float64) for x in (words[rows], words, words)), method="exact", scale=scale)
+        for budget in (256, 512):
+            call = partial(kdecore.attention, words, words, words, method="treecode", budget=budget, scale=scale)
+            found = errors(host, call()[rows], exact)
+            label = f"logit scale {scale:.2f}, budget {budget}"
+            figures[f"{label}: spectral error"] = Figure(found.spectral, "", at_most=0.03)
+            figures[f"{label}: Frobenius error"] = Figure(found.frobenius, "", at_most=0.03)
+            seconds = interleaved({"treecode": call}, repeats=1)["treecode"]
+            figures[f"{label}: time"] = Figure(seconds, "s", at_most=10.0)
+    return figures
+
+
 def crossover() -> Figures:
-    """Where "auto" leaves exact: times over one another, d = 64, float32, budget 512, one head and 8, n from 64 to 8,192."""
+    """Where "auto" leaves exact: times over one another, d = 64, float32, budget 512, one head and 8, n of 64 to 16,384."""
     figures, worst = {}, 0.0
     for heads in (1, 8):
-        for n in (64, 128, 256, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096, 8192):
+        for n in (64, 128, 256, 512, 768, 1024, 1280, 2048, 3072, 4096, 6144, 8192, 16384):
             q, k, v = random_inputs(heads, n)
             calls = {
                 "exact": partial(kdecore.attention, q, k, v, method="exact"),
                 "auto": partial(kdecore.attention, q, k, v),
             }
             if n > 512:
-                calls["sortlsh"] = partial(kdecore.attention, q, k, v, method="sortlsh")
-            seconds = interleaved(calls, repeats=2, rounds=50 if n <= 1024 else 10)
+                calls["treecode"] = partial(kdecore.attention, q, k, v, method="treecode")
+            seconds = interleaved(calls, repeats=2, rounds=50 if n <= 1024 else 5)
             worst = max(worst, seconds["auto"] / seconds["exact"])
             label = f"{heads} head{'s' * (heads > 1)}, n = {n:,}"
             figures[f"{label}: auto over exact"] = Figure(seconds["auto"] / seconds["exact"], "×")
             if n > 512:
-                figures[f"{label}: sortlsh over exact"] = Figure(seconds["sortlsh"] / seconds["exact"], "×")
+                figures[f"{label}: treecode over exact"] = Figure(seconds["treecode"] / seconds["exact"], "×")
     return {"worst, auto over exact": Figure(worst, "×", at_most=1.1)} | figures
 
 
@@ -262,6 +304,17 @@ def random_inputs(heads: int, n: int) -> Any:
 
 MEASURES: dict[str, Callable[[], Figures]] = {
     function.__name__: function
-    for function in (glove_error, treecode_error, treecode_speed, speed_16k, speed_heads, block_rate, growth, crossover)
+    for function in (
+        glove_error,
+        treecode_error,
+        treecode_speed,
+        treecode_growth,
+        all_words,
+        speed_16k,
+        speed_heads,
+        block_rate,
+        growth,
+        crossover,
+    )
 }
 """Measure name → function."""

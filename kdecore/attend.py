@@ -41,7 +41,10 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
         problem.scale,
     )
     lead = (problem.groups, problem.n_q)
-    out, lse = xp.reshape(part.out, (*lead, problem.d_v)), xp.reshape(part.lse, lead)
+    out, lse = xp.reshape(part.out, (*lead, int(values.shape[2]))), xp.reshape(part.lse, lead)
+    if selection.slope is not None:
+        change = plan.kernels["project_rows"].function(xp, problem.q, selection.slope * problem.scale)
+        out = change * out[:, :, -1:] + out[:, :, :-1]
     if selection.log_normaliser is None:
         return Part(out, lse)
     return Part(out * xp.exp(lse - selection.log_normaliser)[..., None], selection.log_normaliser)

@@ -20,16 +20,16 @@ from kdecore.options import (
 )
 from kdecore.randomness import check_seed
 
-# Crossover between exact and sortlsh, fitted to 120 cases on two cores (bench/NOTES.md) within 10 %: cost in units of one
-# dimension of one float32 key, evaluated for one query.
+# Crossover between exact and treecode, fitted to 294 times on two cores (bench/NOTES.md): cost in units of one dimension of
+# one float32 key, evaluated for one query.
 EXP_DIMENSIONS = 20
 """What exp and the sums cost, as so many dimensions more."""
-LISTED_KEY_COST = 0.9
-"""A key from a list over one of all keys, which take more than one chunk."""
-ROW_COST, ROW_DIMENSIONS = 125.0, 45
-"""Hashing, sorting and weighing a row: for each dimension, and as so many dimensions more."""
-CALL_COST = 7.5e7
-"""What sortlsh takes more than exact however little there is to do."""
+LISTED_KEY_COST, OPENED_NODE_COST = 3.5, 265.0
+"""A slot of a list: for each dimension of its key, exp's among them; and what opening takes whatever the dimension."""
+ROW_DIMENSION_COST, ROW_COST = 375.0, 33_000.0
+"""Ordering and summarising a row: for each dimension, and whatever the dimension."""
+CALL_COST = 2.2e8
+"""What treecode takes more than exact however little there is to do."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,17 @@ def _resolve_method(problem: Problem, method: str | Options, budget: int | None)
 
 
 def _choose_method(problem: Problem, budget: int) -> tuple[Options, str]:
-    options = SortLSH().resolve(budget)
-    size = (2 if ACCUMULATION[problem.input_dtype] == "float64" else 1) * problem.groups
+    size = 2 if ACCUMULATION[problem.input_dtype] == "float64" else 1
     key = problem.d + problem.d_v + EXP_DIMENSIONS
-    exact = size * problem.n_q * problem.n_k * key
-    listed = problem.n_q * budget * key * LISTED_KEY_COST
-    rows = (problem.n_q + problem.n_k) * (0.5 * (problem.d + problem.d_v) + ROW_DIMENSIONS) * ROW_COST
-    sampled = size * (listed + rows) + CALL_COST
+    exact = size * problem.groups * problem.n_q * problem.n_k * key
+    listed = problem.n_q * budget * (size * key * LISTED_KEY_COST + OPENED_NODE_COST)
+    rows = (problem.n_q + problem.n_k) * (size * (problem.d + problem.d_v) * ROW_DIMENSION_COST + ROW_COST)
+    estimated = problem.groups * (listed + rows) + CALL_COST
     if budget >= problem.n_k:
         return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
-    if exact <= sampled:
-        return Exact(), f"auto: below the crossover, exact is expected to take {exact / sampled:.2g} × sortlsh's time"
-    return options, f"auto: above the crossover, expected {exact / sampled:.1f} × faster than exact"
+    if exact <= estimated:
+        return Exact(), f"auto: below the crossover, exact is expected to take {exact / estimated:.2g} × treecode's time"
+    return Treecode().resolve(budget), f"auto: above the crossover, expected {exact / estimated:.1f} × faster than exact"
 
 
 def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choice], threads: int) -> int:

@@ -44,6 +44,9 @@ class Selection:
         its keys; None for that sum.
     keys, values
         (G, s_k, d) and (G, s_k, d_v) that ``key_index`` refers to, where they are not the problem's own; None for those.
+    slope
+        (G, d, d_v): the last of then d_v + 1 columns of ``values`` says how much of scale · q @ slope is added to a result;
+        None for nothing.
     """
 
     blocks: Blocks | None = None
@@ -52,6 +55,7 @@ class Selection:
     log_normaliser: Array | None = None
     keys: Array | None = None
     values: Array | None = None
+    slope: Array | None = None
 
 
 def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:

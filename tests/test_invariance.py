@@ -204,12 +204,12 @@ def test_the_report_says_why_there_was_nothing_to_do(rng):
     assert (report.method, report.reason) == ("exact", "there are no queries")
 
 
-def test_auto_takes_sortlsh_for_long_inputs(rng):
+def test_auto_takes_treecode_for_long_inputs(rng):
     arrays = make(rng, G=1, n_q=6000, n_k=6000, d=2, d_v=1)
-    report = report_of(arrays, budget=64)
-    assert report.method == "sortlsh"
+    report = report_of(arrays, budget=32)
+    assert report.method == "treecode"
     assert "above the crossover" in report.reason
-    np.testing.assert_array_equal(attention(*arrays, budget=64), attention(*arrays, budget=64, method="sortlsh"))
+    np.testing.assert_array_equal(attention(*arrays, budget=32), attention(*arrays, budget=32, method="treecode"))
 
 
 @pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)

@@ -59,20 +59,22 @@ def test_node_summaries(rng, implementation, n, leaf_size, dtype):
     found = implementation.function(host, *arrays, order, leaf_size)
     nodes = node_count(n, leaf_size)
     assert found.keys.shape == (2, nodes + n, 4)
-    assert found.values.shape == (2, nodes + n, 3)
+    assert found.values.shape == (2, nodes + n, 3 + 1)
+    np.testing.assert_array_equal(found.values[:, :nodes, 3], found.spread)
+    assert (found.values[:, nodes:, 3] == 0).all()
     assert {x.dtype for x in found} == {np.dtype(dtype)}
     # Rows at 100 are rounded, their differences with them.
     tolerance = {"float32": 2e-4, "float64": 1e-12}[dtype]
     for group in range(2):
         keys, values, along, sizes = (x[group, order[group]].astype(np.float64) for x in arrays)
         np.testing.assert_array_equal(found.keys[group, nodes:], keys.astype(dtype))
-        np.testing.assert_array_equal(found.values[group, nodes:], values.astype(dtype))
+        np.testing.assert_array_equal(found.values[group, nodes:, :3], values.astype(dtype))
         for level in range(depth(n, leaf_size) + 1):
             edges = bounds(n, level)
             for i in range(2**level):
                 held, node = slice(edges[i], edges[i + 1]), 2**level - 1 + i
                 assert_close(found.keys[group, node], keys[held].mean(axis=0), dtype=dtype)
-                assert_close(found.values[group, node], values[held].mean(axis=0), dtype=dtype)
+                assert_close(found.values[group, node, :3], values[held].mean(axis=0), dtype=dtype)
                 assert_close(found.sizes[group, node], sizes[held].mean(), dtype=dtype)
                 spread = keys[held].var(axis=0).sum()
                 np.testing.assert_allclose(found.spread[group, node], spread, rtol=tolerance, atol=tolerance)
@@ -119,13 +121,17 @@ def test_the_number_of_queries_need_not_fill_a_vector(rng, implementation):
 @given(strategies.problems(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_shape_gives_means_of_values(problem, data):
+    """Sampled, a result is a mean of values; the first-order term may lead out of them, but not where all are equal."""
     q, k, v = problem
     assume(k.shape[-2] > 1)
     budget = data.draw(st.integers(1, k.shape[-2] - 1))
     block_size = data.draw(st.integers(1, 8))
     for kernels in ("array-api", "numba-cpu"):
-        out = attention(q, k, v, method=Treecode(block_size=block_size), budget=budget, kernels=kernels)
-        assert out.shape == (*q.shape[:-1], v.shape[-1])
+        method = Treecode(block_size=block_size, far_field="sample")
+        out = attention(q, k, v, method=method, budget=budget, kernels=kernels)
+        same = attention(q, k, v * 0 + 3.0, method=Treecode(block_size=block_size), budget=budget, kernels=kernels)
+        np.testing.assert_allclose(same, 3.0, rtol=1e-12)
+        assert out.shape == same.shape == (*q.shape[:-1], v.shape[-1])
         assert (out <= v.max(axis=-2, keepdims=True) + 1e-12).all()
         assert (out >= v.min(axis=-2, keepdims=True) - 1e-12).all()
 
@@ -287,3 +293,23 @@ def test_a_sampled_far_field_is_the_same_for_one_seed_on_every_library_and_anoth
     found = attention(*(backend.array(x) for x in arrays), method=method, budget=150, seed=0)
     np.testing.assert_allclose(backend.numpy(found), first, rtol=1e-9, atol=1e-9)
     assert np.abs(first - second).max() > 1e-3
+
+
+def test_the_first_order_term_is_right_where_it_is_all_there_is(rng):
+    """Values that are a linear map of Gaussian keys, and queries so short that attention is linear in them.
+
+    The mean under attention is then the map of the keys' covariance times the query, of which the term adds what lies within
+    nodes, times `DAMPING`.
+    """
+    k = rng.standard_normal((4000, 6))
+    linear = rng.standard_normal((6, 3))
+    q = 0.05 * rng.standard_normal((40, 6))
+    exact, _ = oracles.exact_attention(q[None], k[None], (k @ linear)[None], 1.0)
+    errors = {}
+    for damping in (0.0, treecode.DAMPING, 1.0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(treecode, "DAMPING", damping)
+            out = attention(q, k, k @ linear, method="treecode", budget=40, scale=1.0)
+        errors[damping] = np.linalg.norm(out - exact[0]) / np.linalg.norm(exact[0])
+    assert errors[1.0] < 0.3 * errors[0.0]
+    assert errors[1.0] < errors[treecode.DAMPING] < 0.5 * errors[0.0]

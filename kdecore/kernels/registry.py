@@ -102,7 +102,7 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "hash_codes": _implementations(hash_codes.reference.hash_codes, hash_codes.cpu.hash_codes, _host_constants),
     "bucket_order": _implementations(bucket_order.reference.bucket_order, bucket_order.cpu.bucket_order, _host_constants),
     "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_constants),
-    "project_rows": _implementations(project_rows.reference.project_rows, project_rows.cpu.project_rows, _host_constants),
+    "project_rows": _implementations(project_rows.reference.project_rows, project_rows.cpu.project_rows, _host_floats),
     "tree_order": _implementations(tree_order.reference.tree_order, tree_order.cpu.tree_order, _host_constants),
     "node_summaries": _implementations(
         node_summaries.reference.node_summaries, node_summaries.cpu.node_summaries, _host_floats

@@ -4,7 +4,8 @@
 2. For each block the tree over the keys is opened where its closed nodes are estimated to err most, until the list is full.
 3. A closed node is one key: the mean key, at log-weight ln(count) + spread, with the mean value. The keys of an open leaf
    are listed one by one, and exact.
-4. In self-attention (as many queries as keys) the block's own positions are exact too, and taken out of the nodes that hold
+4. To a closed node's mean value is added what its keys of larger logits make of it, to first order, by one matrix for all.
+5. In self-attention (as many queries as keys) the block's own positions are exact too, and taken out of the nodes that hold
    them: out of their counts; taking them out of the means too errs no less (bench/NOTES.md).
 
 Rows are compared by what the other side sees of them, in few coordinates whose products add up to nearly the whole logit
@@ -16,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 from kdecore.inputs import Problem
+from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.namespaces import Array, Namespace, host, invert_permutation, spans, take_along_rows, without_gradient
 from kdecore.options import Treecode
 from kdecore.planning import Plan
@@ -33,6 +35,8 @@ ITERATIONS = 4
 """Orthogonal iterations."""
 SAMPLES_STREAM = 1
 """Random stream of the keys drawn from closed nodes."""
+DAMPING = 0.75
+"""Of the first-order term; 0.7 errs least on a vision transformer, 1 on words (bench/NOTES.md)."""
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 OWN_SHARE = 4
 """Own positions are listed where they take at most this part of the budget."""
@@ -83,7 +87,31 @@ def select(problem: Problem, plan: Plan) -> Selection:
         holder = None if own is None else holders(xp, blocks, query_order, key_order)
         starts = uniform(xp, plan.seed, SAMPLES_STREAM, math.prod(blocks.index.shape[:2]), device=problem.device)
         key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, int(nodes.spread.shape[1]))
-    return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values)
+        return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values[:, :, :-1])
+    slope = first_order_term(xp, nodes, problem.n_k)
+    return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values, slope=slope)
+
+
+def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
+    """Return what the values of a node of unit spread gain on average per unit of a query: (G, d, d_v) (derived).
+
+    A node's mean value leaves out that keys of larger logits weigh more: to first order its values' mean under attention is
+    v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
+    spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
+    most, which leaves less of them within. O(G `MOMENT_ROWS` d d_v).
+    """
+    count = int(nodes.spread.shape[1])
+    last = (count + 1).bit_length() - 2
+    step = max(1, n // MOMENT_ROWS)
+    position = host.arange(0, n, step)
+    leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
+    of_row, of_leaf = (xp.asarray(x, device=nodes.keys.device) for x in (count + position, leaf))
+    keys, values = (
+        xp.take(rows, of_row, axis=1) - xp.take(rows, of_leaf, axis=1) for rows in (nodes.keys, nodes.values[:, :, :-1])
+    )
+    size = xp.sum(keys * keys, axis=(1, 2))[:, None, None] / int(keys.shape[1])
+    shape = xp.astype(cross_moment(xp, keys, values), keys.dtype) / xp.where(size > 0, size, 1.0)
+    return DAMPING * shape
 
 
 def draw(
@@ -147,7 +175,8 @@ def balanced_view(xp: Namespace, q: Array, k: Array, scale: float) -> View:
     """
     queries, keys = sample(xp, q) * scale, sample(xp, k)
     centre = xp.mean(keys, axis=1, keepdims=True)
-    c, s = second_moment(xp, queries), second_moment(xp, keys - centre)
+    keys = keys - centre
+    c, s = cross_moment(xp, queries, queries), cross_moment(xp, keys, keys)
     d, p = int(k.shape[2]), min(Treecode.DIRECTIONS, int(k.shape[2]))
     c, s = with_ridge(xp, c), with_ridge(xp, s)
     both = s @ c
@@ -177,11 +206,11 @@ def sample(xp: Namespace, rows: Array) -> Array:
     return xp.where(xp.isfinite(rows), rows, 0.0)
 
 
-def second_moment(xp: Namespace, rows: Array) -> Array:
-    """Return the mean of x xᵀ over rows (G, n, d): float64 (G, d, d)."""
+def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
+    """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): float64 (G, d, e)."""
     # Products so small that NumPy's threads leave them alone.
-    parts = [xp.matrix_transpose(rows[:, part, :]) @ rows[:, part, :] for part in spans(int(rows.shape[1]), SMALL_PRODUCT)]
-    return sum(xp.astype(part, xp.float64) for part in parts) / int(rows.shape[1])
+    parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), SMALL_PRODUCT)]
+    return sum(xp.astype(part, xp.float64) for part in parts) / int(x.shape[1])
 
 
 def with_ridge(xp: Namespace, moment: Array) -> Array:

@@ -10,8 +10,10 @@ class TreeNodes(NamedTuple):
 
     Attributes
     ----------
-    keys, values
-        (G, N + n, d) and (G, N + n, d_v): the mean key and value of each node, then the key and value at each position.
+    keys
+        (G, N + n, d): the mean key of each node, then the key at each position.
+    values
+        (G, N + n, d_v + 1): mean values and values likewise, and in a last column the spread of each node, 0 for keys.
     spread
         (G, N): mean squared distance of a node's keys to their mean.
     variances

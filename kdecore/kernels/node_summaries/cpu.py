@@ -25,7 +25,7 @@ def node_summaries(
     groups, n, _ = k_.shape
     last = depth(n, leaf_size)
     nodes = (2 << last) - 1
-    keys, values = (np.empty((groups, nodes + n, x.shape[2]), x.dtype) for x in (k_, v_))
+    keys, values = (np.empty((groups, nodes + n, x.shape[2] + more), x.dtype) for x, more in ((k_, 0), (v_, 1)))
     spread, means = np.empty((groups, nodes), k_.dtype), np.empty((groups, nodes), k_.dtype)
     centres, variances = (np.empty((groups, nodes, along.shape[2]), along.dtype) for _ in range(2))
     top = min(last, depth(n, TASK_ROWS))
@@ -33,7 +33,7 @@ def node_summaries(
     def work(low: int, high: int, first: int, last_: int) -> None:
         copied = low == last
         summarise_means(k_, order_, low, high, copied, keys, spread, first, last_)
-        summarise_means(v_, order_, low, high, copied, values, spread[:, :0], first, last_)
+        summarise_means(v_, order_, low, high, copied, values, spread, first, last_)
         summarise_variances(along, sizes_, order_, low, high, copied, centres, variances, means, first, last_)
 
     run_tasks(partial(work, last, top), groups << top, chunk=1)
@@ -44,41 +44,47 @@ def node_summaries(
 
 @kernel(fastmath={"reassoc", "contract", "nsz"})
 def summarise_means(rows, order, low, high, from_rows, means, spread, first, last):
-    """Write the means of levels low … high of the subtrees first … last − 1 below level ``high``, and the spreads if asked.
+    """Write the means of levels low … high of the subtrees first … last − 1 below level ``high``, and their spreads.
 
-    From rows, level ``low`` being that of the leaves; or else from the level below.
+    From rows, level ``low`` being that of the leaves; or else from the level below. Means that have a column more than rows
+    get there the spreads that were written before.
     """
     _, n, width = rows.shape
     total = means.shape[1]
     nodes = total - n
-    asked = spread.shape[1] > 0
+    stride = means.shape[2]
+    asked = stride == width
     flat, out = rows.reshape(-1), means.reshape(-1)
-    w = np.uintp(width)
+    w, step = np.uintp(width), np.uintp(stride)
     for task in range(first, last):
         group, subtree = task >> high, task & ((1 << high) - 1)
         base, out_base = group * n, group * total
         if from_rows:
             for j in range((subtree * n) >> high, ((subtree + 1) * n) >> high):
                 prefetch(flat, (base + order[group, min(j + AHEAD, n - 1)]) * width, width)
-                copy_rows(flat, (base + order[group, j]) * width, out, (out_base + nodes + j) * width, width)
+                copy_rows(flat, (base + order[group, j]) * width, out, (out_base + nodes + j) * stride, width)
+                if not asked:
+                    out[(out_base + nodes + j) * stride + width] = 0.0
         for level in range(low, high - 1, -1):
             for i in range(subtree << (level - high), (subtree + 1) << (level - high)):
                 start, end = (i * n) >> level, ((i + 1) * n) >> level
                 node = (1 << level) - 1 + i
-                target = np.uintp((out_base + node) * width)
+                target = np.uintp((out_base + node) * stride)
                 within = out.dtype.type(0.0)
+                if not asked:
+                    out[target + w] = spread[group, node]
                 if from_rows and level == low:
                     share = out.dtype.type(1.0 / (end - start))
-                    source = np.uintp((out_base + nodes + start) * width)
+                    source = np.uintp((out_base + nodes + start) * stride)
                     for t in range(w):
                         out[target + t] = out[source + t] * share
                     for j in range(1, end - start):
-                        row = source + np.uintp(j) * w
+                        row = source + np.uintp(j) * step
                         for t in range(w):
                             out[target + t] += out[row + t] * share
                     if asked:
                         for j in range(end - start):
-                            row = source + np.uintp(j) * w
+                            row = source + np.uintp(j) * step
                             for t in range(w):
                                 gap = out[row + t] - out[target + t]
                                 within += gap * gap
@@ -86,8 +92,8 @@ def summarise_means(rows, order, low, high, from_rows, means, spread, first, las
                     continue
                 left = out.dtype.type(((((2 * i + 1) * n) >> (level + 1)) - start) / (end - start))
                 right = out.dtype.type(1.0) - left
-                a = np.uintp((out_base + 2 * node + 1) * width)
-                b = a + w
+                a = np.uintp((out_base + 2 * node + 1) * stride)
+                b = a + step
                 for t in range(w):
                     gap = out[a + t] - out[b + t]
                     within += gap * gap

@@ -14,7 +14,9 @@ def node_summaries(
     _, along = means_and_variances(xp, coordinates, order, leaf_size)
     means, _ = means_and_variances(xp, sizes[:, :, None], order, leaf_size)
     nodes = int(variances.shape[1])
-    return TreeNodes(keys, values, xp.sum(variances, axis=-1), along, means[:, :nodes, 0])
+    spread = xp.sum(variances, axis=-1)
+    last = xp.concat([spread, xp.zeros_like(order, dtype=spread.dtype)], axis=1)
+    return TreeNodes(keys, xp.concat([values, last[:, :, None]], axis=-1), spread, along, means[:, :nodes, 0])
 
 
 def means_and_variances(xp: Namespace, rows: Array, order: Array, leaf_size: int) -> tuple[Array, Array]:
