@@ -130,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = compare.add_argument
     add("files", nargs="*", metavar="FILE", help="one .npz or .safetensors with q, k, v; or three .npy in the order q k v")
-    add("--methods", nargs="+", type=_names, action=_Flatten, default=["sortlsh", "hyper"], metavar="NAME",
-        help="default: sortlsh hyper")  # fmt: skip
+    add("--methods", nargs="+", type=_names, action=_Flatten, default=["treecode", "sortlsh", "hyper"], metavar="NAME",
+        help="default: treecode sortlsh hyper")  # fmt: skip
     add("--budgets", nargs="+", type=_integers, action=_Flatten, default=[128, 256, 384, 512, 1024], metavar="N",
         help="keys per query; default: 128 256 384 512 1024")  # fmt: skip
     add("--seeds", type=int, default=5, metavar="N", help="errors are means over the seeds 0 … N−1; default: 5")

@@ -82,14 +82,16 @@ def make_plan(
     if budget is not None:
         budget = integer_at_least(1, "budget", budget)
     count = thread_count(None if threads is None else integer_at_least(1, "threads", threads))
-    options, reason = _resolve_method(problem, method, budget)
     gradient = needs_gradient(problem.q, problem.k, problem.v)
     site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
+    options, reason = _resolve_method(problem, method, budget, site, kernels)
     chosen = {name: choose(name, site, kernels) for name in options.kernels}
     return Plan(options, reason, budget, seed, chosen, count, _temporary_bytes(problem, options, chosen, count))
 
 
-def _resolve_method(problem: Problem, method: str | Options, budget: int | None) -> tuple[Options, str]:
+def _resolve_method(
+    problem: Problem, method: str | Options, budget: int | None, site: Site, kernels: str
+) -> tuple[Options, str]:
     options: Options
     if isinstance(method, Options):
         options = method.resolve(budget)
@@ -102,24 +104,27 @@ def _resolve_method(problem: Problem, method: str | Options, budget: int | None)
     if problem.groups * problem.n_q == 0:
         return Exact(), "there are no queries"
     if method == "auto":
-        return _choose_method(problem, DEFAULT_BUDGET if budget is None else budget)
+        return _choose_method(problem, DEFAULT_BUDGET if budget is None else budget, site, kernels)
     if options.budget is not None and options.budget >= problem.n_k:
         return Exact(), f"a budget of {options.budget} covers all {problem.n_k} keys"
     return options, "asked for by name"
 
 
-def _choose_method(problem: Problem, budget: int) -> tuple[Options, str]:
+def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> tuple[Options, str]:
+    if budget >= problem.n_k:
+        return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
     size = 2 if ACCUMULATION[problem.input_dtype] == "float64" else 1
     key = problem.d + problem.d_v + EXP_DIMENSIONS
     exact = size * problem.groups * problem.n_q * problem.n_k * key
     listed = problem.n_q * budget * (size * key * LISTED_KEY_COST + OPENED_NODE_COST)
     rows = (problem.n_q + problem.n_k) * (size * (problem.d + problem.d_v) * ROW_DIMENSION_COST + ROW_COST)
-    estimated = problem.groups * (listed + rows) + CALL_COST
-    if budget >= problem.n_k:
-        return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
-    if exact <= estimated:
-        return Exact(), f"auto: below the crossover, exact is expected to take {exact / estimated:.2g} × treecode's time"
-    return Treecode().resolve(budget), f"auto: above the crossover, expected {exact / estimated:.1f} × faster than exact"
+    ratio = exact / (problem.groups * (listed + rows) + CALL_COST)
+    if ratio <= 1.0:
+        return Exact(), f"auto: below the crossover, exact is expected to take {ratio:.2g} × treecode's time"
+    if (found := choose("open_tree", site, kernels)).target == "array-api":
+        # Many small steps for each round of opening: slower than exact for long.
+        return SortLSH().resolve(budget), f"auto: above the crossover, but no kernel opens trees here ({found.reason})"
+    return Treecode().resolve(budget), f"auto: above the crossover, expected {ratio:.1f} × faster than exact"
 
 
 def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choice], threads: int) -> int:

@@ -11,6 +11,9 @@ import operator
 from kdecore.errors import OptionError
 from kdecore.namespaces import Array, Namespace, host
 
+SAMPLES_STREAM = 1
+"""Random stream of what decides which keys are drawn."""
+
 _MASK = 0xFFFFFFFF
 _PARITY = 0x1BD11BDA
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))

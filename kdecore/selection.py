@@ -37,8 +37,8 @@ class Selection:
     key_index
         (G, B, s) int64 into the keys, or None for all keys at log-weight 0.
     log_weight
-        (G, B, s), added to the logits: −log of the inclusion probability, −inf for a slot that does not count; None
-        with ``key_index``.
+        (G, B, s), added to the logits: −log of the inclusion probability, or what a mean of keys counts for; −inf for a
+        slot that does not count; None with ``key_index``.
     log_normaliser
         (G, n_q), natural log of each query's softmax denominator, where an estimator knows it better than the sum over
         its keys; None for that sum.

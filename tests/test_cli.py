@@ -66,7 +66,7 @@ def test_compare_writes_table_json_and_plot(tmp_path, capsys):
     assert record["arguments"]["budgets"] == [16, 32]
     assert record["machine"]["versions"]["kdecore"] == kdecore.__version__
     assert [(row["method"], row["budget"]) for row in record["rows"][1:]] == [
-        (method, budget) for method in ("sortlsh", "hyper") for budget in (16, 32)
+        (method, budget) for method in ("treecode", "sortlsh", "hyper") for budget in (16, 32)
     ]
     for row in record["rows"]:
         assert row["milliseconds"] > 0
@@ -196,7 +196,7 @@ def test_budgets_beyond_the_keys_are_measured_once(tmp_path, no_plot, capsys):
     record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     assert record["arguments"]["budgets"] == [500, 16, 128, 100, 16]
     assert [(row["method"], row["budget"]) for row in record["rows"][1:]] == [
-        (method, budget) for method in ("sortlsh", "hyper") for budget in (16, 100)
+        (method, budget) for method in ("treecode", "sortlsh", "hyper") for budget in (16, 100)
     ]
 
 

@@ -210,6 +210,9 @@ def test_auto_takes_treecode_for_long_inputs(rng):
     assert report.method == "treecode"
     assert "above the crossover" in report.reason
     np.testing.assert_array_equal(attention(*arrays, budget=32), attention(*arrays, budget=32, method="treecode"))
+    report = report_of(arrays, budget=32, kernels="array-api")
+    assert report.method == "sortlsh"
+    assert "no kernel opens trees here" in report.reason
 
 
 @pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)

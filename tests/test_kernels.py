@@ -335,6 +335,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             rng.random((2, n)).astype(dtype),
             rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1),
             4,
+            np.asarray([0.1, 3.0], dtype=dtype),
         ),
         "open_tree": tree_problem(rng, n=n, slots=150),
     }[kernel]

@@ -56,11 +56,11 @@ def test_node_summaries(rng, implementation, n, leaf_size, dtype):
     k, v, coordinates = (rng.standard_normal((2, n, w)) + 100.0 for w in (4, 3, 2))
     arrays = [x.astype(dtype) for x in (k, v, coordinates, rng.random((2, n)))]
     order = rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1)
-    found = implementation.function(host, *arrays, order, leaf_size)
+    half_norm = np.asarray([0.01, 0.9], dtype=dtype)
+    found = implementation.function(host, *arrays, order, leaf_size, half_norm)
     nodes = node_count(n, leaf_size)
     assert found.keys.shape == (2, nodes + n, 4)
     assert found.values.shape == (2, nodes + n, 3 + 1)
-    np.testing.assert_array_equal(found.values[:, :nodes, 3], found.spread)
     assert (found.values[:, nodes:, 3] == 0).all()
     assert {x.dtype for x in found} == {np.dtype(dtype)}
     # Rows at 100 are rounded, their differences with them.
@@ -77,17 +77,23 @@ def test_node_summaries(rng, implementation, n, leaf_size, dtype):
                 assert_close(found.values[group, node, :3], values[held].mean(axis=0), dtype=dtype)
                 assert_close(found.sizes[group, node], sizes[held].mean(), dtype=dtype)
                 spread = keys[held].var(axis=0).sum()
+                limit, log = spread * half_norm[group], np.log(len(keys[held]))
+                left = spread if limit <= log else np.sqrt(spread * log / half_norm[group])
+                np.testing.assert_allclose(found.values[group, node, 3], left, rtol=tolerance, atol=np.sqrt(tolerance))
                 np.testing.assert_allclose(found.spread[group, node], spread, rtol=tolerance, atol=tolerance)
                 variances = along[held].var(axis=0)
                 np.testing.assert_allclose(found.variances[group, node], variances, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("own", "slots"), [(True, 50), (False, 50), (False, 1), (True, 17), (False, 119)])
+@pytest.mark.parametrize(
+    ("n", "own", "slots"),
+    [(120, True, 50), (120, False, 50), (120, False, 1), (120, True, 17), (120, False, 119), (700, True, 400)],
+)
 @pytest.mark.parametrize("scale", [0.3, 3.0])
 @implementations("open_tree")
-def test_open_tree(backend, rng, implementation, own, slots, scale):
+def test_open_tree(backend, rng, implementation, n, own, slots, scale):
     """Against the contract followed node by node; scale 3 has nodes in the frozen phase."""
-    arguments = tree_problem(rng, n=120, n_q=33, slots=slots, own=own, scale=scale)
+    arguments = tree_problem(rng, n=n, n_q=33, slots=slots, own=own, scale=scale)
     assert_same_lists(run(implementation, backend, *arguments), opened_one_by_one(*arguments))
 
 
@@ -313,3 +319,52 @@ def test_the_first_order_term_is_right_where_it_is_all_there_is(rng):
         errors[damping] = np.linalg.norm(out - exact[0]) / np.linalg.norm(exact[0])
     assert errors[1.0] < 0.3 * errors[0.0]
     assert errors[1.0] < errors[treecode.DAMPING] < 0.5 * errors[0.0]
+
+
+QUERIES = {
+    "repeated": lambda rng, q: np.repeat(q[:, :1], q.shape[1], axis=1),
+    "on a line": lambda rng, q: q[:, :1] * rng.standard_normal((1, q.shape[1], 1)),
+    "far from the origin": lambda rng, q: 1000.0 + q,
+    "zero": lambda rng, q: 0 * q,
+    "one long": lambda rng, q: q * np.where(np.arange(q.shape[1]) == 7, 1e3, 1.0)[:, None],
+    "tiny": lambda rng, q: 1e-15 * q,
+}
+
+
+@pytest.mark.parametrize("change", QUERIES.values(), ids=QUERIES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_queries_that_fill_no_space(rng, change, dtype):
+    """Moments of rank one, or none, in the precision of the inputs; an ordinary error for the rows that are ordinary."""
+    q, k, v = rng.standard_normal((3, 1, 700, 40))
+    q, k, v = change(rng, q).astype(dtype), k.astype(dtype), (v + 2.0).astype(dtype)
+    exact, _ = oracles.exact_attention(*(x.astype(np.float64) for x in (q, k, v)), 0.05)
+    out = attention(q, k, v, method="treecode", budget=200, scale=0.05)
+    others = np.arange(700) != 7
+    assert np.isfinite(out).all()
+    if np.abs(q[:, others]).max() < 100:
+        assert np.linalg.norm((out - exact)[:, others]) < 0.05 * np.linalg.norm(exact[:, others])
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0, 30.0, 1e6])
+def test_the_first_order_term_stays_bounded(rng, scale):
+    """However large the logits, a result is no further from the values than a few times their size."""
+    k, v = words_like(rng, 1500), rng.standard_normal((1500, 7))
+    q = k + 0.3 * rng.standard_normal(k.shape)
+    exact, _ = oracles.exact_attention(q[None], k[None], v[None], scale)
+    errors = []
+    for damping in (0.0, treecode.DAMPING):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(treecode, "DAMPING", damping)
+            out = attention(q, k, v, method="treecode", budget=256, scale=scale)
+        errors.append(np.linalg.norm(out - exact[0]) / np.linalg.norm(exact[0]))
+    assert errors[1] < 1.25 * errors[0] + 1e-3
+
+
+@pytest.mark.parametrize("argument", [1, 2])
+def test_keys_and_values_that_are_not_finite_do_what_they_do_to_exact_attention(rng, argument):
+    arrays = list(rng.standard_normal((3, 400, 6)))
+    arrays[argument][55, 2] = np.nan
+    out = attention(*arrays, method="treecode", budget=200)
+    assert np.isnan(out[:, 2]).all()
+    if argument == 1:
+        assert np.isnan(out).all()

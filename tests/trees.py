@@ -39,7 +39,7 @@ def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=
     q = rng.standard_normal((groups, n_q, d))
     order = tree_order(host, keys, leaf_size)
     sizes = 0.5 + rng.random((groups, n))
-    nodes = node_summaries(host, keys, keys, keys[:, :, :p], sizes, order, leaf_size)
+    nodes = node_summaries(host, keys, keys, keys[:, :, :p], sizes, order, leaf_size, np.ones(groups))
     blocks = n_q // rows
     query_index = np.stack([rng.permutation(n_q)[: blocks * rows].reshape(blocks, rows) for _ in range(groups)])
     own_positions = np.sort(rng.integers(0, n, (groups, blocks, rows)), axis=-1) if own else None

@@ -20,11 +20,8 @@ from kdecore.inputs import Problem
 from kdecore.namespaces import Array, Namespace, searchsorted_rows, take_along_rows
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
-from kdecore.randomness import uniform
+from kdecore.randomness import SAMPLES_STREAM, uniform
 from kdecore.selection import Blocks, Selection, equal_blocks
-
-SAMPLES_STREAM = 1
-"""Random stream of the sampling starts."""
 
 
 def select(problem: Problem, plan: Plan) -> Selection:

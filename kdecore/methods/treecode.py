@@ -6,7 +6,7 @@
    are listed one by one, and exact.
 4. To a closed node's mean value is added what its keys of larger logits make of it, to first order, by one matrix for all.
 5. In self-attention (as many queries as keys) the block's own positions are exact too, and taken out of the nodes that hold
-   them: out of their counts; taking them out of the means too errs no less (bench/NOTES.md).
+   them: out of their counts; taking them out of the means too erred no less on the data measured (bench/NOTES.md).
 
 Rows are compared by what the other side sees of them, in few coordinates whose products add up to nearly the whole logit
 (`balanced_view`). Nothing is random; the estimate is biased, by what nodes hide. With far_field="sample" a closed node is
@@ -21,22 +21,21 @@ from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.namespaces import Array, Namespace, host, invert_permutation, spans, take_along_rows, without_gradient
 from kdecore.options import Treecode
 from kdecore.planning import Plan
-from kdecore.randomness import uniform
+from kdecore.randomness import SAMPLES_STREAM, uniform
 from kdecore.selection import Blocks, Selection, equal_blocks
 from kdecore.tree import node_bounds
 
 MOMENT_ROWS = 2048
-"""Rows, evenly spaced, that second moments are taken from, at least."""
-SMALL_PRODUCT = 1024
-"""Rows of one product among those that second moments are summed from."""
+"""Rows, evenly spaced, that moments are taken from, at least."""
+SMALL_PRODUCT = 2**19
+"""Multiplications of one matrix product: of more, NumPy's threads would spin for long afterwards (bench/NOTES.md)."""
 RIDGE = 1e-6
 """Part of the mean eigenvalue that is added to all."""
-ITERATIONS = 4
-"""Orthogonal iterations."""
-SAMPLES_STREAM = 1
-"""Random stream of the keys drawn from closed nodes."""
+ORTHOGONAL_ITERATIONS = 4
+SMALLEST_SQUARE = 1e-12
+"""Squared singular values of the logits count as this part of the largest at least."""
 DAMPING = 0.75
-"""Of the first-order term; 0.7 errs least on a vision transformer, 1 on words (bench/NOTES.md)."""
+"""Of the first-order term; 0.7 to 0.85 err least on a vision transformer, 1 on all words (bench/NOTES.md)."""
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 OWN_SHARE = 4
 """Own positions are listed where they take at most this part of the budget."""
@@ -67,7 +66,7 @@ def select(problem: Problem, plan: Plan) -> Selection:
     top = xp.max(norms, axis=1, keepdims=True)
     sizes = xp.astype(norms / xp.where(top > 0, top, 1.0), k.dtype)
     nodes = kernels["node_summaries"].function(
-        xp, problem.k, problem.v, key_coordinates, sizes, key_order, Treecode.LEAF_SIZE
+        xp, problem.k, problem.v, key_coordinates, sizes, key_order, Treecode.LEAF_SIZE, view.half_norm
     )
     rows = int(blocks.index.shape[2])
     own = None
@@ -93,25 +92,30 @@ def select(problem: Problem, plan: Plan) -> Selection:
 
 
 def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
-    """Return what the values of a node of unit spread gain on average per unit of a query: (G, d, d_v) (derived).
+    """Return `DAMPING` times what the mean value of a node of unit spread gains for each unit of a query (derived).
 
     A node's mean value leaves out that keys of larger logits weigh more: to first order its values' mean under attention is
     v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
     spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
-    most, which leaves less of them within. O(G `MOMENT_ROWS` d d_v).
+    most, which leaves less of them within; and less of what may be chance. Returns (G, d, d_v), in O(G `MOMENT_ROWS` d d_v).
     """
     count = int(nodes.spread.shape[1])
     last = (count + 1).bit_length() - 2
-    step = max(1, n // MOMENT_ROWS)
+    # An odd step meets all places of a leaf.
+    step = max(1, n // MOMENT_ROWS) | 1
     position = host.arange(0, n, step)
     leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
     of_row, of_leaf = (xp.asarray(x, device=nodes.keys.device) for x in (count + position, leaf))
     keys, values = (
         xp.take(rows, of_row, axis=1) - xp.take(rows, of_leaf, axis=1) for rows in (nodes.keys, nodes.values[:, :, :-1])
     )
-    size = xp.sum(keys * keys, axis=(1, 2))[:, None, None] / int(keys.shape[1])
-    shape = xp.astype(cross_moment(xp, keys, values), keys.dtype) / xp.where(size > 0, size, 1.0)
-    return DAMPING * shape
+    rows = int(keys.shape[1])
+    size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))
+    covariance = cross_moment(xp, keys, values)
+    # Of rows that have nothing to do with each other, this much is left by chance.
+    signal, noise = xp.sum(covariance * covariance, axis=(1, 2))[:, None, None], size * value_size / rows
+    certain = xp.where(signal > noise, 1.0 - noise / xp.where(signal > 0, signal, 1.0), 0.0)
+    return DAMPING * certain * covariance / xp.where(size > 0, size, 1.0)
 
 
 def draw(
@@ -157,11 +161,14 @@ class View:
         (G, d, p): what turns queries and keys into coordinates.
     centre
         (G, 1, p): coordinates of the mean key.
+    half_norm
+        (G,): mean ‖scale q‖² / 2d, by which a spread becomes half the variance of a query's logits.
     """
 
     queries: Array
     keys: Array
     centre: Array
+    half_norm: Array
 
 
 def balanced_view(xp: Namespace, q: Array, k: Array, scale: float) -> View:
@@ -170,47 +177,46 @@ def balanced_view(xp: Namespace, q: Array, k: Array, scale: float) -> View:
     They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
     queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
     second moments of scaled queries and centred keys, the leading eigenvectors of S C are found by orthogonal iteration from
-    a fixed start, and balanced within their span; a larger eigenproblem would leave NumPy's threads spinning for long
-    afterwards. Other scalings err more (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
+    a fixed start, and balanced within their span (by products and factors small enough for one thread). Other scalings err more (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
     """
-    queries, keys = sample(xp, q) * scale, sample(xp, k)
+    queries, keys = finite_rows(xp, q) * scale, finite_rows(xp, k)
     centre = xp.mean(keys, axis=1, keepdims=True)
     keys = keys - centre
     c, s = cross_moment(xp, queries, queries), cross_moment(xp, keys, keys)
     d, p = int(k.shape[2]), min(Treecode.DIRECTIONS, int(k.shape[2]))
+    half_norm = xp.astype(xp.linalg.trace(c) * (0.5 / d), k.dtype)
     c, s = with_ridge(xp, c), with_ridge(xp, s)
-    both = s @ c
     # The columns that are largest where both moments are.
     size = xp.linalg.diagonal(s) * xp.linalg.diagonal(c)
     largest = xp.argsort(-size, axis=1, stable=True)[:, :p]
     basis = xp.astype(largest[:, None, :] == xp.arange(d, dtype=largest.dtype, device=k.device)[None, :, None], c.dtype)
-    for _ in range(ITERATIONS if p < d else 0):
-        basis, _ = xp.linalg.qr(both @ basis)
+    for _ in range(ORTHOGONAL_ITERATIONS if p < d else 0):
+        basis, _ = xp.linalg.qr(s @ (c @ basis))
     seen = c @ basis
     root = xp.linalg.cholesky(xp.matrix_transpose(basis) @ seen)
     # Query coordinates of unit moment, and the moment of the keys in what goes with them.
     whitened = xp.matrix_transpose(xp.linalg.solve(root, xp.matrix_transpose(basis)))
-    eigenvalues, axes = xp.linalg.eigh(xp.matrix_transpose(whitened) @ c @ s @ c @ whitened)
-    singular = xp.sqrt(xp.maximum(eigenvalues, 1e-12 * eigenvalues[:, -1:]))[:, None, :]
+    eigenvalues, axes = xp.linalg.eigh(xp.matrix_transpose(whitened) @ (c @ (s @ (c @ whitened))))
+    singular = xp.sqrt(xp.maximum(eigenvalues, SMALLEST_SQUARE * eigenvalues[:, -1:]))[:, None, :]
     of_queries = whitened @ axes
-    # Libraries differ in the signs of eigenvectors, which would turn the order round.
+    # Libraries differ in the signs of eigenvectors (and in all of them where eigenvalues repeat, which nothing mends).
     of_queries = xp.where(xp.sum(of_queries**3, axis=1, keepdims=True) < 0, -of_queries, of_queries)
     of_keys = xp.astype(c @ of_queries / xp.sqrt(singular), k.dtype)
     of_queries = xp.astype(of_queries * xp.sqrt(singular) * scale, k.dtype)
-    return View(of_queries, of_keys, xp.astype(centre, k.dtype) @ of_keys)
+    return View(of_queries, of_keys, xp.astype(centre, k.dtype) @ of_keys, half_norm)
 
 
-def sample(xp: Namespace, rows: Array) -> Array:
-    """Return at least `MOMENT_ROWS` rows or all, evenly spaced, with 0 for numbers that are not finite."""
-    rows = rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :]
+def finite_rows(xp: Namespace, rows: Array) -> Array:
+    """Return at least `MOMENT_ROWS` rows or all, evenly spaced, in float64, with 0 for numbers that are not finite."""
+    rows = xp.astype(rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :], xp.float64)
     return xp.where(xp.isfinite(rows), rows, 0.0)
 
 
 def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
-    """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): float64 (G, d, e)."""
-    # Products so small that NumPy's threads leave them alone.
-    parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), SMALL_PRODUCT)]
-    return sum(xp.astype(part, xp.float64) for part in parts) / int(x.shape[1])
+    """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): (G, d, e)."""
+    step = max(1, SMALL_PRODUCT // (int(x.shape[2]) * int(y.shape[2])))
+    parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), step)]
+    return sum(parts[1:], start=parts[0]) / int(x.shape[1])
 
 
 def with_ridge(xp: Namespace, moment: Array) -> Array:

@@ -13,7 +13,9 @@ class TreeNodes(NamedTuple):
     keys
         (G, N + n, d): the mean key of each node, then the key at each position.
     values
-        (G, N + n, d_v + 1): mean values and values likewise, and in a last column the spread of each node, 0 for keys.
+        (G, N + n, d_v + 1): mean values and values likewise, and in a last column the spread s of each node, 0 for keys.
+        Where half_norm · s exceeds ln c, for a node of c keys, √(s ln c / half_norm) takes its place: the largest of c
+        logits is no further from their mean (the frozen phase of `kdecore.kernels.open_tree.contract.OpenTree`).
     spread
         (G, N): mean squared distance of a node's keys to their mean.
     variances
@@ -33,7 +35,15 @@ class NodeSummaries(Protocol):
     """Summarise the keys and values in every node of a tree (`kdecore.tree`)."""
 
     def __call__(
-        self, xp: Namespace, k: Array, v: Array, coordinates: Array, sizes: Array, order: Array, leaf_size: int
+        self,
+        xp: Namespace,
+        k: Array,
+        v: Array,
+        coordinates: Array,
+        sizes: Array,
+        order: Array,
+        leaf_size: int,
+        half_norm: Array,
     ) -> TreeNodes:
         """Return the summaries of all nodes.
 
@@ -54,6 +64,8 @@ class NodeSummaries(Protocol):
             (G, n) int64: the key at each position of the tree.
         leaf_size
             Keys in a leaf, at least 2, so that no leaf is empty.
+        half_norm
+            (G,) ≥ 0: what a spread is multiplied by to become half the variance of a typical query's logits.
 
         Returns
         -------

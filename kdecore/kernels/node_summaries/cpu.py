@@ -9,7 +9,7 @@ from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.simd import copy_rows, prefetch
 from kdecore.kernels.threads import run_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
-from kdecore.tree import depth
+from kdecore.tree import depth, node_count
 
 TASK_ROWS = 512
 """Rows of a subtree, at most: they and their nodes stay in the second-level cache."""
@@ -18,23 +18,30 @@ AHEAD = 8
 
 
 def node_summaries(
-    xp: Namespace, k: Array, v: Array, coordinates: Array, sizes: Array, order: Array, leaf_size: int
+    xp: Namespace,
+    k: Array,
+    v: Array,
+    coordinates: Array,
+    sizes: Array,
+    order: Array,
+    leaf_size: int,
+    half_norm: Array,
 ) -> TreeNodes:
     """Follow `kdecore.kernels.node_summaries.contract.NodeSummaries`."""
-    k_, v_, along, sizes_, order_ = (host_view(x) for x in (k, v, coordinates, sizes, order))
+    k_, v_, along, sizes_, order_, norms = (host_view(x) for x in (k, v, coordinates, sizes, order, half_norm))
     groups, n, _ = k_.shape
     last = depth(n, leaf_size)
-    nodes = (2 << last) - 1
+    nodes = node_count(n, leaf_size)
     keys, values = (np.empty((groups, nodes + n, x.shape[2] + more), x.dtype) for x, more in ((k_, 0), (v_, 1)))
     spread, means = np.empty((groups, nodes), k_.dtype), np.empty((groups, nodes), k_.dtype)
     centres, variances = (np.empty((groups, nodes, along.shape[2]), along.dtype) for _ in range(2))
     top = min(last, depth(n, TASK_ROWS))
 
-    def work(low: int, high: int, first: int, last_: int) -> None:
+    def work(low: int, high: int, begin: int, end: int) -> None:
         copied = low == last
-        summarise_means(k_, order_, low, high, copied, keys, spread, first, last_)
-        summarise_means(v_, order_, low, high, copied, values, spread, first, last_)
-        summarise_variances(along, sizes_, order_, low, high, copied, centres, variances, means, first, last_)
+        summarise_means(k_, order_, low, high, copied, False, norms, keys, spread, begin, end)
+        summarise_means(v_, order_, low, high, copied, True, norms, values, spread, begin, end)
+        summarise_variances(along, sizes_, order_, low, high, copied, centres, variances, means, begin, end)
 
     run_tasks(partial(work, last, top), groups << top, chunk=1)
     if top > 0:
@@ -43,17 +50,16 @@ def node_summaries(
 
 
 @kernel(fastmath={"reassoc", "contract", "nsz"})
-def summarise_means(rows, order, low, high, from_rows, means, spread, first, last):
-    """Write the means of levels low … high of the subtrees first … last − 1 below level ``high``, and their spreads.
+def summarise_means(rows, order, low, high, from_rows, add_spread, half_norm, means, spread, first, last):
+    """Write the means of levels low … high of the subtrees first … last − 1 below level ``high``.
 
-    From rows, level ``low`` being that of the leaves; or else from the level below. Means that have a column more than rows
-    get there the spreads that were written before.
+    From rows, level ``low`` being that of the leaves; or else from the level below. With ``add_spread`` the means have a
+    column more, for the spreads that are known already; otherwise these are written too.
     """
     _, n, width = rows.shape
     total = means.shape[1]
     nodes = total - n
     stride = means.shape[2]
-    asked = stride == width
     flat, out = rows.reshape(-1), means.reshape(-1)
     w, step = np.uintp(width), np.uintp(stride)
     for task in range(first, last):
@@ -63,7 +69,7 @@ def summarise_means(rows, order, low, high, from_rows, means, spread, first, las
             for j in range((subtree * n) >> high, ((subtree + 1) * n) >> high):
                 prefetch(flat, (base + order[group, min(j + AHEAD, n - 1)]) * width, width)
                 copy_rows(flat, (base + order[group, j]) * width, out, (out_base + nodes + j) * stride, width)
-                if not asked:
+                if add_spread:
                     out[(out_base + nodes + j) * stride + width] = 0.0
         for level in range(low, high - 1, -1):
             for i in range(subtree << (level - high), (subtree + 1) << (level - high)):
@@ -71,8 +77,10 @@ def summarise_means(rows, order, low, high, from_rows, means, spread, first, las
                 node = (1 << level) - 1 + i
                 target = np.uintp((out_base + node) * stride)
                 within = out.dtype.type(0.0)
-                if not asked:
-                    out[target + w] = spread[group, node]
+                if add_spread:
+                    size, half = np.log(out.dtype.type(end - start)), half_norm[group]
+                    found = spread[group, node]
+                    out[target + w] = np.sqrt(found * size / half) if found * half > size else found
                 if from_rows and level == low:
                     share = out.dtype.type(1.0 / (end - start))
                     source = np.uintp((out_base + nodes + start) * stride)
@@ -82,7 +90,7 @@ def summarise_means(rows, order, low, high, from_rows, means, spread, first, las
                         row = source + np.uintp(j) * step
                         for t in range(w):
                             out[target + t] += out[row + t] * share
-                    if asked:
+                    if not add_spread:
                         for j in range(end - start):
                             row = source + np.uintp(j) * step
                             for t in range(w):
@@ -98,7 +106,7 @@ def summarise_means(rows, order, low, high, from_rows, means, spread, first, las
                     gap = out[a + t] - out[b + t]
                     within += gap * gap
                     out[target + t] = left * out[a + t] + right * out[b + t]
-                if asked:
+                if not add_spread:
                     children = left * spread[group, 2 * node + 1] + right * spread[group, 2 * node + 2]
                     spread[group, node] = children + left * right * within
 

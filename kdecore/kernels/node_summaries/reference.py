@@ -6,7 +6,14 @@ from kdecore.tree import bounds, depth
 
 
 def node_summaries(
-    xp: Namespace, k: Array, v: Array, coordinates: Array, sizes: Array, order: Array, leaf_size: int
+    xp: Namespace,
+    k: Array,
+    v: Array,
+    coordinates: Array,
+    sizes: Array,
+    order: Array,
+    leaf_size: int,
+    half_norm: Array,
 ) -> TreeNodes:
     """Follow `kdecore.kernels.node_summaries.contract.NodeSummaries`."""
     keys, variances = means_and_variances(xp, k, order, leaf_size)
@@ -15,7 +22,13 @@ def node_summaries(
     means, _ = means_and_variances(xp, sizes[:, :, None], order, leaf_size)
     nodes = int(variances.shape[1])
     spread = xp.sum(variances, axis=-1)
-    last = xp.concat([spread, xp.zeros_like(order, dtype=spread.dtype)], axis=1)
+    n = int(k.shape[1])
+    counts = host.concat([host.diff(bounds(n, level)) for level in range(depth(n, leaf_size) + 1)])
+    logs = xp.asarray(host.log(counts), dtype=spread.dtype, device=spread.device)
+    frozen = half_norm[:, None] * spread > logs
+    # Where nothing is frozen, 1: a root's slope at 0 is infinite, and 0 times it NaN.
+    limited = xp.sqrt(xp.where(frozen, spread * logs / xp.where(frozen, half_norm[:, None], 1.0), 1.0))
+    last = xp.concat([xp.where(frozen, limited, spread), xp.zeros_like(order, dtype=spread.dtype)], axis=1)
     return TreeNodes(keys, xp.concat([values, last[:, :, None]], axis=-1), spread, along, means[:, :nodes, 0])
 
 

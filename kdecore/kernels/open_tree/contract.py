@@ -55,7 +55,7 @@ class OpenTree(Protocol):
         scale
             Finite factor on ⟨q, k⟩.
         coordinates
-            (G, n_q, p) of the queries, times scale; finite where the query is.
+            (G, n_q, p) of the queries, times scale. One whose square is not finite counts as 0.
         query_index
             (G, B, b) int64: the queries of each block.
         keys

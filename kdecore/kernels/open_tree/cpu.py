@@ -277,18 +277,19 @@ def load_block(q, coordinates, query_rows, rows, d, p, scale, queries, squares):
     half = q.dtype.type(0.5 / LN2)
     vectors = d // lanes
     for t in range(np.uintp(filled * p)):
-        squares[t] *= squares[t] * half
+        square = squares[t] * squares[t] * half
+        squares[t] = square if square < np.inf else 0.0
     for r in range(filled):
-        square = scaled_squares(q, query_rows[r] * d, vectors, 1.0)
+        row_square = scaled_squares(q, query_rows[r] * d, vectors, 1.0)
         for t in range(vectors * lanes, d):
-            square += np.float64(q[query_rows[r] * d + t]) ** 2
-        if not square < np.inf:
-            square = 0.0
+            row_square += np.float64(q[query_rows[r] * d + t]) ** 2
+        if not row_square < np.inf:
+            row_square = 0.0
             lane = r // lanes * lanes
             for t in range(d):
                 queries[lane * d + t * lanes + r - lane] = 0.0
         if r < rows:
-            norm += square
+            norm += row_square
     return norm / rows * scale * scale * 0.5 / d
 
 

@@ -24,7 +24,8 @@ def open_tree(
     nodes = int(variances.shape[1])
     n, first_leaf = int(keys.shape[1]) - nodes, nodes // 2
     queries = gather(xp, xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale, query_index)
-    squares = gather(xp, xp.where(xp.isfinite(coordinates), coordinates, 0.0) ** 2, query_index)
+    squares = coordinates * coordinates
+    squares = gather(xp, xp.where(xp.isfinite(squares), squares, 0.0), query_index)
 
     def weigh(node: Array) -> tuple[Array, Array]:
         """Return log-weights, and σ times sizes, (G, B, b, f) of nodes (G, B, f); −1 is an empty place."""

@@ -28,6 +28,7 @@ class TreeOrder(Protocol):
             Array namespace of ``x``.
         x
             (G, n, d) floating-point rows, n ≥ 1; numbers that are not finite count as 0.
+            Of any size whose fourth power, summed over the sample, the dtype can hold.
         leaf_size
             Rows in a leaf, at least 1: the tree ends at the first level of no larger nodes.
 
