@@ -177,7 +177,8 @@ def balanced_view(xp: Namespace, q: Array, k: Array, scale: float) -> View:
     They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
     queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
     second moments of scaled queries and centred keys, the leading eigenvectors of S C are found by orthogonal iteration from
-    a fixed start, and balanced within their span (by products and factors small enough for one thread). Other scalings err more (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
+    a fixed start, and balanced within their span, all by products and factors small enough for one thread. Other scalings
+    err more (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
     """
     queries, keys = finite_rows(xp, q) * scale, finite_rows(xp, k)
     centre = xp.mean(keys, axis=1, keepdims=True)
