@@ -44,7 +44,9 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
     out, lse = xp.reshape(part.out, (*lead, int(values.shape[2]))), xp.reshape(part.lse, lead)
     if selection.slope is not None:
         change = plan.kernels["project_rows"].function(xp, problem.q, selection.slope * problem.scale)
-        out = change * out[:, :, -1:] + out[:, :, :-1]
+        change *= out[:, :, -1:]
+        change += out[:, :, :-1]
+        out = change
     if selection.log_normaliser is None:
         return Part(out, lse)
     return Part(out * xp.exp(lse - selection.log_normaliser)[..., None], selection.log_normaliser)
