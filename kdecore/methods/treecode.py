@@ -106,9 +106,8 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     position = host.arange(0, n, step)
     leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
     of_row, of_leaf = (xp.asarray(x, device=nodes.keys.device) for x in (count + position, leaf))
-    keys, values = (
-        xp.take(rows, of_row, axis=1) - xp.take(rows, of_leaf, axis=1) for rows in (nodes.keys, nodes.values[:, :, :-1])
-    )
+    keys, values = (xp.take(rows, of_row, axis=1) - xp.take(rows, of_leaf, axis=1) for rows in (nodes.keys, nodes.values))
+    values = values[:, :, :-1]
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))
     covariance = cross_moment(xp, keys, values)

@@ -56,7 +56,9 @@ def attend_blocks(
     lse = np.empty(queries.shape[0], queries.dtype)
     factor = queries.dtype.type(scale / LN2)
     tasks = index.shape[0] * -(-index.shape[1] // TASK_ROWS)
-    run_tasks(lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, chunk=1)
+    # Small blocks by the dozen: a call of the kernel costs as much as a few queries.
+    chunk = max(1, TASK_ROWS // max(1, index.shape[1]))
+    run_tasks(lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, chunk=chunk)
     return Part(from_host_like(xp, out, q), from_host_like(xp, lse, q))
 
 
