@@ -234,32 +234,49 @@ def open_blocks(
         for place in range(used):
             if bins[place] >= 0:
                 heads[bins[place]] = -1
-        holders = list_own(own, group, block, nodes, n, distinct, key_index, log_weight)
-        at = own_count
-        for place in range(used):
-            if bins[place] < 0:
-                continue
-            depth = level[place]
-            i = node[place] + 1 - (1 << depth)
-            start, end = (i * n) >> depth, ((i + 1) * n) >> depth
-            mine = 0
-            if depth < HOLDER_LEVEL or holders >> np.uint64(i >> (depth - HOLDER_LEVEL)) & np.uint64(1):
-                mine = first_at_least(distinct, end) - first_at_least(distinct, start)
-            if mine < end - start:
-                size = LN2 * logs[2 * depth + end - start - (n >> depth)] if mine == 0 else np.log(float(end - start - mine))
-                key_index[group, block, at] = node[place]
-                sigma = frozen(spread[group, node[place]] * norm, size) if end - start > 1 else 0.0
-                log_weight[group, block, at] = size + sigma
+        at = list_own(own, group, block, nodes, distinct, key_index, log_weight)
+        at = list_closed(node, level, bins, used, distinct, logs, spread, norm, n, group, block, at, key_index, log_weight)
+        list_leaves(leaves, opened, distinct, n, nodes, group, block, at, key_index, log_weight)
+
+
+@kernel()
+def list_closed(node, level, bins, used, distinct, logs, spread, norm, n, group, block, at, key_index, log_weight):
+    """List the closed nodes from slot ``at``, without the keys at ``distinct`` positions, and return the next slot."""
+    # The nodes of `HOLDER_LEVEL` that hold such keys, as bits: most others need no search.
+    holders = np.uint64(0)
+    for position in distinct:
+        if position < n:
+            holders |= np.uint64(1) << np.uint64((((position + 1) << HOLDER_LEVEL) - 1) // n)
+    for place in range(used):
+        if bins[place] < 0:
+            continue
+        depth = level[place]
+        i = node[place] + 1 - (1 << depth)
+        start, end = (i * n) >> depth, ((i + 1) * n) >> depth
+        mine = 0
+        if depth < HOLDER_LEVEL or holders >> np.uint64(i >> (depth - HOLDER_LEVEL)) & np.uint64(1):
+            mine = first_at_least(distinct, end) - first_at_least(distinct, start)
+        if mine < end - start:
+            size = LN2 * logs[2 * depth + end - start - (n >> depth)] if mine == 0 else np.log(float(end - start - mine))
+            key_index[group, block, at] = node[place]
+            sigma = frozen(spread[group, node[place]] * norm, size) if end - start > 1 else 0.0
+            log_weight[group, block, at] = size + sigma
+        at += 1
+    return at
+
+
+@kernel()
+def list_leaves(leaves, opened, distinct, n, nodes, group, block, at, key_index, log_weight):
+    """List the keys of the opened leaves from slot ``at``, but for those at ``distinct`` positions."""
+    depth = level_of(nodes // 2)
+    for c in range(opened):
+        i = leaves[c]
+        for position in range((i * n) >> depth, ((i + 1) * n) >> depth):
+            mine = first_at_least(distinct, position)
+            if mine == distinct.shape[0] or distinct[mine] != position:
+                key_index[group, block, at] = nodes + position
+                log_weight[group, block, at] = 0.0
             at += 1
-        depth = level_of(first_leaf)
-        for c in range(opened):
-            i = leaves[c]
-            for position in range((i * n) >> depth, ((i + 1) * n) >> depth):
-                mine = first_at_least(distinct, position)
-                if mine == own_count or distinct[mine] != position:
-                    key_index[group, block, at] = nodes + position
-                    log_weight[group, block, at] = 0.0
-                at += 1
 
 
 @kernel()
@@ -351,13 +368,10 @@ def take_worst(error, heads, following, peak, count, chosen):
 
 
 @kernel()
-def list_own(own, group, block, nodes, n, distinct, key_index, log_weight):
-    """List a block's own keys, and write them to ``distinct``, those said before as a position after all others.
-
-    Return which nodes of `HOLDER_LEVEL` hold any, as the bits of an integer.
-    """
+def list_own(own, group, block, nodes, distinct, key_index, log_weight):
+    """List a block's own keys, write them to ``distinct`` (those said before as a position after all); return how many."""
     count = own.shape[2]
-    found, holders = 0, np.uint64(0)
+    found = 0
     for i in range(count):
         position = own[group, block, i]
         again = i > 0 and position == own[group, block, i - 1]
@@ -366,9 +380,8 @@ def list_own(own, group, block, nodes, n, distinct, key_index, log_weight):
         if not again:
             distinct[found] = position
             found += 1
-            holders |= np.uint64(1) << np.uint64((((position + 1) << HOLDER_LEVEL) - 1) // n)
     distinct[found:] = np.iinfo(np.int64).max
-    return holders
+    return count
 
 
 @kernel()
