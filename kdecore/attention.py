@@ -86,7 +86,7 @@ def attention(
     Notes
     -----
     Time is O(n_q n_k (d + d_v)) for exact, and O(n_q · budget · (d + d_v) + (n_q + n_k)(d + log n)) for sortlsh and hyper,
-    for each leading index; treecode's is O((n_q + n_k) (d log n + d²) + n_q · budget · (d + d_v)). Temporaries are
+    for each leading index; treecode's is O((n_q + n_k) (d + log n) p + n_q · budget · (d + d_v)), p = 16. Temporaries are
     O(budget · (n_q + n_k)); no n × n array is ever made.
 
     References

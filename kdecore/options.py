@@ -193,8 +193,8 @@ class Treecode:
     num_slots
         Length of each block's list of keys and nodes; the budget if None.
     block_size
-        Queries that share a list. Fewer err less and take longer: 32 takes 0.7 times the time of 16 and errs 1.15 times as
-        much (bench/NOTES.md).
+        Queries that share a list. Fewer err less and take longer: 32 takes 0.8 times the time of 16 and errs 1.3 times as
+        much (docs/treecode.md).
     far_field
         What stands for a node that stays closed: ``"mean"``, its mean key and value; or ``"sample"``, one of its keys drawn
         at random, which is unbiased in numerator and denominator, and errs more on all data measured.

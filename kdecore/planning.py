@@ -171,8 +171,9 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
     # Coordinates, twice while rows are ordered; orders; keys, values and summaries of up to as many nodes; samples; lists,
     # once for all groups and once for each.
     total = size * ((rows_q + rows_k) * 5 * max(p, 16) + rows_k * (2 * (d + d_v) + 2 * p + 4)) + 8 * 8 * (rows_q + rows_k)
-    total += problem.groups * d * (size * 3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * 8 * d)
-    total += blocks * slots * (2 * 8 + size)
+    total += problem.groups * d * 8 * (3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * d)
+    # Results before and after the first-order term.
+    total += blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
     if kernels["open_tree"].target == "array-api":
         # Sorted rows and their products; logits and errors of all blocks' queries, and what a round makes of them.
         total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + p) + 16 * 8 * rows_k

@@ -368,3 +368,15 @@ def test_keys_and_values_that_are_not_finite_do_what_they_do_to_exact_attention(
     assert np.isnan(out[:, 2]).all()
     if argument == 1:
         assert np.isnan(out).all()
+
+
+def test_no_first_order_term_is_read_from_chance(rng):
+    """Values that have nothing to do with the keys: the covariance that the sample shows is chance, most of it dropped."""
+    k, unrelated = rng.standard_normal((2, 1, 3000, 20))
+    order = np.arange(3000)[None]
+    norms = []
+    for v in (unrelated, k @ rng.standard_normal((20, 20))):
+        nodes = KERNELS["node_summaries"][-1].function(host, k, v, k[:, :, :4], np.ones((1, 3000)), order, 4, np.ones(1))
+        norms.append(np.linalg.norm(treecode.first_order_term(host, nodes, 3000)) / np.linalg.norm(v))
+    # Chance alone would leave √(1 / 1,000 rows) of what the linear map shows, times √20 for as many columns: 0.14.
+    assert norms[0] < 0.05 * norms[1]

@@ -23,7 +23,7 @@ from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.randomness import SAMPLES_STREAM, uniform
 from kdecore.selection import Blocks, Selection, equal_blocks
-from kdecore.tree import node_bounds
+from kdecore.tree import depth, node_bounds, node_count
 
 MOMENT_ROWS = 2048
 """Rows, evenly spaced, that moments are taken from, at least."""
@@ -99,14 +99,13 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
     most, which leaves less of them within; and less of what may be chance. Returns (G, d, d_v), in O(G `MOMENT_ROWS` d d_v).
     """
-    count = int(nodes.spread.shape[1])
-    last = (count + 1).bit_length() - 2
+    count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
     # An odd step meets all places of a leaf.
     step = max(1, n // MOMENT_ROWS) | 1
     position = host.arange(0, n, step)
     leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
     of_row, of_leaf = (xp.asarray(x, device=nodes.keys.device) for x in (count + position, leaf))
-    keys, values = (xp.take(rows, of_row, axis=1) - xp.take(rows, of_leaf, axis=1) for rows in (nodes.keys, nodes.values))
+    keys, values = (xp.take(x, of_row, axis=1) - xp.take(x, of_leaf, axis=1) for x in (nodes.keys, nodes.values))
     values = values[:, :, :-1]
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))

@@ -1,8 +1,8 @@
 """`open_tree` in Numba for the CPU: a block a task, its queries across the lanes, its lists of weights in cache.
 
 Logits are kept in units of log 2, weights and errors relative to each query's largest logit so far, and brought down when an
-opened node's child exceeds it. The children of a node lie as far from it as from each other, so that one product gives both
-their logits. Closed nodes are counted in bins by the size of their errors, which spares sorting them in every round.
+opened node's child exceeds it. The children of a node lie on a line through it, so that one product gives both their logits.
+Closed nodes are kept in bins by the size of their errors, which spares sorting them in every round.
 """
 
 import math
@@ -121,7 +121,7 @@ def open_blocks(
         group, block = task // blocks, task % blocks
         for r in range(filled):
             query_rows[r] = group * n_q + query_index[group, block, min(r, rows - 1)]
-        norm = load_block(flat_q, flat_coordinates, query_rows, rows, d, p, scale, queries, squares)
+        half_norm = load_block(flat_q, flat_coordinates, query_rows, rows, d, p, scale, queries, squares)
         # The first nodes, which come without a parent.
         gap_count, child_count = 0, 1 << start_level
         used, listed, taken, f, refreshed, opened, peak = child_count, 0, child_count, child_count, child_count, 0, 0
@@ -235,12 +235,14 @@ def open_blocks(
             if bins[place] >= 0:
                 heads[bins[place]] = -1
         at = list_own(own, group, block, nodes, distinct, key_index, log_weight)
-        at = list_closed(node, level, bins, used, distinct, logs, spread, norm, n, group, block, at, key_index, log_weight)
+        at = list_closed(
+            node, level, bins, used, distinct, logs, spread, half_norm, n, group, block, at, key_index, log_weight
+        )
         list_leaves(leaves, opened, distinct, n, nodes, group, block, at, key_index, log_weight)
 
 
 @kernel()
-def list_closed(node, level, bins, used, distinct, logs, spread, norm, n, group, block, at, key_index, log_weight):
+def list_closed(node, level, bins, used, distinct, logs, spread, half_norm, n, group, block, at, key_index, log_weight):
     """List the closed nodes from slot ``at``, without the keys at ``distinct`` positions, and return the next slot."""
     # The nodes of `HOLDER_LEVEL` that hold such keys, as bits: most others need no search.
     holders = np.uint64(0)
@@ -259,7 +261,7 @@ def list_closed(node, level, bins, used, distinct, logs, spread, norm, n, group,
         if mine < end - start:
             size = LN2 * logs[2 * depth + end - start - (n >> depth)] if mine == 0 else np.log(float(end - start - mine))
             key_index[group, block, at] = node[place]
-            sigma = frozen(spread[group, node[place]] * norm, size) if end - start > 1 else 0.0
+            sigma = frozen(spread[group, node[place]] * half_norm, size) if end - start > 1 else 0.0
             log_weight[group, block, at] = size + sigma
         at += 1
     return at
