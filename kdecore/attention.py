@@ -1,17 +1,21 @@
 """`attention`: the pipeline, in order. Every stage is a function in a file of its own."""
 
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from kdecore.attend import attend
+from kdecore.certificate import Certificate, certify, check_share
 from kdecore.inputs import canonicalise
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
 from kdecore.methods import SELECT
 from kdecore.namespaces import Array
-from kdecore.options import Options
+from kdecore.options import Exact, Options
 from kdecore.planning import make_plan
 from kdecore.report import make_report
+from kdecore.tolerance import Round, check_tolerance, search, to_try
 
 
 def attention(
@@ -21,14 +25,17 @@ def attention(
     *,
     method: str | Options = "auto",
     budget: int | None = None,
+    rtol: float | None = None,
+    rtol_norm: str = "frobenius",
     scale: float | None = None,
     seed: int = 0,
     kernels: str = "auto",
     threads: int | None = None,
     return_lse: bool = False,
     return_report: bool = False,
+    certificate: float = 0.1,
 ) -> Any:
-    """Softmax attention, softmax(scale · q kᵀ) v, exact or estimated from ``budget`` keys per query.
+    """Softmax attention, softmax(scale · q kᵀ) v: exact, estimated to an error ``rtol``, or from ``budget`` keys per query.
 
     Parameters
     ----------
@@ -46,6 +53,14 @@ def attention(
         options object, `Exact`, `SortLSH`, `Hyper`, `KDEformer` or `Treecode`, for control over a method's parts.
     budget
         Keys evaluated per query, at least 1; 512 if None. At or above n_k the result is exact, for every method.
+    rtol
+        Relative error, positive, that the result is to keep, instead of ``budget``: the cheapest method (of all with
+        ``"auto"``) and budget are found whose certificate's upper limit is at most that, on a few queries, before all are
+        evaluated; exact where that is expected to be cheaper. What a certificate promises, and what it can't:
+        docs/certificate.md.
+    rtol_norm
+        What ``rtol`` bounds: ``"frobenius"``, ‖out − exact‖_F / ‖exact‖_F, or ``"spectral"``, the same in the spectral norm;
+        means over the leading dimensions.
     scale
         Finite factor on ⟨q, k⟩; 1/√d if None.
     seed
@@ -59,7 +74,10 @@ def attention(
     return_lse
         Also return the natural log of each query's softmax denominator.
     return_report
-        Also return a `Report` of what was done. On a GPU, making it waits for the device.
+        Also return a `Report` of what was done, with a `Certificate` of the error. On a GPU, making it waits for the device.
+    certificate
+        Exact rows for the report's certificate may take this part of the call's expected time, but are at least 32 in each
+        group, or all; 0 for no certificate. With ``rtol`` the certificate is the one that the choice rests on.
 
     Returns
     -------
@@ -79,15 +97,17 @@ def attention(
     DeviceError
         Arrays of different libraries or on different devices.
     OptionError
-        Unknown method, budget or threads below 1, scale not finite, seed out of range, options that contradict the budget.
+        Unknown method or norm, budget or threads below 1, scale not finite, seed out of range, options that contradict the
+        budget; rtol not positive and finite, or given with a budget or with a method whose budget can't be chosen.
     KernelUnavailable
         The kernels asked for cannot run on these arrays.
 
     Notes
     -----
     Time is O(n_q n_k (d + d_v)) for exact, and O(n_q · budget · (d + d_v) + (n_q + n_k)(d + log n)) for sortlsh and hyper,
-    for each leading index; treecode's is O((n_q + n_k) (d + log n) p + n_q · budget · (d + d_v)), p = 16. Temporaries are
-    O(budget · (n_q + n_k)); no n × n array is ever made.
+    for each leading index; treecode's is O((n_q + n_k) (d + log n) p + n_q · budget · (d + d_v)), p = 16. With rtol it is
+    expected to be at most 1.25 times exact's, search included. Temporaries are O(budget · (n_q + n_k)); no n × n array is
+    ever made.
 
     References
     ----------
@@ -104,17 +124,34 @@ def attention(
     ((2, 1000, 16), 'sortlsh', 128.0)
     """
     started, compiled = time.perf_counter(), compile_seconds()
+    share = check_share(certificate)
     problem = canonicalise(q, k, v, scale)
-    plan = make_plan(problem, method=method, budget=budget, seed=seed, kernels=kernels, threads=threads)
-    with team(plan.threads):
-        selection = SELECT[plan.method](problem, plan)
-        part = attend(problem, plan, selection)
+    plan_for = partial(make_plan, problem, seed=seed, kernels=kernels, threads=threads)
+    found: Certificate | None = None
+    rounds: tuple[Round, ...] = ()
+    if rtol is None:
+        plan = plan_for(method=method, budget=budget)
+        with team(plan.threads):
+            selection = SELECT[plan.method](problem, plan)
+            part = attend(problem, plan, selection)
+    else:
+        tolerance = check_tolerance(rtol, rtol_norm)
+        tried = to_try(method, budget, plan_for)
+        with team(plan_for(method=Exact()).threads):
+            outcome = search(problem, plan_for, tried, tolerance, rtol_norm)
+        plan, selection, part = outcome.plan, outcome.selection, outcome.part
+        found, rounds = outcome.certificate, outcome.rounds
     xp = problem.xp
     out = xp.astype(xp.reshape(part.out, (*problem.lead, problem.n_q, problem.d_v)), q.dtype, copy=False)
     results: list[Any] = [out]
     if return_lse:
         results.append(xp.reshape(part.lse, (*problem.lead, problem.n_q)))
     if return_report:
-        seconds = time.perf_counter() - started
-        results.append(make_report(problem, plan, selection, seconds, compile_seconds() - compiled))
+        finished = time.perf_counter()
+        if rtol is None and share > 0:
+            with team(plan.threads):
+                found = certify(problem, plan, part.out, share)
+        ended = time.perf_counter()
+        report = make_report(problem, plan, selection, ended - started, compile_seconds() - compiled)
+        results.append(replace(report, certificate=found, certificate_seconds=ended - finished, rounds=rounds))
     return tuple(results) if len(results) > 1 else out

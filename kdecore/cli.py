@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,18 @@ BROKEN_PIPE = 141
 DTYPES = ("float32", "float64")
 OUTPUTS = ("compare.json", "compare.png")
 FILE_KINDS = (".npz", ".npy", ".safetensors")
+HEADINGS = (
+    "keys/\nquery",
+    "ms",
+    "speed-\nup",
+    "spectral\nerror",
+    "Frobenius\nerror",
+    "certified",
+    "worst\nrow",
+    "peak\nMiB",
+)
+NARROWEST, UNLIMITED = 74, 10_000
+"""Columns of a terminal below which folding the table would lose numbers, and in which nothing is folded."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,6 +119,13 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"must be integers, got {text!r}") from None
 
 
+def _numbers(text: str) -> list[float]:
+    with suppress(ValueError):
+        if numbers := [float(name) for name in _names(text)]:
+            return numbers
+    raise argparse.ArgumentTypeError(f"must be numbers, got {text!r}")
+
+
 def _misplaced_file(text: str) -> str | None:
     if Path(text).suffix.lower() not in FILE_KINDS:
         return None
@@ -134,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         help="default: treecode sortlsh hyper")  # fmt: skip
     add("--budgets", nargs="+", type=_integers, action=_Flatten, default=[128, 256, 384, 512, 1024], metavar="N",
         help="keys per query; default: 128 256 384 512 1024")  # fmt: skip
+    add("--rtol", nargs="+", type=_numbers, action=_Flatten, default=[], metavar="R",
+        help="relative Frobenius errors that kdecore is to find method and budget for; default: none")  # fmt: skip
     add("--seeds", type=int, default=5, metavar="N", help="errors are means over the seeds 0 … N−1; default: 5")
     add("--repeats", type=int, default=3, metavar="N", help="timed calls for each seed; default: 3")
     add("--scale", type=float, metavar="S", help="factor on ⟨q, k⟩; default: 1/√d, and 1/√10 for GloVe")
@@ -153,6 +175,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     wanted: dict[str, Any] = {
         "methods": arguments.methods,
         "budgets": arguments.budgets,
+        "rtols": arguments.rtol,
         "seeds": range(integer_at_least(1, "seeds", arguments.seeds)),
         "library": arguments.library,
         "repeats": arguments.repeats,
@@ -296,11 +319,37 @@ def _notes(case: Case, problem: Problem, rows: list[Row]) -> list[str]:
             f"Timed: {baseline.method} on {some(baseline.timed_rows)}{scaled}.",
             f"Errors are on {some(baseline.error_rows)}; the worst row of a sample is a lower bound on the worst of all.",
         ]
+    if any(row.certificate for row in rows):
+        notes += [_certificate_note(rows, problem)]
+    if any(row.rtol is not None for row in rows):
+        notes += [
+            "rtol: kdecore chose method and budget for that Frobenius error, seed by seed; its time has the search in."
+        ]
     if any(row.ran == "kdeformer" for row in rows):
         notes += ["kdeformer's keys/query leave out the keys that its density estimates evaluate; its time has them in."]
     if any(math.isnan(row.errors.spectral) for row in rows) and not comparison.non_finite(case):
         notes += [f"nan: the scale {problem.scale:.4g} takes logits or outputs out of {problem.input_dtype}'s range."]
     return notes
+
+
+def _certificate_note(rows: list[Row], problem: Problem) -> str:
+    """Say what the intervals are of, what they were made from, and, where the true error is known, how many hold it."""
+    pairs = [(row.certificate, row.first_errors.frobenius) for row in rows if row.certificate]
+    fewest, *_, most = sorted(certificate.rows for certificate, _ in pairs * 2)
+    count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    each = " of each group" if problem.groups > 1 else ""
+    note = (
+        f"certified: {100 * pairs[0][0].confidence:.0f} % interval of the Frobenius error with seed 0, "
+        f"from {count} exact rows{each}, not from the comparison"
+    )
+    known = [] if rows[0].error_rows < problem.n_q else [pair for pair in pairs if not math.isnan(pair[1])]
+    held = sum(_holds(certificate.frobenius_interval, error) for certificate, error in known)
+    return f"{note}; {held} of {len(known)} hold it (unrounded)." if known else f"{note}."
+
+
+def _holds(interval: tuple[float, float], error: float) -> bool:
+    # Of all rows the interval is a point, and its exact rows aren't computed in float64.
+    return interval[0] <= error <= interval[1] or math.isclose(error, interval[1], rel_tol=1e-3)
 
 
 def _print_table(case: Case, rows: list[Row], machine: Machine, arguments: argparse.Namespace) -> None:
@@ -310,36 +359,52 @@ def _print_table(case: Case, rows: list[Row], machine: Machine, arguments: argpa
 
     problem = canonicalise(case.q, case.k, case.v, case.scale)
     console = Console(markup=False, highlight=False, emoji=False)
+    console.width = max(console.width, NARROWEST)
     groups = f"{problem.groups} × " if problem.groups > 1 else ""
     console.print(
         f"{case.name}: {groups}{problem.n_q:,} queries, {problem.n_k:,} keys, d = {problem.d}, d_v = {problem.d_v}, "
         f"{problem.input_dtype}, scale {problem.scale:.4g}"
     )
     console.print(f"{arguments.library} on {machine.cpu}, {machine.cores} cores; mean errors over {arguments.seeds} seed(s)")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column("method", overflow="fold")
-    for heading in ("keys/\nquery", "ms", "speed-\nup", "spectral\nerror", "Frobenius\nerror", "worst\nrow", "peak\nMiB"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     sampled = rows[0].timed_rows < problem.n_q
     for row in rows:
         table.add_row(
             row.label,
             f"{row.keys_per_query:.0f}",
-            f"{'~' if sampled and row is rows[0] else ''}{_three_digits(row.milliseconds)}",
+            f"{'~' if sampled and row is rows[0] else ''}{_digits(row.milliseconds)}",
             f"{row.speedup:.1f}×",
-            *(_three_digits(error) for error in (row.errors.spectral, row.errors.frobenius, row.errors.worst_row)),
+            _digits(row.errors.spectral),
+            _digits(row.errors.frobenius),
+            _interval(*row.certificate.frobenius_interval) if row.certificate else "–",
+            _digits(row.errors.worst_row),
             "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
         )
-    console.print(table)
+    if console.measure(table, options=console.options.update(width=UNLIMITED)).maximum > console.width:
+        table.padding = 0
+    console.print("", table, "", sep="\n")
     for note in _notes(case, problem, rows):
         console.print(note)
     console.print(f"Written: {arguments.out / OUTPUTS[0]} and {arguments.out / OUTPUTS[1]}", soft_wrap=True)
 
 
-def _three_digits(value: float) -> str:
-    if 100 <= value < 1e6:
+def _digits(value: float, digits: int = 3) -> str:
+    if 10 ** (digits - 1) <= value < 1e6:
         return f"{value:.0f}"
-    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:#.3g}"
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:#.{digits}g}"
+
+
+def _interval(lower: float, upper: float) -> str:
+    """Show limits with two digits, rounded outwards, or one number where there is no more to say."""
+    if not lower < upper:
+        return _digits(upper)
+    limits = ((lower, ROUND_FLOOR), (upper, ROUND_CEILING))
+    return "–".join(
+        _digits(float(Context(prec=2, rounding=rounding).create_decimal(str(limit))), 2) for limit, rounding in limits
+    )
 
 
 def _info_lines() -> list[str]:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kdecore.attention import attention
+from kdecore.certificate import Certificate
 from kdecore.errors import OptionError, ShapeError
 from kdecore.inputs import Problem, canonicalise
 from kdecore.loading import Case
@@ -20,6 +21,7 @@ from kdecore.namespaces import Array, host
 from kdecore.options import METHODS, integer_at_least
 from kdecore.randomness import check_seed, uniform
 from kdecore.report import Report
+from kdecore.tolerance import check_tolerance
 
 EXACT_LIMIT = 2**28
 """Most query-key pairs on which exact attention is computed unless asked for: n = 16,384 in one group, a few seconds."""
@@ -36,16 +38,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget.
+    """One method at one budget, or at the one it found for a tolerance.
 
     Attributes
     ----------
     method
         Name asked for; for the baseline a label that says what computed it.
     ran
-        Name of the method that ran: ``"auto"`` resolves to one, and a budget of n_k or more is exact.
+        Name of the method that ran: ``"auto"`` resolves to one, and a budget of n_k or more is exact. Where a tolerance
+        found several, their names in the order of the seeds, such as ``"treecode, exact"``.
     budget
-        Keys per query asked for; None for exact methods.
+        Keys per query asked for; None for exact methods, and with a tolerance.
+    rtol
+        Relative Frobenius error asked for instead of a budget, or None.
     keys_per_query
         Keys evaluated per query, measured, mean over seeds.
     milliseconds
@@ -64,11 +69,16 @@ class Row:
         Peak of resident memory above the inputs during one more call, result included; None where not known.
     kernels
         Kernel name → implementation that ran.
+    certificate
+        What the call with the first seed said of its own error; None where that result is exact.
+    first_errors
+        The errors with that seed, which the certificate is about.
     """
 
     method: str
     ran: str
     budget: int | None
+    rtol: float | None
     keys_per_query: float
     milliseconds: float
     timings: tuple[float, ...]
@@ -79,25 +89,35 @@ class Row:
     error_rows: int
     peak_bytes: int | None
     kernels: dict[str, str]
+    certificate: Certificate | None
+    first_errors: Errors
 
     @property
     def label(self) -> str:
-        """Name asked for, and in brackets the method that ran where it is another."""
-        return self.method if self.method.startswith(self.ran) else f"{self.method} ({self.ran})"
+        """Name or tolerance asked for, and in brackets the method that ran where it is another."""
+        asked = self.method if self.rtol is None else f"rtol {self.rtol:g}"
+        return asked if asked.startswith(self.ran) else f"{asked} ({self.ran})"
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What one `Row` measures: ``call(seed)`` returns the output, ``describe(seed)`` also a report, None for the baseline.
+    """What one `Row` measures.
 
-    ``rows`` are the queries that the output is for, None for all.
+    ``call(seed)`` returns the output, ``describe(seed, certified)`` also a report, None for the baseline, with a
+    certificate if asked. ``rows`` are the queries that the output is for, None for all.
     """
 
     method: str
     budget: int | None
+    rtol: float | None
     call: Callable[[int], Array]
-    describe: Callable[[int], tuple[Array, Report | None]]
+    describe: Callable[[int, bool], tuple[Array, Report | None]]
     rows: Array | None
+
+    def __str__(self) -> str:
+        if self.rtol is not None:
+            return f"{self.method}, rtol {self.rtol:g}"
+        return self.method if self.budget is None else f"{self.method}, budget {self.budget}"
 
 
 Progress = Callable[[int, int, str], None]
@@ -119,12 +139,13 @@ def measure(
     budgets: Sequence[int],
     seeds: Sequence[int],
     *,
+    rtols: Sequence[float] = (),
     library: str = "numpy",
     repeats: int = 3,
     exact_rows: int | None = None,
     progress: Progress = lambda done, total, label: None,
 ) -> list[Row]:
-    """Measure every method at every budget against exact attention.
+    """Measure every method at every budget, and ``"auto"`` at every tolerance, against exact attention.
 
     Parameters
     ----------
@@ -135,7 +156,9 @@ def measure(
     budgets
         Keys per query, each at least 1; of those that cover all keys, and so are exact, only the smallest is measured.
     seeds
-        Errors are averaged over them; each is timed ``repeats`` times.
+        Errors are averaged over them; each is timed ``repeats`` times. Certificates are those of the first.
+    rtols
+        Relative Frobenius errors to ask for.
     library
         Array library to run on: ``"numpy"`` or ``"torch"``, on the CPU.
     repeats
@@ -157,26 +180,30 @@ def measure(
     KdecoreError
         Arguments out of range, before anything is measured.
     """
-    check_options(methods, budgets, seeds, library=library, repeats=repeats, exact_rows=exact_rows)
+    check_options(methods, budgets, seeds, rtols=rtols, library=library, repeats=repeats, exact_rows=exact_rows)
     problem = check_case(case)
     adapter = load_adapter(library)
     rows = sample_rows(problem, exact_rows, seeds[0])
     some_budgets = _distinct(budgets, problem.n_k)
-    runs = [(name, budget) for name in dict.fromkeys(methods) for budget in (some_budgets if name != "exact" else [None])]
+    runs: list[tuple[str, dict[str, Any]]] = [
+        (name, {"budget": budget})
+        for name in dict.fromkeys(methods)
+        for budget in (some_budgets if name != "exact" else [None])
+    ]
+    runs += [("auto", {"rtol": rtol}) for rtol in dict.fromkeys(rtols)]
     steps = 1 + (len(runs) + 1) * len(seeds)
 
     progress(0, steps, "exact in float64")
     exact = reference(case, rows)
     q, k, v = (adapter.from_numpy(array) for array in (case.q, case.k, case.v))
     subjects = [_baseline(q, k, v, problem.scale, timing_rows(problem, rows, seeds[0]))]
-    subjects += [_estimator(q, k, v, problem.scale, method, budget) for method, budget in runs]
+    subjects += [_estimator(q, k, v, problem.scale, method, **asked) for method, asked in runs]
     # Seed by seed, so that a busy spell of the machine falls on a few calls of every subject and medians shed it.
     samples: list[list[_Sample]] = [[] for _ in subjects]
     for seed in seeds:
         for subject, own in zip(subjects, samples, strict=True):
-            asked = subject.method if subject.budget is None else f"{subject.method}, budget {subject.budget}"
-            progress(1 + sum(map(len, samples)), steps, f"seed {seed}: {asked}")
-            own.append(_sample(subject, seed, repeats, adapter, exact, rows))
+            progress(1 + sum(map(len, samples)), steps, f"seed {seed}: {subject}")
+            own.append(_sample(subject, seed, not own, repeats, adapter, exact, rows))
     progress(steps, steps, "memory")
     results: list[Row] = []
     for subject, own in zip(subjects, samples, strict=True):
@@ -191,6 +218,7 @@ def check_options(
     budgets: Sequence[int],
     seeds: Sequence[int],
     *,
+    rtols: Sequence[float],
     library: str,
     repeats: int,
     exact_rows: int | None,
@@ -201,6 +229,8 @@ def check_options(
             raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))}; got {method!r}")
     for budget in budgets:
         integer_at_least(1, "budget", budget)
+    for rtol in rtols:
+        check_tolerance(rtol, "frobenius")
     for seed in seeds:
         check_seed(seed)
     integer_at_least(1, "repeats", repeats)
@@ -280,12 +310,20 @@ def _baseline(q: Array, k: Array, v: Array, scale: float, rows: Array | None) ->
     def call(seed: int) -> Array:
         return function(some_q, k, v, scale)
 
-    return _Subject(label, None, call, lambda seed: (call(seed), None), rows)
+    return _Subject(label, None, None, call, lambda seed, certified: (call(seed), None), rows)
 
 
-def _estimator(q: Array, k: Array, v: Array, scale: float, method: str, budget: int | None) -> _Subject:
-    call = partial(attention, q, k, v, method=method, budget=budget, scale=scale)
-    return _Subject(method, budget, lambda seed: call(seed=seed), lambda seed: call(seed=seed, return_report=True), None)
+def _estimator(
+    q: Array, k: Array, v: Array, scale: float, method: str, *, budget: int | None = None, rtol: float | None = None
+) -> _Subject:
+    call = partial(attention, q, k, v, method=method, budget=budget, rtol=rtol, scale=scale)
+    with_report = partial(call, return_report=True)
+
+    def describe(seed: int, certified: bool) -> tuple[Array, Report]:
+        result: tuple[Array, Report] = with_report(seed=seed) if certified else with_report(seed=seed, certificate=0.0)
+        return result
+
+    return _Subject(method, budget, rtol, lambda seed: call(seed=seed), describe, None)
 
 
 @dataclass(frozen=True)
@@ -297,12 +335,14 @@ class _Sample:
     report: Report | None
 
 
-def _sample(subject: _Subject, seed: int, repeats: int, adapter: Any, exact: Array, rows: Array | None) -> _Sample:
+def _sample(
+    subject: _Subject, seed: int, certified: bool, repeats: int, adapter: Any, exact: Array, rows: Array | None
+) -> _Sample:
     def call() -> None:
         subject.call(seed)
         adapter.synchronize()
 
-    seconds, (out, report) = time_calls(call, repeats, untimed=partial(subject.describe, seed))
+    seconds, (out, report) = time_calls(call, repeats, untimed=partial(subject.describe, seed, certified))
     estimate = adapter.to_numpy(out)
     if rows is not None:
         estimate = estimate[..., rows if subject.rows is None else host.searchsorted(subject.rows, rows), :]
@@ -349,8 +389,9 @@ def _row(
     reports = [sample.report for sample in samples if sample.report is not None]
     return Row(
         method=subject.method,
-        ran=reports[0].method if reports else "exact",
+        ran=", ".join(dict.fromkeys(report.method for report in reports)) or "exact",
         budget=subject.budget,
+        rtol=subject.rtol,
         keys_per_query=statistics.fmean([report.keys_per_query for report in reports] or [float(problem.n_k)]),
         milliseconds=milliseconds,
         timings=tuple(timings),
@@ -360,7 +401,9 @@ def _row(
         errors_std=std,
         error_rows=int(exact.shape[-2]),
         peak_bytes=peak,
-        kernels=reports[0].kernels if reports else {},
+        kernels={name: choice for report in reports for name, choice in report.kernels.items()},
+        certificate=reports[0].certificate if reports else None,
+        first_errors=samples[0].errors,
     )
 
 

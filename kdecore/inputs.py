@@ -1,7 +1,7 @@
 """Validation: what the user passed → `Problem`, the canonical form that every later stage works on."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdecore.errors import DTypeError, OptionError, ShapeError
 from kdecore.namespaces import (
@@ -15,7 +15,9 @@ from kdecore.namespaces import (
     dtype_name,
     is_contiguous,
     namespace_name,
+    take_along_rows,
     to_float,
+    without_gradient,
 )
 
 
@@ -80,6 +82,14 @@ class Problem:
     def library(self) -> str:
         """Plain name of the array library."""
         return namespace_name(self.xp)
+
+    def without_gradient(self) -> "Problem":
+        """Return the same problem, not recorded for automatic differentiation."""
+        return replace(self, **{name: without_gradient(getattr(self, name)) for name in ("q", "k", "v")})
+
+    def with_queries(self, rows: Array) -> "Problem":
+        """Return the same problem for some of the queries only, rows (G, m) int64."""
+        return replace(self, q=take_along_rows(self.xp, self.q, rows))
 
 
 def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Problem:

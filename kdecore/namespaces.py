@@ -27,9 +27,12 @@ ACCUMULATION = {"float16": "float32", "bfloat16": "float32", "float32": "float32
 
 # A tile of this many logits is 1 MiB in float32: measured best on two cores with 512 KiB of L2 each (bench/NOTES.md).
 TILE_ELEMENTS = 2**18
+# Multiplications of one matrix product: of more, NumPy's threads would spin for long afterwards (bench/NOTES.md).
+SMALL_PRODUCT = 2**19
 
 __all__ = [
     "ACCUMULATION",
+    "SMALL_PRODUCT",
     "TILE_ELEMENTS",
     "Array",
     "Namespace",
@@ -38,6 +41,7 @@ __all__ = [
     "common_device",
     "common_namespace",
     "contiguous",
+    "cross_moment",
     "dtype_name",
     "first_places",
     "from_host",
@@ -55,6 +59,7 @@ __all__ = [
     "take_along_rows",
     "take_rows",
     "to_float",
+    "to_host",
     "without_gradient",
 ]
 
@@ -146,9 +151,19 @@ def host_view(array: Array) -> Array:
     plain = without_gradient(array)
     if hasattr(plain, "resolve_neg"):  # PyTorch negates some tensors lazily, which NumPy does not know of
         plain = plain.resolve_neg()
-    view = np.require(np.asarray(plain), requirements=["C", "A"]).view()
+    view = np.asarray(plain)
+    if not (view.flags.c_contiguous and view.flags.aligned):
+        view = np.require(view, requirements=["C", "A"])
+    view = view.view()
     view.flags.writeable = False
     return view
+
+
+def to_host(array: Array) -> Array:
+    """Return the same numbers as a NumPy array, which may share the memory of an array on the CPU."""
+    if array_api_compat.is_torch_array(array) or array_api_compat.is_cupy_array(array):
+        array = array_api_compat.to_device(without_gradient(array), "cpu")
+    return host_view(array)
 
 
 def without_gradient(array: Array) -> Array:
@@ -177,11 +192,14 @@ def from_host_like(xp: Namespace, array: Array, like: Array) -> Array:
 
 
 def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:
-    """Gather ``rows[g, index[g, …]]``: rows (G, n), index int64 (G, …) → index.shape."""
-    groups, n = rows.shape
-    offset = xp.arange(groups, dtype=xp.int64, device=array_api_compat.device(rows)) * n
-    # One flat gather: twice as fast in NumPy as take_along_axis.
-    return take_rows(xp, xp.reshape(rows, (-1,)), index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
+    """Return rows[g, index[g, …], …] for every group g: (G, n, …) taken at (G, …).
+
+    One ``take`` from flat rows, since ``take_along_axis`` is not everywhere.
+    """
+    groups, n, *rest = rows.shape
+    offset = xp.reshape(xp.arange(groups, dtype=xp.int64, device=rows.device) * n, (-1, *(1,) * (index.ndim - 1)))
+    flat = xp.reshape(rows, (groups * n, *rest))
+    return xp.reshape(xp.take(flat, xp.reshape(index + offset, (-1,)), axis=0), (*index.shape, *rest))
 
 
 def invert_permutation(xp: Namespace, order: Array) -> Array:
@@ -219,6 +237,13 @@ def row_norms(xp: Namespace, rows: Array) -> Array:
 def spans(length: int, step: int) -> Iterator[slice]:
     """Cut ``range(length)`` into slices of ``step``, the last one ragged."""
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
+    """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): (G, d, e)."""
+    step = max(1, SMALL_PRODUCT // (int(x.shape[2]) * int(y.shape[2])))
+    parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), step)]
+    return sum(parts[1:], start=parts[0]) / int(x.shape[1])
 
 
 def to_float(value: Any) -> float:

@@ -1,6 +1,6 @@
 """`make_plan`: what will be done, from shapes and options alone. Touches no array data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
@@ -20,16 +20,80 @@ from kdecore.options import (
 )
 from kdecore.randomness import check_seed
 
-# Crossover between exact and treecode, fitted to 294 times on two cores (bench/NOTES.md): cost in units of one dimension of
-# one float32 key, evaluated for one query.
+# Costs fitted to times on two cores (bench/NOTES.md), in units of one dimension of one float32 key, evaluated for one query.
 EXP_DIMENSIONS = 20
 """What exp and the sums cost, as so many dimensions more."""
-LISTED_KEY_COST, OPENED_NODE_COST = 3.5, 265.0
-"""A slot of a list: for each dimension of its key, exp's among them; and what opening takes whatever the dimension."""
-ROW_DIMENSION_COST, ROW_COST = 375.0, 33_000.0
-"""Ordering and summarising a row: for each dimension, and whatever the dimension."""
-CALL_COST = 2.2e8
-"""What treecode takes more than exact however little there is to do."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What an approximate method takes.
+
+    Attributes
+    ----------
+    listed_key, opened_node
+        A slot of a list: for each dimension of its key, exp's among them; and whatever the dimension.
+    row_dimension, row
+        Ordering and summarising a row: for each dimension, and whatever the dimension.
+    call
+        What it takes more than exact however little there is to do.
+    """
+
+    listed_key: float
+    opened_node: float
+    row_dimension: float
+    row: float
+    call: float
+
+
+COST_MODELS = {
+    "treecode": CostModel(3.5, 265.0, 375.0, 33_000.0, 2.2e8),
+    "sortlsh": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
+    "hyper": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call is expected to take.
+
+    Attributes
+    ----------
+    prepare
+        What no budget changes.
+    evaluate
+        For all queries, with the budget.
+    """
+
+    prepare: float
+    evaluate: float
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.prepare + self.evaluate
+
+
+def exact_row_cost(problem: Problem) -> float:
+    """Return what exact attention of one query is expected to take."""
+    return _element_cost(problem) * problem.n_k * (problem.d + problem.d_v + EXP_DIMENSIONS)
+
+
+def expected_cost(problem: Problem, options: Options) -> Cost:
+    """Return what a method is expected to take; kdeformer, which has no model, counts as exact."""
+    if options.name not in COST_MODELS or options.budget is None:
+        return Cost(0.0, problem.groups * problem.n_q * exact_row_cost(problem))
+    model, size = COST_MODELS[options.name], _element_cost(problem)
+    key = size * (problem.d + problem.d_v + EXP_DIMENSIONS)
+    row = size * (problem.d + problem.d_v) * model.row_dimension + model.row
+    return Cost(
+        prepare=problem.groups * (problem.n_q + problem.n_k) * row + model.call,
+        evaluate=problem.groups * problem.n_q * options.budget * (key * model.listed_key + model.opened_node),
+    )
+
+
+def _element_cost(problem: Problem) -> float:
+    return 2.0 if ACCUMULATION[problem.input_dtype] == "float64" else 1.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +112,8 @@ class Plan:
         In [0, 2**64).
     kernels
         Kernel name → implementation chosen.
+    exact
+        Implementation of attend_dense for what is evaluated exactly beside the method.
     threads
         Threads of the Numba kernels.
     temporary_bytes
@@ -59,6 +125,7 @@ class Plan:
     budget_asked: int | None
     seed: int
     kernels: dict[str, Choice]
+    exact: Choice
     threads: int
     temporary_bytes: int
 
@@ -86,7 +153,8 @@ def make_plan(
     site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
     options, reason = _resolve_method(problem, method, budget, site, kernels)
     chosen = {name: choose(name, site, kernels) for name in options.kernels}
-    return Plan(options, reason, budget, seed, chosen, count, _temporary_bytes(problem, options, chosen, count))
+    exact = choose("attend_dense", replace(site, gradient=False), kernels)
+    return Plan(options, reason, budget, seed, chosen, exact, count, _temporary_bytes(problem, options, chosen, count))
 
 
 def _resolve_method(
@@ -113,12 +181,7 @@ def _resolve_method(
 def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> tuple[Options, str]:
     if budget >= problem.n_k:
         return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
-    size = 2 if ACCUMULATION[problem.input_dtype] == "float64" else 1
-    key = problem.d + problem.d_v + EXP_DIMENSIONS
-    exact = size * problem.groups * problem.n_q * problem.n_k * key
-    listed = problem.n_q * budget * (size * key * LISTED_KEY_COST + OPENED_NODE_COST)
-    rows = (problem.n_q + problem.n_k) * (size * (problem.d + problem.d_v) * ROW_DIMENSION_COST + ROW_COST)
-    ratio = exact / (problem.groups * (listed + rows) + CALL_COST)
+    ratio = expected_cost(problem, Exact()).total / expected_cost(problem, Treecode().resolve(budget)).total
     if ratio <= 1.0:
         return Exact(), f"auto: below the crossover, exact is expected to take {ratio:.2g} × treecode's time"
     if (found := choose("open_tree", site, kernels)).target == "array-api":

@@ -1,9 +1,9 @@
-"""`compare.png`: error against time, one curve a method, exact attention as a vertical line. Imports matplotlib."""
+"""`compare.png`: error against time, a curve for each method, a star for each tolerance, exact attention a vertical line."""
 
 import io
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, cycle, pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ SUBDIVISIONS = (
     (3, (1, 2, 5)),
     (math.inf, (1,)),
 )
+DARK = "#222222"
 LINE_LABEL_HEIGHT = 15  # points
 # Offsets in points at which a label is tried, nearest first.
 OFFSETS = [
@@ -45,7 +46,7 @@ def comparison_png(case: Case, rows: Sequence[Row], machine: Machine, library: s
     case
         Inputs that were measured.
     rows
-        Rows of `kdecore.comparison.measure`, the baseline first. Exact methods are vertical lines.
+        Rows of `kdecore.comparison.measure`, the baseline first. Exact results are vertical lines.
     machine
         What they were measured on.
     library
@@ -65,25 +66,42 @@ def comparison_png(case: Case, rows: Sequence[Row], machine: Machine, library: s
         axes.plot(
             times, errors, color=colour, marker=marker, linestyle=dash, linewidth=1.8, markersize=7, label=points[0].label
         )
-    lines = {row.label: row.milliseconds for row in reversed(rows) if row.ran == "exact" and row.method not in curves}
+    chosen = [row for row in rows if row.rtol is not None and _is_point(row)]
+    if chosen:
+        times, errors = [row.milliseconds for row in chosen], [row.errors.spectral for row in chosen]
+        label = "rtol (Frobenius)"
+        axes.plot(times, errors, color=DARK, marker="*", linestyle="none", markersize=11, label=label)
+    lines = {row.label: row.milliseconds for row in reversed(rows) if _is_line(row, curves)}
     _dress(axes, case, rows, machine, library, len(lines))
-    _limits(axes, curves, list(lines.values()))
+    _limits(axes, [*chain.from_iterable(curves.values()), *chosen], list(lines.values()))
     scaled = f", scaled up from {rows[0].timed_rows:,} queries" if rows[0].timed_rows < case.q.shape[-2] else ""
     _draw_lines(axes, {label + (scaled if label == rows[0].label else ""): time for label, time in lines.items()})
-    if curves:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(curves), frameon=False, fontsize=11)
+    if entries := len(curves) + bool(chosen):
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=entries, columnspacing=1.5, frameon=False, fontsize=11
+        )
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in this layout
-    _label_budgets(canvas, axes, curves, list(lines.values()))
+    _label_points(canvas, axes, curves, chosen, list(lines.values()))
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
 
 
+def _is_point(row: Row) -> bool:
+    """Return whether a row has a place in axes of logarithms, and is no exact result, whose error is of rounding alone."""
+    return row.ran != "exact" and 0 < row.errors.spectral < math.inf
+
+
+def _is_line(row: Row, curves: dict[str, list[Row]]) -> bool:
+    """Return whether a row is drawn as a line: an exact result of what has no curve."""
+    return row.ran == "exact" and (row.rtol is not None or row.method not in curves)
+
+
 def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     curves: dict[str, list[Row]] = {}
     for row in rows:
-        if row.ran != "exact" and 0 < row.errors.spectral < math.inf:
+        if row.rtol is None and _is_point(row):
             curves.setdefault(row.method, []).append(row)
     return {method: sorted(points, key=lambda row: row.budget or 0) for method, points in curves.items()}
 
@@ -111,8 +129,8 @@ def _dress(axes: Axes, case: Case, rows: Sequence[Row], machine: Machine, librar
 
 def _draw_lines(axes: Axes, lines: dict[str, float]) -> None:
     """Draw exact methods as vertical lines, labelled above the frame, where no curve can be."""
-    for level, ((label, time), dash) in enumerate(zip(reversed(lines.items()), DASHES, strict=False)):
-        axes.axvline(time, color="#222222", linewidth=1.6, linestyle=dash)
+    for level, ((label, time), dash) in enumerate(zip(reversed(lines.items()), cycle(DASHES), strict=False)):
+        axes.axvline(time, color=DARK, linewidth=1.6, linestyle=dash)
         low, high = axes.get_xlim()
         on_the_right = math.log(time / low) > 0.5 * math.log(high / low)
         axes.annotate(
@@ -124,7 +142,7 @@ def _draw_lines(axes: Axes, lines: dict[str, float]) -> None:
             ha="right" if on_the_right else "left",
             va="bottom",
             fontsize=10.5,
-            color="#222222",
+            color=DARK,
         )
 
 
@@ -132,10 +150,10 @@ def _shorten(text: str, length: int = 85) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _limits(axes: Axes, curves: dict[str, list[Row]], lines: list[float]) -> None:
+def _limits(axes: Axes, points: Sequence[Row], lines: list[float]) -> None:
     """Leave room for labels, and put readable numbers on the axes however short they are."""
-    times = [row.milliseconds for points in curves.values() for row in points] + lines
-    errors = [row.errors.spectral for points in curves.values() for row in points] or [0.1, 1.0]
+    times = [row.milliseconds for row in points] + lines
+    errors = [row.errors.spectral for row in points] or [0.1, 1.0]
     for values, axis, set_limits in ((times, axes.xaxis, axes.set_xlim), (errors, axes.yaxis, axes.set_ylim)):
         low, high = min(values), max(values)
         margin = max(1.3, (high / low) ** 0.12)
@@ -148,38 +166,45 @@ def _limits(axes: Axes, curves: dict[str, list[Row]], lines: list[float]) -> Non
         axis.set_minor_formatter(NullFormatter())
 
 
-def _label_budgets(canvas: Any, axes: Axes, curves: dict[str, list[Row]], lines: list[float]) -> None:
-    """Write every point's budget beside it, where it covers no marker, curve or other label."""
+def _label_points(
+    canvas: Any, axes: Axes, curves: dict[str, list[Row]], chosen: Sequence[Row], lines: Sequence[float]
+) -> None:
+    """Write every point's budget or tolerance beside it, where it covers no marker, curve or other label."""
     renderer = canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    taken = [box for points in curves.values() for box in _occupied(axes, points)]
+    taken = [box for points in (*curves.values(), *([row] for row in chosen)) for box in _occupied(axes, points)]
     for time in lines:
         x, _ = axes.transData.transform((time, 1.0))
         taken.append(Bbox.from_extents(x - 2, frame.y0, x + 2, frame.y1))
-    for points, colour in zip(curves.values(), COLOURS, strict=False):
-        for point in points:
-            note = axes.annotate(
-                f"{point.budget}",
-                (point.milliseconds, point.errors.spectral),
-                xytext=(0, 0),
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                fontsize=10,
-                color=colour,
-            )
-            choices = []
-            for offset in OFFSETS:
-                note.set_position(offset)
-                box = note.get_window_extent(renderer)
-                outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-                overlaps = sum(box.overlaps(other) for other in taken)
-                choices.append((outside, overlaps, offset, box))
-                if not outside and not overlaps:
-                    break
-            _, _, offset, box = min(choices, key=lambda choice: choice[:2])
+    labels = [
+        (point, f"{point.budget}", colour)
+        for points, colour in zip(curves.values(), COLOURS, strict=False)
+        for point in points
+    ]
+    labels += [(row, f"rtol {row.rtol:g}", DARK) for row in chosen]
+    for point, text, colour in labels:
+        note = axes.annotate(
+            text,
+            (point.milliseconds, point.errors.spectral),
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=10,
+            color=colour,
+        )
+        choices = []
+        for offset in OFFSETS:
             note.set_position(offset)
-            taken.append(box)
+            box = note.get_window_extent(renderer)
+            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            overlaps = sum(box.overlaps(other) for other in taken)
+            choices.append((outside, overlaps, offset, box))
+            if not outside and not overlaps:
+                break
+        _, _, offset, box = min(choices, key=lambda choice: choice[:2])
+        note.set_position(offset)
+        taken.append(box)
 
 
 def _occupied(axes: Axes, points: list[Row]) -> list[Bbox]:

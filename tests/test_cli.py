@@ -183,8 +183,98 @@ def test_compare_measures_every_method(tmp_path, capsys):
     assert "density estimates" in out
 
 
+def test_compare_with_tolerances(tmp_path, no_plot, capsys, monkeypatch):
+    monkeypatch.setattr("kdecore.tolerance.SEARCH_SHARE", math.inf)  # no search pays for so few keys
+    status, out, err = run(capsys, "compare", "--n", "2048", "--rtol", "1e-6,0.9", "0.9", "--methods", "sortlsh,exact",
+        "--budgets", "64", "--seeds", "2", "--repeats", "1", "--out", tmp_path)  # fmt: skip
+    assert (status, err) == (0, "")
+    record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert record["arguments"]["rtol"] == [1e-6, 0.9, 0.9]
+    rows = record["rows"]
+    assert [(row["method"], row["budget"], row["rtol"]) for row in rows[1:]] == [
+        ("sortlsh", 64, None),
+        ("exact", None, None),
+        ("auto", None, 1e-6),
+        ("auto", None, 0.9),
+    ]
+    *_, strict, loose = rows
+    assert (strict["ran"], strict["keys_per_query"]) == ("exact", 2048)
+    assert loose["ran"] != "exact"
+    assert loose["keys_per_query"] < 2048
+    assert 0 < loose["errors"]["frobenius"] < 0.9
+    assert loose["certificate"]["frobenius_interval"][1] <= 0.9
+    for row in rows:
+        assert (row["certificate"] is None) == (row["ran"] == "exact")
+    for row in (rows[1], loose):
+        assert 32 <= row["certificate"]["rows"] < 2048
+        assert row["certificate"]["confidence"] == 0.95
+        for norm in ("frobenius", "spectral"):
+            low, high = row["certificate"][f"{norm}_interval"]
+            assert 0 < low <= row["certificate"][norm] <= high
+            assert low / 2 < row["first_errors"][norm] < high * 2
+    table = {line.split("  ")[0].strip(): line for line in out.splitlines()}
+    assert "–" in table["sortlsh"].replace(" – ", "")
+    assert " – " in table["exact"]
+    assert " – " in table["rtol 1e-06 (exact)"]
+    assert f"rtol 0.9 ({loose['ran']})" in table
+    notes = " ".join(out.split())
+    for part in ("certified: 95 % interval of the Frobenius error with seed 0", "not from the comparison; ", " of 2 hold it",
+                 "rtol: kdecore chose"):  # fmt: skip
+        assert part in notes
+        assert part in " ".join(record["notes"])
+
+
+def test_a_certificate_is_made_once_and_never_timed(monkeypatch):
+    calls = []
+    attention = comparison.attention
+    monkeypatch.setattr(comparison, "attention", lambda *a, **k: calls.append(k) or attention(*a, **k))
+    row = comparison.measure(small_case(), ["hyper"], [16], [3, 4], repeats=2)[1]
+    made = [k for k in calls if k["method"] == "hyper"]
+    described = [k for k in made if k.get("return_report")]
+    assert len(made) - len(described) in (4, 5)  # and one for memory, where that is known
+    assert [(k["seed"], k.get("certificate")) for k in described] == [(3, None), (4, 0.0)]
+    only = comparison.measure(small_case(), ["hyper"], [16], [3], repeats=1)[1]
+    assert row.certificate == only.certificate
+    assert row.first_errors == only.errors
+    assert row.first_errors != row.errors
+
+
+@pytest.mark.parametrize(
+    ("limits", "shown"),
+    [
+        ((0.00491, 0.00529), "0.0049–0.0053"),
+        ((0.0491, 0.05), "0.049–0.050"),
+        ((0.996, 12.3), "0.99–13"),
+        ((1.01e-5, 1.19e-4), "1.0e-05–1.2e-04"),
+        ((0.0, 0.5), "0.0–0.50"),
+        ((0.5, math.inf), "0.50–inf"),
+        ((0.1234, 0.1234), "0.123"),
+        ((math.nan, math.nan), "nan"),
+    ],
+)
+def test_limits_are_rounded_outwards(limits, shown):
+    assert cli._interval(*limits) == shown
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(60, 74), (80, 80), (100, 100), (200, 100)])
+def test_narrow_terminals_lose_no_numbers(tmp_path, no_plot, capsys, monkeypatch, columns, widest):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, out, _ = run(capsys, "compare", *QUICK, "--seeds", "1", "--methods", "sortlsh", "--rtol", "1e-6",
+        "--out", tmp_path)  # fmt: skip
+    assert status == 0
+    assert "…" not in out
+    table = out[out.index("keys/") : out.index("Speed-up")]
+    assert max(map(len, table.splitlines())) <= widest
+    assert "certified" in table
+    for row in json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["rows"]:
+        if row["certificate"]:
+            assert cli._interval(*row["certificate"]["frobenius_interval"]) in table
+
+
 def test_labels_in_table_and_plot():
     row = comparison.measure(small_case(), ["auto"], [16], [0], repeats=1)[1]
+    for ran in ("treecode", "exact", "sortlsh, exact"):
+        assert replace(row, method="auto", ran=ran, budget=None, rtol=0.05).label == f"rtol 0.05 ({ran})"
     labels = {("auto", "sortlsh"): "auto (sortlsh)", ("hyper", "hyper"): "hyper", ("exact (torch SDPA)", "exact"): None}
     for (method, ran), label in labels.items():
         assert replace(row, method=method, ran=ran).label == (label or method)
@@ -218,6 +308,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path, no_plot, capsys):
     assert err.count("\n") == 1
     assert "q holds 1 of 960, v holds 3 of 960" in err
     assert "nan" in out
+    assert "hold it" not in out
     record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     assert record["case"]["non_finite"] == {"q": 1, "v": 3}
 
@@ -235,6 +326,11 @@ def test_overflow_leaks_no_warning(tmp_path, no_plot, capsys, scale):
     [
         (["--methods", "sortlsh", "sortlhs"], "'sortlhs'"),
         (["--budgets", "0"], "budget must be an integer of at least 1, got 0"),
+        (["--rtol", "0"], "rtol must be a positive finite number or None, got 0.0"),
+        (["--rtol", "0.05,-0.1"], "rtol must be a positive finite number or None, got -0.1"),
+        (["--rtol", "-1"], "rtol"),
+        (["--rtol", "nan"], "rtol"),
+        (["--rtol", "inf"], "rtol"),
         (["--seeds", "0"], "seeds must be an integer of at least 1, got 0"),
         (["--repeats", "0"], "repeats"),
         (["--exact-rows", "0"], "exact_rows"),
@@ -271,9 +367,10 @@ def test_a_new_folder_goes_where_nothing_is_written(tmp_path, no_plot, capsys, m
         assert files_in(tmp_path / "mine") == []
 
 
-def test_methods_are_checked_before_any_work(tmp_path, capsys, monkeypatch):
+def test_options_are_checked_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "glove_case", lambda n: pytest.fail("loaded the data first"))
     assert_fails(capsys, "compare", "--methods", "nope", "--out", tmp_path / "out", says="nope")
+    assert_fails(capsys, "compare", "--rtol", "0", "--out", tmp_path / "out", says="rtol")
     assert not (tmp_path / "out").exists()
 
 
@@ -286,6 +383,11 @@ def test_methods_are_checked_before_any_work(tmp_path, capsys, monkeypatch):
         (["compare", "--budgets", "many"], "argument --budgets: must be integers, got 'many'; see kdecore compare --help"),
         (["compare", "--budgets", "16,1.5"], "got '16,1.5'"),
         (["compare", "--budgets"], "--budgets: expected at least one argument"),
+        (["compare", "--rtol", "small"], "argument --rtol: must be numbers, got 'small'; see kdecore compare --help"),
+        (["compare", "--rtol", "0.1,small"], "argument --rtol: must be numbers, got '0.1,small'"),
+        (["compare", "--rtol", ","], "argument --rtol: must be numbers, got ','"),
+        (["compare", "--rtol"], "--rtol: expected at least one argument"),
+        (["compare", "--rtol", "0.1", "ok.npz"], "got 'ok.npz'; files come before the options"),
         (["compare", "--library", "jax"], "invalid choice: 'jax'"),
         (["compare", "--methods", "sortlsh", "hyper", "ok.npz"], "got 'ok.npz'; files come before the options"),
         (["compare", "--budgets", "16", "ok.NPZ"], "files come before the options, as in kdecore compare ok.NPZ"),
@@ -520,6 +622,24 @@ def test_plot_says_that_rows_are_sampled(monkeypatch):
     comparison_png(case, rows, machine.this_machine(), "numpy")
     assert any("errors on 20 of 60 queries, drawn at random" in text for text in texts)
     assert any("exact" in text and "scaled up from 40 queries" in text for text in texts)
+
+
+def test_plot_shows_tolerances(monkeypatch):
+    figures = []
+    monkeypatch.setattr("kdecore.plots.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
+    case = small_case()
+    exact, hyper, one = comparison.measure(case, ["hyper", "auto"], [8], [0], repeats=1)
+    chosen = [replace(one, method="auto", ran=ran, budget=None, rtol=rtol) for ran, rtol in
+              (("hyper", 0.2), ("sortlsh, exact", 0.1), ("exact", 0.05))]  # fmt: skip
+    comparison_png(case, [exact, hyper, *chosen], machine.this_machine(), "numpy")
+    comparison_png(case, [exact, *chosen], machine.this_machine(), "numpy")
+    for figure, curves in zip(figures, (["hyper"], []), strict=True):
+        texts = [text.get_text() for text in figure.axes[0].texts]
+        assert {"rtol 0.2", "rtol 0.1"} <= set(texts)
+        assert "rtol 0.05" not in texts
+        assert any(text.startswith(("rtol 0.05 (exact):", "▾ rtol 0.05 (exact):")) for text in texts)
+        legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert legend == [*curves, "rtol (Frobenius)"]
 
 
 def test_plot_with_any_errors():

@@ -186,7 +186,7 @@ def test_a_vector_added_to_all_keys_changes_nothing(rng):
 def test_coordinates_hold_the_logits(rng):
     """With as many directions as dimensions, the products of coordinates add up to the logits with centred keys."""
     q, k = rng.standard_normal((2, 3, 200, 9)) @ np.diag(np.arange(1.0, 10.0)) + 3.0
-    view = treecode.balanced_view(host, q, k, 0.7)
+    view = treecode.balanced_view(host, treecode.second_moment(host, q), k, 0.7)
     coordinates = (q @ view.queries) @ (k @ view.keys - view.centre).swapaxes(1, 2)
     centred = k - k.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(coordinates, 0.7 * q @ centred.swapaxes(1, 2), rtol=1e-9, atol=1e-9)
@@ -281,7 +281,7 @@ def test_project_rows(backend, rng, implementation, n, d, p, dtype):
 
 def test_coordinates_of_both_sides_have_the_same_diagonal_moment(rng):
     q, k = rng.standard_normal((2, 2, 500, 30)) * np.geomspace(3.0, 0.01, 30)
-    view = treecode.balanced_view(host, q, k, 0.5)
+    view = treecode.balanced_view(host, treecode.second_moment(host, q), k, 0.5)
     moments = [x.swapaxes(1, 2) @ x / 500 for x in (q @ view.queries, k @ view.keys - view.centre)]
     np.testing.assert_allclose(moments[0], moments[1], rtol=0, atol=1e-3 * moments[0].max())
     off_diagonal = moments[0] * (1.0 - np.eye(moments[0].shape[1]))

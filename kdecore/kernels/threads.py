@@ -31,6 +31,12 @@ def small_tasks(steps: int) -> int:
     return max(1, SMALL_STEPS // max(1, steps))
 
 
+def fair_chunk(tasks: int, most: int) -> int:
+    """Return how many tasks to take at a time, at most ``most``, so that each thread of the caller's `team` gets some."""
+    with team() as own:
+        return max(1, min(most, -(-tasks // own.threads)))
+
+
 def insist(step: Callable[[], object], failures: list[BaseException]) -> None:
     """Call ``step`` again until it returns, and note what interrupts it in ``failures``."""
     while True:

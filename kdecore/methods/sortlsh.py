@@ -13,6 +13,7 @@ queries meets the stretch of keys at its place. A_res, the rest, is sampled. Whe
 - Everything stays in log space.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 from kdecore.grouping.sign_lsh import HashOrder, hash_orders
@@ -24,9 +25,38 @@ from kdecore.randomness import SAMPLES_STREAM, uniform
 from kdecore.selection import Blocks, Selection, equal_blocks
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that no budget changes.
+
+    Attributes
+    ----------
+    queries, keys
+        Their hash orders.
+    weights
+        (G, n_k) float64 ≥ 1: sampling weight of the key at each place of the keys' order.
+    """
+
+    queries: HashOrder
+    keys: HashOrder
+    weights: Array
+
+
 def select(problem: Problem, plan: Plan) -> Selection:
     """Select each block's own stretch of keys, and a sample of the others with probability ∝ 1 + ‖v‖ / mean ‖v‖."""
-    return block_and_sample(problem, plan, value_weights(problem, plan))
+    return block_and_sample(problem, plan, prepare(problem, plan))
+
+
+def prepare(problem: Problem, plan: Plan) -> Prepared:
+    """Hash and sort, and weigh the keys by their values. O(G ((n_q + n_k) (d · num_hashes + log n) + n_k d_v))."""
+    return hash_and_sort(problem, plan, value_weights(problem, plan))
+
+
+def hash_and_sort(problem: Problem, plan: Plan, weights: Array) -> Prepared:
+    """Sort queries and keys by hash, and ``weights`` (G, n_k) with the keys."""
+    assert isinstance(plan.options, SortLSH)
+    queries, keys = hash_orders(problem, plan, int(plan.options.num_hashes or 0))
+    return Prepared(queries, keys, take_along_rows(problem.xp, weights, keys.order))
 
 
 def value_weights(problem: Problem, plan: Plan) -> Array:
@@ -41,7 +71,7 @@ def value_weights(problem: Problem, plan: Plan) -> Array:
     return 1.0 + norms / xp.where(mean > 0, mean, 1.0)
 
 
-def block_and_sample(problem: Problem, plan: Plan, weights: Array) -> Selection:
+def block_and_sample(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
     """Select block_size keys at each query block's place in hash order, and num_samples of the others.
 
     Parameters
@@ -50,19 +80,19 @@ def block_and_sample(problem: Problem, plan: Plan, weights: Array) -> Selection:
         Canonical inputs.
     plan
         With resolved `SortLSH` or `Hyper` options.
-    weights
-        (G, n_k) float64 ≥ 1: sampling weight of every key.
+    prepared
+        Hash orders and weights.
 
     Returns
     -------
     Selection
         Own keys at log-weight 0, sampled ones at −log of their inclusion probability.
-        O(G (n_q + n_k) (d · num_hashes + log n)).
+        O(G (n_k + B · budget)) for B blocks.
     """
     xp, options = problem.xp, plan.options
     assert isinstance(options, SortLSH)
     own_size, samples = int(options.block_size or 0), int(options.num_samples or 0)
-    queries, keys = hash_orders(problem, plan, int(options.num_hashes or 0))
+    queries, keys = prepared.queries, prepared.keys
     blocks = equal_blocks(xp, queries.order, options.rows)
     own_start = own_windows(xp, queries, keys, blocks, own_size)
 
@@ -70,9 +100,7 @@ def block_and_sample(problem: Problem, plan: Plan, weights: Array) -> Selection:
     starts = xp.reshape(uniform(xp, plan.seed, SAMPLES_STREAM, count, device=problem.device), (problem.groups, -1))
     # Since every weight is at least 1, this ceiling keeps every inclusion probability at or below 1 in every block.
     ceiling = (problem.n_k - own_size) / samples
-    capped = xp.minimum(
-        take_along_rows(xp, weights, keys.order), xp.asarray(ceiling, dtype=xp.float64, device=problem.device)
-    )
+    capped = xp.minimum(prepared.weights, xp.asarray(ceiling, dtype=xp.float64, device=problem.device))
     sampled, log_inclusion = plan.kernels["draw_indices"].function(xp, capped, own_start, own_size, starts, samples)
 
     own = own_start[..., None] + xp.arange(own_size, dtype=xp.int64, device=problem.device)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.namespaces import Array, Namespace, host, invert_permutation, spans, take_along_rows, without_gradient
+from kdecore.namespaces import Array, Namespace, cross_moment, host, invert_permutation, take_along_rows, without_gradient
 from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.randomness import SAMPLES_STREAM, uniform
@@ -27,8 +27,6 @@ from kdecore.tree import depth, node_bounds, node_count
 
 MOMENT_ROWS = 2048
 """Rows, evenly spaced, that moments are taken from, at least."""
-SMALL_PRODUCT = 2**19
-"""Multiplications of one matrix product: of more, NumPy's threads would spin for long afterwards (bench/NOTES.md)."""
 RIDGE = 1e-6
 """Part of the mean eigenvalue that is added to all."""
 ORTHOGONAL_ITERATIONS = 4
@@ -41,6 +39,53 @@ OWN_SHARE = 4
 """Own positions are listed where they take at most this part of the budget."""
 
 
+@dataclass(frozen=True)
+class KeyTree:
+    """What of the treecode follows from the keys and from how queries look: built once for any queries and budgets.
+
+    Attributes
+    ----------
+    view
+        Coordinates of queries and keys.
+    order
+        (G, n_k) int64: the key at each position of the tree.
+    nodes
+        Summaries of the tree's nodes, and the keys and values in its order.
+    slope
+        (G, d, d_v): `first_order_term`.
+    """
+
+    view: "View"
+    order: Array
+    nodes: TreeNodes
+    slope: Array
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that no budget changes.
+
+    Attributes
+    ----------
+    keys
+        The tree over the keys.
+    coordinates
+        (G, n_q, p) of the queries.
+    order
+        (G, n_q) int64: the query at each place of the queries' tree.
+    blocks
+        That order in blocks of `Treecode.block_size`.
+    own
+        (G, B, b) int64, ascending: positions in the keys' tree of each block's own keys, in self-attention; else None.
+    """
+
+    keys: KeyTree
+    coordinates: Array
+    order: Array
+    blocks: Blocks
+    own: Array | None
+
+
 def select(problem: Problem, plan: Plan) -> Selection:
     """Select for each block of queries a list of tree nodes and single keys.
 
@@ -50,45 +95,102 @@ def select(problem: Problem, plan: Plan) -> Selection:
         ``budget`` slots a block, with the means of nodes and the keys in the tree's order as keys and values.
         O(G ((n_q + n_k) (d p + p log n) + n_q · budget · d + d² p)), with p = `Treecode.DIRECTIONS`.
     """
-    options = plan.options
-    assert isinstance(options, Treecode)
-    assert options.budget is not None
-    xp, kernels = problem.xp, plan.kernels
-    q, k, v = (without_gradient(x) for x in (problem.q, problem.k, problem.v))
-    project = kernels["project_rows"].function
-    view = balanced_view(xp, q, k, problem.scale)
-    query_coordinates, key_coordinates = project(xp, q, view.queries), project(xp, k, view.keys) - view.centre
+    return open_for(problem, plan, prepare(problem, plan))
 
-    query_order = kernels["tree_order"].function(xp, query_coordinates, options.block_size)
-    blocks = equal_blocks(xp, query_order, options.block_size)
-    key_order = kernels["tree_order"].function(xp, key_coordinates, Treecode.LEAF_SIZE)
+
+def prepare(problem: Problem, plan: Plan) -> Prepared:
+    """Build the tree over the keys, and the blocks of queries. O(G ((n_q + n_k) (d p + p log n) + d² p))."""
+    moment = second_moment(problem.xp, without_gradient(problem.q))
+    return prepare_queries(problem, plan, build(problem, plan, moment))
+
+
+def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
+    """Build the tree over a problem's keys for queries whose `second_moment` is ``moment``."""
+    xp, kernels = problem.xp, plan.kernels
+    k, v = without_gradient(problem.k), without_gradient(problem.v)
+    view = balanced_view(xp, moment, k, problem.scale)
+    coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
+    order = kernels["tree_order"].function(xp, coordinates, Treecode.LEAF_SIZE)
     norms = kernels["row_norms"].function(xp, v)
     top = xp.max(norms, axis=1, keepdims=True)
     sizes = xp.astype(norms / xp.where(top > 0, top, 1.0), k.dtype)
     nodes = kernels["node_summaries"].function(
-        xp, problem.k, problem.v, key_coordinates, sizes, key_order, Treecode.LEAF_SIZE, view.half_norm
+        xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, view.half_norm
     )
-    rows = int(blocks.index.shape[2])
+    return KeyTree(view, order, nodes, first_order_term(xp, nodes, problem.n_k))
+
+
+def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
+    """Put a problem's queries into blocks, and find each block's own keys."""
+    xp, options = problem.xp, plan.options
+    assert isinstance(options, Treecode)
+    coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
+    if problem.n_q <= options.block_size:
+        every = xp.arange(problem.n_q, dtype=xp.int64, device=problem.device)
+        order = xp.broadcast_to(every, (problem.groups, problem.n_q))
+    else:
+        order = plan.kernels["tree_order"].function(xp, coordinates, options.block_size)
+    blocks = equal_blocks(xp, order, options.block_size)
     own = None
-    if problem.n_q == problem.n_k and rows * OWN_SHARE <= options.budget:
-        own = xp.sort(take_along_rows(xp, invert_permutation(xp, key_order), blocks.index), axis=-1)
-    key_index, log_weight = kernels["open_tree"].function(
+    if problem.n_q == problem.n_k:
+        own = xp.sort(take_along_rows(xp, invert_permutation(xp, keys.order), blocks.index), axis=-1)
+    return Prepared(keys, coordinates, order, blocks, own)
+
+
+def restrict(problem: Problem, prepared: Prepared, numbers: Array) -> tuple[Problem, Prepared, Array]:
+    """Leave only some blocks, all their queries, as they are among the others.
+
+    Parameters
+    ----------
+    problem, prepared
+        All queries.
+    numbers
+        (G, C) in [0, 1): number u stands for block ⌊u · B⌋ of the queries' tree.
+
+    Returns
+    -------
+    problem, prepared
+        For the C · b queries of these blocks.
+    rows
+        (G, C, b) int64: which queries these are; in blocks one shorter than the longest the last one again.
+    """
+    xp, index = problem.xp, prepared.blocks.index
+    groups, count, b = index.shape
+    block = xp.astype(numbers * count, xp.int64)
+    rows = take_along_rows(xp, index, block)
+    queries = xp.reshape(rows, (groups, -1))
+    some = int(numbers.shape[1])
+    place = xp.reshape(xp.arange(some * b, dtype=xp.int64, device=problem.device), (1, some, b))
+    blocks = Blocks(xp.broadcast_to(place, (groups, some, b)), tuple(range(0, some * b + 1, b)))
+    own = None if prepared.own is None else take_along_rows(xp, prepared.own, block)
+    coordinates = take_along_rows(xp, prepared.coordinates, queries)
+    return problem.with_queries(queries), Prepared(prepared.keys, coordinates, queries, blocks, own), rows
+
+
+def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
+    """Open the tree for every block of queries."""
+    xp, options, nodes, blocks = problem.xp, plan.options, prepared.keys.nodes, prepared.blocks
+    assert isinstance(options, Treecode)
+    assert options.budget is not None
+    own = prepared.own
+    if own is not None and int(own.shape[2]) * OWN_SHARE > options.budget:
+        own = None
+    key_index, log_weight = plan.kernels["open_tree"].function(
         xp,
-        q,
+        without_gradient(problem.q),
         problem.scale,
-        query_coordinates,
+        prepared.coordinates,
         blocks.index,
         *(without_gradient(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)),
         own,
         options.budget,
     )
     if options.far_field == "sample":
-        holder = None if own is None else holders(xp, blocks, query_order, key_order)
+        holder = None if own is None else holders(xp, blocks, prepared.order, prepared.keys.order)
         starts = uniform(xp, plan.seed, SAMPLES_STREAM, math.prod(blocks.index.shape[:2]), device=problem.device)
         key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, int(nodes.spread.shape[1]))
         return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values[:, :, :-1])
-    slope = first_order_term(xp, nodes, problem.n_k)
-    return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values, slope=slope)
+    return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values, slope=prepared.keys.slope)
 
 
 def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
@@ -169,8 +271,14 @@ class View:
     half_norm: Array
 
 
-def balanced_view(xp: Namespace, q: Array, k: Array, scale: float) -> View:
-    """Find the coordinates of queries q (G, n_q, d) and keys k (G, n_k, d) that hold most of the logits.
+def second_moment(xp: Namespace, rows: Array) -> Array:
+    """Return the mean of x xᵀ over rows (G, n, d), from some of them where there are many: (G, d, d) float64."""
+    rows = finite_rows(xp, rows)
+    return cross_moment(xp, rows, rows)
+
+
+def balanced_view(xp: Namespace, moment: Array, k: Array, scale: float) -> View:
+    """Find the coordinates of queries of a second moment (G, d, d) and keys k (G, n_k, d) that hold most of the logits.
 
     They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
     queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
@@ -178,10 +286,10 @@ def balanced_view(xp: Namespace, q: Array, k: Array, scale: float) -> View:
     a fixed start, and balanced within their span, all by products and factors small enough for one thread. Other scalings
     err more (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
     """
-    queries, keys = finite_rows(xp, q) * scale, finite_rows(xp, k)
+    keys = finite_rows(xp, k)
     centre = xp.mean(keys, axis=1, keepdims=True)
     keys = keys - centre
-    c, s = cross_moment(xp, queries, queries), cross_moment(xp, keys, keys)
+    c, s = moment * scale**2, cross_moment(xp, keys, keys)
     d, p = int(k.shape[2]), min(Treecode.DIRECTIONS, int(k.shape[2]))
     half_norm = xp.astype(xp.linalg.trace(c) * (0.5 / d), k.dtype)
     c, s = with_ridge(xp, c), with_ridge(xp, s)
@@ -209,13 +317,6 @@ def finite_rows(xp: Namespace, rows: Array) -> Array:
     """Return at least `MOMENT_ROWS` rows or all, evenly spaced, in float64, with 0 for numbers that are not finite."""
     rows = xp.astype(rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :], xp.float64)
     return xp.where(xp.isfinite(rows), rows, 0.0)
-
-
-def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
-    """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): (G, d, e)."""
-    step = max(1, SMALL_PRODUCT // (int(x.shape[2]) * int(y.shape[2])))
-    parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), step)]
-    return sum(parts[1:], start=parts[0]) / int(x.shape[1])
 
 
 def with_ridge(xp: Namespace, moment: Array) -> Array:

@@ -24,12 +24,14 @@ from kdecore.kernels.simd import (
     prefetch,
     rows_from_columns,
 )
-from kdecore.kernels.threads import run_tasks
+from kdecore.kernels.threads import fair_chunk, run_tasks, team
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 TASK_ROWS = 256
-"""Rows that share one copy of their keys."""
+"""Rows that share one copy of their keys, at most."""
+LEAST_TASK_ROWS = 48
+"""Where there are fewer tasks than threads, tasks are cut down to so many rows."""
 CHUNK_SLOTS = 600
 """Keys copied together at most: with d = d_v = 64 in float32, 300 of 512 KiB of second-level cache."""
 VALUE_DEPTH = 96
@@ -55,21 +57,25 @@ def attend_blocks(
     out = np.empty((queries.shape[0], values.shape[1]), queries.dtype)
     lse = np.empty(queries.shape[0], queries.dtype)
     factor = queries.dtype.type(scale / LN2)
-    tasks = index.shape[0] * -(-index.shape[1] // TASK_ROWS)
-    # Small blocks by the dozen: a call of the kernel costs as much as a few queries.
-    chunk = max(1, TASK_ROWS // max(1, index.shape[1]))
-    run_tasks(lambda first, last: attend_tasks(*inputs, factor, out, lse, first, last), tasks, chunk=chunk)
+    blocks, rows = index.shape
+    with team() as own:
+        parts = max(-(-rows // TASK_ROWS), min(-(-own.threads // max(1, blocks)), -(-rows // LEAST_TASK_ROWS)))
+        # Small blocks by the dozen: a call of the kernel costs as much as a few queries.
+        chunk = fair_chunk(blocks * parts, TASK_ROWS // max(1, rows))
+        run_tasks(
+            lambda first, last: attend_tasks(*inputs, factor, parts, out, lse, first, last), blocks * parts, chunk=chunk
+        )
     return Part(from_host_like(xp, out, q), from_host_like(xp, lse, q))
 
 
 @kernel()
-def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, first, last):
-    """Evaluate tasks first … last − 1 into out and lse."""
+def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, parts, out, lse, first, last):
+    """Evaluate tasks first … last − 1, ``parts`` a block, into out and lse."""
     rows, slots = query_index.shape[1], key_index.shape[1]
     d, d_v = q.shape[1], v.shape[1]
     lanes = VECTOR_BYTES // q.itemsize
-    parts = -(-rows // TASK_ROWS)
-    panels = -(-min(rows, TASK_ROWS) // lanes)
+    task_rows = round_up(-(-rows // max(1, parts)), lanes) if parts > 1 else rows
+    panels = -(-task_rows // lanes)
     chunk = round_up(-(-slots // -(-slots // CHUNK_SLOTS)), TILE_ROWS)
     # What is left over of the values takes one tile, a short one if that will do.
     tiled = d_v // TILE_ROWS * TILE_ROWS
@@ -91,8 +97,10 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, out, lse, 
     sums = np.zeros(panels * columns * lanes, np.float64)
     totals = np.empty(panels * lanes, np.float64)
     for task in range(first, last):
-        block, begin = task // parts, task % parts * TASK_ROWS
-        count = min(TASK_ROWS, rows - begin)
+        block, begin = task // parts, task % parts * task_rows
+        count = min(task_rows, rows - begin)
+        if count <= 0:
+            continue
         # Lanes beyond the block repeat its last query.
         filled = round_up(count, lanes)
         for r in range(filled):

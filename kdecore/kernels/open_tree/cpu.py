@@ -24,13 +24,16 @@ from kdecore.kernels.simd import (
     multiply_rows,
     multiply_tile,
     part_vector,
+    prefetch,
     scale_columns,
     scaled_squares,
 )
-from kdecore.kernels.threads import run_tasks
+from kdecore.kernels.threads import fair_chunk, run_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 LN2 = math.log(2.0)
+AHEAD = 6
+"""Nodes whose children are asked for before they are opened."""
 HOLDER_LEVEL = 6
 """Level whose nodes are as many as a word has bits."""
 BINS = 4096
@@ -61,7 +64,7 @@ def open_tree(
     run_tasks(
         lambda first, last: open_blocks(*inputs, own_, float(scale), start, key_index, log_weight, first, last),
         groups * blocks,
-        chunk=16,
+        chunk=fair_chunk(groups * blocks, 16),
     )
     return from_host_like(xp, key_index, q), from_host_like(xp, log_weight, q)
 
@@ -198,6 +201,10 @@ def open_blocks(
             found = take_worst(error, heads, following, peak, step, chosen)
             gap_count, before, listed = 0, taken, used
             for c in range(found):
+                ahead = node[chosen[min(c + AHEAD, found - 1)]]
+                if ahead < first_leaf:
+                    prefetch(flat_keys, (group * total + 2 * ahead + 1) * d, 2 * d)
+                    prefetch(flat_variances, (group * nodes + 2 * ahead + 1) * p, 2 * p)
                 place = chosen[c]
                 h, depth = node[place], level[place]
                 i = h + 1 - (1 << depth)

@@ -5,7 +5,7 @@ import numpy as np
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
 from kdecore.kernels.jit import kernel
 from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile
-from kdecore.kernels.threads import run_tasks
+from kdecore.kernels.threads import run_tasks, small_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 TASK_ROWS = 512
@@ -19,7 +19,8 @@ def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
     rows_, matrix_ = host_view(rows), host_view(matrix)
     groups, n, _ = rows_.shape
     out = np.empty((groups, n, matrix_.shape[2]), rows_.dtype)
-    run_tasks(lambda first, last: project(rows_, matrix_, out, first, last), groups * -(-n // TASK_ROWS), chunk=1)
+    chunk = small_tasks(min(n, TASK_ROWS) * rows_.shape[2])
+    run_tasks(lambda first, last: project(rows_, matrix_, out, first, last), groups * -(-n // TASK_ROWS), chunk=chunk)
     return from_host_like(xp, out, rows)
 
 

@@ -1,0 +1,124 @@
+"""`KeyIndex`: the one-shot call when built for the same queries, exact for few keys, and right while keys are appended."""
+
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import kdecore
+from kdecore import DTypeError, KeyIndex, OptionError, ShapeError, Treecode
+from kdecore.metrics import errors
+from kdecore.namespaces import host
+from tests import oracles
+
+
+def clustered(rng, groups, n, d=12):
+    centres = rng.standard_normal((groups, 40, d))
+    return centres[:, rng.integers(0, 40, n)] + 0.3 * rng.standard_normal((groups, n, d))
+
+
+@pytest.mark.parametrize("method", ["treecode", Treecode(block_size=32), Treecode(far_field="sample")])
+@pytest.mark.parametrize("n_q", [1, 16, 300, 700])
+def test_built_for_the_same_queries_it_is_the_one_shot_call(backend, rng, method, n_q):
+    q, k, v = (backend.array(clustered(rng, 2, n)) for n in (n_q, 700, 700))
+    call = {"method": method, "budget": 150, "scale": 0.7, "seed": 5}
+    expected, expected_lse = kdecore.attention(q, k, v, return_lse=True, **call)
+    out, lse = KeyIndex(k, v, queries=q, **call).attend(q, return_lse=True)
+    assert out.shape == expected.shape
+    np.testing.assert_allclose(backend.numpy(out), backend.numpy(expected), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(backend.numpy(lse), backend.numpy(expected_lse), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_few_keys_are_attended_to_exactly(rng, dtype):
+    q, k, v = (rng.standard_normal((3, 2, n, 8)).astype(dtype) for n in (5, 60, 60))
+    index = KeyIndex(k[:, :, :1], v[:, :, :1], budget=60)
+    for i in range(1, 60):
+        index.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+    out = index.attend(q)
+    assert (index.n_k, out.dtype, out.shape) == (60, np.dtype(dtype), (3, 2, 5, 8))
+    np.testing.assert_allclose(
+        out, kdecore.attention(q, k, v, method="exact"), rtol=0, atol=2e-3 if dtype == "float16" else 1e-5
+    )
+
+
+@pytest.mark.parametrize("steps", [[2000], [1, 999, 1000], [700] + [100] * 13, [1500] + [1] * 500])
+def test_errors_stay_small_while_keys_are_appended(rng, steps):
+    q, k, v = (clustered(rng, 2, n) for n in (40, 2000, 2000))
+    v += 1.0
+    index, at = KeyIndex(k[:, : steps[0]], v[:, : steps[0]], budget=256), steps[0]
+    for step in steps[1:]:
+        index.append(k[:, at : at + step], v[:, at : at + step])
+        at += step
+    assert index.n_k == at == 2000
+    out, lse = index.attend(q, return_lse=True)
+    exact, exact_lse = oracles.exact_attention(q, k, v)
+    assert errors(host, out, exact).frobenius < 0.05
+    assert np.abs(lse - exact_lse).max() < 0.3
+    sizes = [piece.problem.n_k for piece in index._pieces]
+    assert sum(sizes) == 2000
+    assert all(later < former for former, later in pairwise(sizes))
+    assert all(piece.tree is not None for piece in index._pieces[:-1])
+
+
+def test_more_budget_errs_less_and_all_keys_are_exact(rng):
+    q, k, v = (clustered(rng, 1, n) for n in (100, 1500, 1500))
+    exact, _ = oracles.exact_attention(q, k, v)
+    found = [errors(host, KeyIndex(k, v, budget=budget).attend(q), exact).frobenius for budget in (64, 512, 1500)]
+    assert found[0] > found[1] > found[2]
+    assert found[2] < 1e-12
+
+
+def test_it_may_be_asked_from_several_threads_while_it_grows(rng):
+    q, k, v = (clustered(rng, 2, n).astype(np.float32) for n in (64, 900, 900))
+    index = KeyIndex(k, v, budget=128)
+    expected = index.attend(q)
+    found = [None] * 8
+
+    def ask(place):
+        found[place] = index.attend(q)
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out in found:
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_queries_of_any_number(rng):
+    k, v = (clustered(rng, 1, 800) for _ in range(2))
+    index = KeyIndex(k, v, budget=100)
+    assert index.attend(k[:, :0]).shape == (1, 0, 12)
+    whole = index.attend(k[:, :17])
+    assert np.isfinite(whole).all()
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
+    k, v = rng.standard_normal((2, 3, 50, 8))
+    index = KeyIndex(k, v, budget=20)
+    before = index.attend(k[:, :4])
+    for call, error, message in (
+        (lambda: index.attend(k[:2]), ShapeError, "leading dimensions"),
+        (lambda: index.attend(k[..., :5]), ShapeError, "last dimension d = 5"),
+        (lambda: index.attend(k.astype(np.float32)), DTypeError, "same dtype"),
+        (lambda: index.attend([1.0]), DTypeError, "q must be an array"),
+        (lambda: index.append(k[:2], v[:2]), ShapeError, "leading dimensions"),
+        (lambda: index.append(k, v[..., :5]), ShapeError, "v must have the last dimension 8"),
+        (lambda: index.append(k[:, :3], v), ShapeError, "as many rows"),
+        (lambda: index.append(k[:, :0], v[:, :0]), ShapeError, "at least one row"),
+        (lambda: KeyIndex(k, v, queries=k[..., :5]), ShapeError, "last dimension"),
+        (lambda: KeyIndex(k, v, method="sortlsh"), OptionError, 'method must be "treecode"'),
+        (lambda: KeyIndex(k, v, budget=0), OptionError, "budget"),
+        (lambda: KeyIndex(k, v, budget=5, method=Treecode(num_slots=6)), OptionError, "budget must be"),
+        (lambda: KeyIndex(k, v, scale=np.inf), OptionError, "scale must be"),
+        (lambda: KeyIndex(k, v, seed=-1), OptionError, "seed must"),
+        (lambda: KeyIndex(list(k), v), DTypeError, "must be an array"),
+        (lambda: KeyIndex(k, v[:, :3]), ShapeError, "as many rows"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert index.n_k == 50
+    np.testing.assert_array_equal(index.attend(k[:, :4]), before)

@@ -1,0 +1,167 @@
+"""`rtol=`: what is tried, that it is kept, and that exact is the last resort."""
+
+import numpy as np
+import pytest
+import torch
+
+import kdecore
+from kdecore import Exact, KDEformer, OptionError, SortLSH, Treecode
+from kdecore.attend import attend
+from kdecore.inputs import canonicalise
+from kdecore.methods import STAGES
+from kdecore.metrics import errors
+from kdecore.namespaces import host
+from kdecore.planning import expected_cost, make_plan
+from kdecore.tolerance import CANDIDATES, SEARCH_SHARE, Trial
+
+
+def clustered(rng, groups, n, d, spread=0.3, dtype=np.float32):
+    centres = rng.standard_normal((groups, 60, d))
+    q, k, v = (centres[:, rng.integers(0, 60, n)] + spread * rng.standard_normal((groups, n, d)) for _ in range(3))
+    # Values with a mean, so that the result is no difference of large sums.
+    return [x.astype(dtype) for x in (0.5 * q, k, v + 2.0)]
+
+
+def error(out, arrays, norm):
+    return getattr(errors(host, out, kdecore.attention(*arrays, method="exact")), norm)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("rtol", [0.05, 0.2, 0.5])
+def test_the_error_asked_for_is_kept(rng, norm, rtol):
+    """A certificate's upper limit is too low for at most 1 in 20 fresh seeds by its own account; none of 100 was."""
+    arrays = clustered(rng, 2, 12000, 24)
+    out, report = kdecore.attention(*arrays, rtol=rtol, rtol_norm=norm, return_report=True)
+    assert report.method != "exact"
+    last = report.rounds[-1]
+    assert (last.step, last.method) == ("certified", report.method)
+    assert last.upper <= rtol
+    assert report.certificate.upper(norm) == last.upper
+    assert error(out, arrays, norm) <= rtol
+    assert "certified" in str(report)
+    assert last.spent <= SEARCH_SHARE
+    again = kdecore.attention(*arrays, method=report.method, budget=last.budget)
+    np.testing.assert_array_equal(out, again)
+
+
+def test_budgets_grow_and_looser_tolerances_cost_less(rng):
+    arrays = clustered(rng, 1, 16000, 24)
+    costs = []
+    for rtol in (0.3, 0.1, 0.03):
+        _, report = kdecore.attention(*arrays, rtol=rtol, return_report=True)
+        for name in {one.method for one in report.rounds}:
+            budgets = [one.budget for one in report.rounds if one.method == name]
+            assert budgets == sorted(budgets)
+        problem = canonicalise(*arrays)
+        options = {"sortlsh": SortLSH, "treecode": Treecode, "exact": Exact}[report.method]()
+        costs.append(expected_cost(problem, options.resolve(report.rounds[-1].budget)).total)
+    assert costs == sorted(costs)
+
+
+def test_exact_where_nothing_else_is_cheaper(rng):
+    small = rng.standard_normal((3, 300, 8), dtype=np.float32)
+    out, report = kdecore.attention(*small, rtol=0.1, return_report=True)
+    assert (report.method, report.rounds, report.certificate) == ("exact", (), None)
+    np.testing.assert_array_equal(out, kdecore.attention(*small, method="exact"))
+    # Nothing stands out and the answer is near zero: no estimate is any good.
+    random = rng.standard_normal((3, 12000, 32), dtype=np.float32)
+    out, report = kdecore.attention(*random, rtol=0.02, return_report=True)
+    assert report.method == "exact"
+    assert "rtol 0.02" in report.reason
+    assert all(one.spent <= SEARCH_SHARE for one in report.rounds)
+    np.testing.assert_array_equal(out, kdecore.attention(*random, method="exact"))
+
+
+@pytest.mark.parametrize("method", ["sortlsh", "hyper", "treecode", Treecode(block_size=32), SortLSH(num_hashes=8)])
+def test_a_method_by_name_is_the_only_one_tried(rng, method):
+    arrays = clustered(rng, 1, 12000, 24)
+    name = method if isinstance(method, str) else method.name
+    _, report = kdecore.attention(*arrays, method=method, rtol=0.5, return_report=True)
+    assert report.method == name
+    assert {one.method for one in report.rounds} == {name}
+    if not isinstance(method, str):
+        kept = {"block_size": 32} if name == "treecode" else {"num_hashes": 8}
+        assert kept.items() <= report.options.items()
+
+
+def test_the_same_choice_on_every_library_and_in_every_run(rng):
+    arrays = clustered(rng, 1, 12000, 24)
+    call = {"rtol": 0.2, "seed": 4, "return_report": True}
+    (first, one), (second, two) = (kdecore.attention(*arrays, **call) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert one.rounds == two.rounds
+    out, report = kdecore.attention(*map(torch.from_numpy, arrays), **call)
+    assert [(x.method, x.budget, x.step) for x in report.rounds] == [(x.method, x.budget, x.step) for x in one.rounds]
+    np.testing.assert_allclose(out.numpy(), first, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", CANDIDATES, ids=lambda options: options.name)
+def test_what_is_tried_is_what_all_queries_get(rng, options):
+    """The rows of a trial are those of the whole result, to rounding: lists are made block by block."""
+    arrays = clustered(rng, 2, 1500, 12, dtype=np.float64)
+    problem = canonicalise(*arrays)
+
+    def plan_for(method):
+        return make_plan(problem, method=method, seed=2)
+
+    trial = Trial(problem, plan_for, options)
+    trial.promising = True
+    found = trial.measure()
+    sample = trial._samples[True]
+    _, part = trial.evaluate()
+    exact = kdecore.attention(*arrays, method="exact")
+    if STAGES[options.name].restrict is not None:
+        some = attend(sample.problem, trial.plan, STAGES[options.name].select(sample.problem, trial.plan, sample.prepared))
+        tried = np.stack([x[place] for x, place in zip(some.out, sample.place, strict=True)])
+        distance = np.linalg.norm(part.out[:, None] - tried[:, :, None], axis=-1)
+        whole = distance.argmin(axis=2)
+        assert distance.min(axis=2).max() < 1e-9
+        for group in range(2):
+            np.testing.assert_allclose(exact[group][whole[group]], sample.exact[group].reshape(-1, 12), rtol=0, atol=1e-9)
+            assert len(set(whole[group])) == whole.shape[1]
+    assert found.frobenius == pytest.approx(errors(host, part.out, exact).frobenius, rel=0.5)
+
+
+def test_gradients_flow_through_what_was_found(rng):
+    q, k, v = (torch.from_numpy(x).requires_grad_() for x in clustered(rng, 1, 9000, 16))
+    out, report = kdecore.attention(q, k, v, method="sortlsh", rtol=0.5, return_report=True)
+    assert report.method == "sortlsh"
+    out.sum().backward()
+    assert torch.isfinite(v.grad).all()
+    assert v.grad.abs().sum() > 0
+
+
+def test_arrays_without_elements(rng):
+    q, k, v = rng.standard_normal((3, 50, 4))
+    assert kdecore.attention(q[:0], k, v, rtol=0.1).shape == (0, 4)
+    assert kdecore.attention(q, k, v[:, :0], rtol=0.1).shape == (50, 0)
+
+
+def test_numbers_that_are_not_finite_end_in_exact(rng):
+    arrays = clustered(rng, 1, 12000, 24)
+    arrays[2][0, ::7] = np.nan
+    out, report = kdecore.attention(*arrays, rtol=0.2, return_report=True)
+    assert report.method == "exact"
+    np.testing.assert_array_equal(out, kdecore.attention(*arrays, method="exact"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": 0}, "rtol must be a positive finite number or None, got 0"),
+        ({"rtol": -0.1}, "rtol must be"),
+        ({"rtol": np.nan}, "rtol must be"),
+        ({"rtol": "small"}, "rtol must be"),
+        ({"rtol": 0.1, "rtol_norm": "nuclear"}, "rtol_norm must be one of frobenius, spectral, got 'nuclear'"),
+        ({"rtol": 0.1, "budget": 100}, "budget must be None with rtol"),
+        ({"rtol": 0.1, "method": "kdeformer"}, "method must be one of auto, exact, sortlsh, hyper, treecode with rtol"),
+        ({"rtol": 0.1, "method": KDEformer()}, "method must be one of"),
+        ({"rtol": 0.1, "method": Treecode(num_slots=5)}, "its budget open"),
+        ({"rtol": 0.1, "method": SortLSH(block_size=16)}, "its budget open"),
+        ({"rtol": 0.1, "method": Treecode(far_field="sample")}, "no far_field sampled"),
+        ({"rtol": 0.1, "method": "nonsense"}, "method must be one of"),
+    ],
+)
+def test_wrong_arguments(rng, options, message):
+    with pytest.raises(OptionError, match=message):
+        kdecore.attention(*rng.standard_normal((3, 20, 4)), **options)
