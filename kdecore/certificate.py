@@ -5,10 +5,10 @@ numbers of its own, one query from each of m stretches of equal length, so that 
 e the errors of the sampled rows and o their exact values:
 
 - Frobenius: √(Σ ‖e‖² / Σ ‖o‖²). Lower limit by bootstrap. Upper limit by bootstrap with a Pareto tail in place of the
-  largest sampled rows, as heavy as they and a prior say (`TAIL_INDEX`), so that rows larger than any sampled have their part.
+  largest sampled rows, as heavy as they and a prior say (`TAIL_INDEX`), so that rows larger than any sampled count.
 - Spectral: the largest singular value of the sampled errors is too large by chance, and what one half of the rows have
-  along the leading direction of the other half too small. The first, with the largest row not sampled added, bounds from
-  above, the second from below; their geometric mean is the estimate.
+  along the leading direction of the other half too small. The first, with the largest row not sampled added, bounds it
+  from above, the second from below; their geometric mean is the estimate.
 
 What it can't see: rows so rare that the sample has none of their kind, such as one in a thousand that is wrong by its whole
 size while the others are right to a percent.

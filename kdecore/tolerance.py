@@ -35,7 +35,7 @@ CANDIDATES: tuple[Options, ...] = (SortLSH(), Treecode())
 """What ``"auto"`` chooses from; hyper errs no less than sortlsh at the same cost on all data measured."""
 FIRST_BUDGET = {"sortlsh": 128, "hyper": 128, "treecode": 96}
 EASY_ERROR = {"sortlsh": 0.25, "hyper": 0.25, "treecode": 0.005}
-"""Error with the first budget on easy data (of those measured: bench/NOTES.md): smaller tolerances begin with larger budgets."""
+"""Error with the first budget on easy data (bench/NOTES.md): smaller tolerances begin with larger budgets."""
 DECAY = {"sortlsh": 0.5, "hyper": 0.5, "treecode": 0.8}
 """Errors fall with this power of the budget, at least about so fast: samples' by theory, treecode's as measured."""
 BUDGET_FIELDS = {
