@@ -129,11 +129,16 @@ def attention(
     plan_for = partial(make_plan, problem, seed=seed, kernels=kernels, threads=threads)
     found: Certificate | None = None
     rounds: tuple[Round, ...] = ()
+    certificate_seconds = 0.0
     if rtol is None:
         plan = plan_for(method=method, budget=budget)
         with team(plan.threads):
             selection = SELECT[plan.method](problem, plan)
             part = attend(problem, plan, selection)
+            if return_report and share > 0:
+                finished = time.perf_counter()
+                found = certify(problem, plan, part.out, share)
+                certificate_seconds = time.perf_counter() - finished
     else:
         tolerance = check_tolerance(rtol, rtol_norm)
         tried = to_try(method, budget, plan_for)
@@ -147,11 +152,7 @@ def attention(
     if return_lse:
         results.append(xp.reshape(part.lse, (*problem.lead, problem.n_q)))
     if return_report:
-        finished = time.perf_counter()
-        if rtol is None and share > 0:
-            with team(plan.threads):
-                found = certify(problem, plan, part.out, share)
-        ended = time.perf_counter()
-        report = make_report(problem, plan, selection, ended - started, compile_seconds() - compiled)
-        results.append(replace(report, certificate=found, certificate_seconds=ended - finished, rounds=rounds))
+        seconds = time.perf_counter() - started
+        report = make_report(problem, plan, selection, seconds, compile_seconds() - compiled)
+        results.append(replace(report, certificate=found, certificate_seconds=certificate_seconds, rounds=rounds))
     return tuple(results) if len(results) > 1 else out
