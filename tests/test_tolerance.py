@@ -29,7 +29,7 @@ def error(out, arrays, norm):
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
 @pytest.mark.parametrize("rtol", [0.05, 0.2, 0.5])
 def test_the_error_asked_for_is_kept(rng, norm, rtol):
-    """A certificate's upper limit is too low for at most 1 in 20 fresh seeds by its own account; none of 100 was."""
+    """A certificate's upper limit is too low for at most 1 in 20 fresh seeds by its own account; none of 102 was."""
     arrays = clustered(rng, 2, 12000, 24)
     out, report = kdecore.attention(*arrays, rtol=rtol, rtol_norm=norm, return_report=True)
     assert report.method != "exact"
