@@ -32,7 +32,7 @@ from kdecore.selection import Selection
 
 NORMS = ("frobenius", "spectral")
 CANDIDATES: tuple[Options, ...] = (SortLSH(), Treecode())
-"""What ``"auto"`` chooses from; hyper errs no less than sortlsh at the same cost on all data measured."""
+"""What ``"auto"`` chooses from; hyper errs and takes about as much as sortlsh."""
 FIRST_BUDGET = {"sortlsh": 128, "hyper": 128, "treecode": 96}
 EASY_ERROR = {"sortlsh": 0.25, "hyper": 0.25, "treecode": 0.005}
 """Error with the first budget on easy data (bench/NOTES.md): smaller tolerances begin with larger budgets."""
