@@ -136,13 +136,14 @@ def check_share(share: object) -> float:
 
 def sample_rows(xp: Namespace, groups: int, n: int, m: int, seed: int, device: object) -> Array:
     """Return one row from each of m ≤ n stretches of nearly equal length, ascending int64 (groups, m)."""
-    numbers = stratified(xp, groups, m, seed, ROWS_STREAM, device)
-    return xp.minimum(xp.astype(numbers * n, xp.int64), xp.asarray(n - 1, dtype=xp.int64, device=device))
+    return xp.astype(stratified(xp, groups, m, seed, ROWS_STREAM, device) * n, xp.int64)
 
 
 def stratified(xp: Namespace, groups: int, m: int, seed: int, stream: int, device: object) -> Array:
     """Return one uniform number from each of m equal parts of [0, 1): (groups, m) float64."""
     numbers = xp.reshape(uniform(xp, seed, stream, groups * m, device=device), (groups, m))
+    # Not so close to the next part that a sum or a product would be rounded into it.
+    numbers = numbers * (1.0 - 2.0**-20)
     return (xp.arange(m, dtype=xp.float64, device=device)[None, :] + numbers) / m
 
 
@@ -153,15 +154,15 @@ def exact_rows(problem: Problem, plan: Plan, rows: Array) -> Array:
     return out
 
 
-def estimate_errors(estimate: Array, exact: Array, population: int) -> Certificate:
+def estimate_errors(estimate: Array, exact: Array, queries: int) -> Certificate:
     """Estimate the errors of all rows from those of C ≥ 2 random clusters of r rows in each group.
 
     Parameters
     ----------
     estimate, exact
         (G, C, r, d_v) NumPy arrays: the sampled rows.
-    population
-        Clusters there are in a group; where C is that, nothing is left to estimate.
+    queries
+        Rows there are in a group; where they are C · r, nothing is left to estimate.
 
     Returns
     -------
@@ -171,7 +172,7 @@ def estimate_errors(estimate: Array, exact: Array, population: int) -> Certifica
     groups, clusters, r, d_v = estimate.shape
     estimate, exact = (host.astype(x, host.float64) for x in (estimate, exact))
     rows = clusters * r
-    if clusters >= population or not bool(host.all(host.isfinite(estimate) & host.isfinite(exact))):
+    if rows >= queries or not bool(host.all(host.isfinite(estimate) & host.isfinite(exact))):
         shape = (groups, rows, d_v)
         found = errors(host, host.reshape(estimate, shape), host.reshape(exact, shape))
         sure = (found.frobenius, found.spectral)
@@ -185,14 +186,14 @@ def estimate_errors(estimate: Array, exact: Array, population: int) -> Certifica
     along, across, size_along = along_leading_directions(error, exact)
     counts = bootstrap_counts(clusters)
     sums = [resampled(counts, x) for x in (square, size, along, across, size_along)]
-    all_squares, largest_unseen = with_pareto_tail(square, sums[0], counts, population)
-    shrink = math.sqrt(1.0 - clusters / population)
+    all_squares, largest_unseen = with_pareto_tail(square, sums[0], counts, queries / r)
+    shrink = math.sqrt(1.0 - rows / queries)
 
     def interval(point: float, low: Array, high: Array) -> tuple[float, float]:
         if not 0.0 < point < math.inf:
             return point, point
         # Of small samples the bootstrap is too narrow, by so much for normal errors.
-        wider = shrink * (1.0 + 1.21 / clusters) * math.sqrt(clusters / max(1, clusters - 1))
+        wider = shrink * (1.0 + 1.21 / clusters) * math.sqrt(clusters / (clusters - 1))
         tail = 50 * (1.0 - CONFIDENCE)
         lower, upper = float(host.percentile(low, tail)), float(host.percentile(high, 100 - tail))
         return min(point, point * (lower / point) ** wider), max(point, point * (upper / point) ** wider)
@@ -227,7 +228,7 @@ def along_leading_directions(error: Array, exact: Array) -> tuple[Array, Array, 
 
     def moment(rows: Array) -> Array:
         flat = host.reshape(rows, (groups, -1, d))
-        return cross_moment(host, flat, flat) * flat.shape[1] if flat.shape[1] else host.zeros((groups, d, d))
+        return cross_moment(host, flat, flat) * flat.shape[1]
 
     def squares(rows: Array, direction: Array) -> Array:
         return host.sum(host.sum(rows * direction[:, None, None, :], axis=3) ** 2, axis=2)
@@ -281,7 +282,7 @@ def resampled(counts: Array, values: Array) -> Array:
     return sum(parts[1:], start=parts[0])
 
 
-def with_pareto_tail(values: Array, sums: Array, counts: Array, population: int) -> tuple[Array, Array]:
+def with_pareto_tail(values: Array, sums: Array, counts: Array, population: float) -> tuple[Array, Array]:
     """Let a Pareto tail stand for the largest of the values, as it would be in the whole population (derived).
 
     The K = √m largest of m sampled values exceed the next one, u, by logarithms whose mean is the tail's index ξ (Hill

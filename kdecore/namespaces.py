@@ -192,14 +192,12 @@ def from_host_like(xp: Namespace, array: Array, like: Array) -> Array:
 
 
 def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:
-    """Return rows[g, index[g, …], …] for every group g: (G, n, …) taken at (G, …).
-
-    One ``take`` from flat rows, since ``take_along_axis`` is not everywhere.
-    """
+    """Return rows[g, index[g, …], …] for every group g: (G, n, …) taken at int64 (G, …)."""
     groups, n, *rest = rows.shape
-    offset = xp.reshape(xp.arange(groups, dtype=xp.int64, device=rows.device) * n, (-1, *(1,) * (index.ndim - 1)))
+    offset = xp.arange(groups, dtype=xp.int64, device=array_api_compat.device(rows)) * n
+    # One flat gather: twice as fast in NumPy as take_along_axis.
     flat = xp.reshape(rows, (groups * n, *rest))
-    return xp.reshape(xp.take(flat, xp.reshape(index + offset, (-1,)), axis=0), (*index.shape, *rest))
+    return take_rows(xp, flat, index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
 
 
 def invert_permutation(xp: Namespace, order: Array) -> Array:

@@ -293,7 +293,7 @@ class Trial:
         else:
             out = attend(sample.problem, plan, self._stages.select(sample.problem, plan, sample.prepared)).out
         found = to_host(take_along_rows(sample.problem.xp, out, sample.place))
-        return estimate_errors(host.reshape(found, sample.exact.shape), sample.exact, self._population)
+        return estimate_errors(host.reshape(found, sample.exact.shape), sample.exact, self._problem.n_q)
 
     def _draw(self, plan: Plan, stream: int) -> Sample:
         problem, count, r = self._problem, self._clusters(), self._rows

@@ -190,3 +190,13 @@ def test_gradients_are_not_followed_into_the_certificate(rng):
 def test_wrong_shares(rng, share):
     with pytest.raises(OptionError, match="certificate must be"):
         kdecore.attention(*rng.standard_normal((3, 20, 4)), certificate=share)
+
+
+def test_some_rows_of_every_cluster_are_not_all_rows(rng):
+    """Four rows of each of ten blocks of 16: the other twelve may err differently."""
+    estimate, exact = (x.reshape(1, 10, 16, 3) for x in heavy_rows(rng, 1, 160, 3, 0.3))
+    found = estimate_errors(estimate[:, :, :4], exact[:, :, :4], 160)
+    for norm in ("frobenius", "spectral"):
+        lower, upper = getattr(found, f"{norm}_interval")
+        assert upper > 1.1 * lower
+        assert lower <= getattr(errors(host, estimate.reshape(1, -1, 3), exact.reshape(1, -1, 3)), norm) <= upper
