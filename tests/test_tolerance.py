@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import kdecore
-from kdecore import Exact, KDEformer, OptionError, SortLSH, Treecode
+from kdecore import Certificate, Exact, KDEformer, OptionError, SortLSH, Treecode, tolerance
 from kdecore.attend import attend
 from kdecore.inputs import canonicalise
 from kdecore.methods import STAGES
@@ -165,3 +165,26 @@ def test_numbers_that_are_not_finite_end_in_exact(rng):
 def test_wrong_arguments(rng, options, message):
     with pytest.raises(OptionError, match=message):
         kdecore.attention(*rng.standard_normal((3, 20, 4)), **options)
+
+
+def test_what_is_certified_was_not_in_the_pilot(rng, monkeypatch):
+    monkeypatch.setattr(tolerance, "PILOT_PART", 1)
+    problem = canonicalise(*clustered(rng, 1, 3000, 8))
+    trial = Trial(problem, lambda method: make_plan(problem, method=method), Treecode())
+    trial.measure()
+    trial.promising = True
+    trial.measure()
+    pilot, certified = (trial._samples[kind].exact for kind in (False, True))
+    assert pilot.shape == certified.shape
+    assert np.mean(np.all(pilot == certified, axis=-1)) < 0.2
+
+
+def test_the_upper_limit_decides(rng, monkeypatch):
+    promised = Certificate(40, 0.95, 0.1, (0.05, 0.3), 0.1, (0.05, 0.3))
+    monkeypatch.setattr(tolerance, "estimate_errors", lambda *arguments: promised)
+    arrays = clustered(rng, 1, 12000, 24)
+    _, report = kdecore.attention(*arrays, rtol=0.2, return_report=True)
+    assert report.method == "exact"
+    assert "certified" in {one.step for one in report.rounds}
+    _, report = kdecore.attention(*arrays, rtol=0.31, return_report=True)
+    assert report.method != "exact"
