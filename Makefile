@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test fuzz lint bench clean
 
 demo: $(READY)
 	$(BIN)/kdecore compare --out demo
 
 test: $(READY)
 	$(BIN)/pytest
+
+fuzz: $(READY)
+	$(BIN)/pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check .

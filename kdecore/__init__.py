@@ -6,9 +6,19 @@ Importing kdecore imports neither PyTorch nor CuPy.
 
 from kdecore.attention import attention
 from kdecore.certificate import Certificate
-from kdecore.errors import DeviceError, DTypeError, InputFileError, KdecoreError, KernelUnavailable, OptionError, ShapeError
+from kdecore.errors import (
+    DeviceError,
+    DTypeError,
+    InputFileError,
+    KdecoreError,
+    KernelUnavailable,
+    MemoryLimitError,
+    OptionError,
+    ShapeError,
+)
 from kdecore.key_index import KeyIndex
 from kdecore.options import Exact, Hyper, KDEformer, SortLSH, Treecode
+from kdecore.packed import packed_attention
 from kdecore.report import Report
 
 __version__ = "0.1.0"
@@ -24,10 +34,12 @@ __all__ = [
     "KdecoreError",
     "KernelUnavailable",
     "KeyIndex",
+    "MemoryLimitError",
     "OptionError",
     "Report",
     "ShapeError",
     "SortLSH",
     "Treecode",
     "attention",
+    "packed_attention",
 ]

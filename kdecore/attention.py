@@ -1,21 +1,22 @@
 """`attention`: the pipeline, in order. Every stage is a function in a file of its own."""
 
+import math
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kdecore.attend import attend
-from kdecore.certificate import Certificate, certify, check_share
-from kdecore.inputs import canonicalise
+from kdecore.certificate import check_share
+from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
-from kdecore.methods import SELECT
 from kdecore.namespaces import Array
-from kdecore.options import Exact, Options
-from kdecore.planning import make_plan
+from kdecore.options import Exact, Options, integer_at_least
+from kdecore.outcomes import Outcome, assembled, certify_all, find, run, unseen
+from kdecore.planning import Plan, make_plan
 from kdecore.report import make_report
-from kdecore.tolerance import Round, check_tolerance, search, to_try
+from kdecore.shares import check_finite_inputs, check_restrictions, shares
+from kdecore.tolerance import check_tolerance, to_try
 
 
 def attention(
@@ -27,6 +28,10 @@ def attention(
     budget: int | None = None,
     rtol: float | None = None,
     rtol_norm: str = "frobenius",
+    causal: bool = False,
+    window: int | None = None,
+    key_lengths: Any = None,
+    mask: Array | None = None,
     scale: float | None = None,
     seed: int = 0,
     kernels: str = "auto",
@@ -34,6 +39,8 @@ def attention(
     return_lse: bool = False,
     return_report: bool = False,
     certificate: float = 0.1,
+    check_finite: bool = False,
+    max_memory: int | None = None,
 ) -> Any:
     """Softmax attention, softmax(scale · q kᵀ) v: exact, estimated to an error ``rtol``, or from ``budget`` keys per query.
 
@@ -42,9 +49,10 @@ def attention(
     q
         (…, n_q, d) queries: a NumPy, CuPy, PyTorch or other array-API array of float16, bfloat16, float32 or float64.
     k
-        (…, n_k, d) keys, with q's library, device, dtype and leading dimensions; n_k ≥ 1.
+        (…, n_k, d) keys, with q's library, device, dtype and leading dimensions; n_k ≥ 1. The last leading dimension may be
+        a divisor of q's: then each key head serves as many query heads in a row (grouped heads, as PyTorch's enable_gqa).
     v
-        (…, n_k, d_v) values, likewise.
+        (…, n_k, d_v) values, with the leading dimensions of k.
     method
         ``"exact"``; ``"sortlsh"`` (KDEformer's Algorithm 3); ``"hyper"`` (HyperAttention: the same with uniform sampling);
         ``"kdeformer"`` (Algorithm 1); ``"treecode"`` (near keys one by one, the others through means of tree nodes; beyond
@@ -61,6 +69,27 @@ def attention(
     rtol_norm
         What ``rtol`` bounds: ``"frobenius"``, ‖out − exact‖_F / ‖exact‖_F, or ``"spectral"``, the same in the spectral norm;
         means over the leading dimensions.
+    causal
+        Query i sees the keys j ≤ i + n_k − n_q only: the last query is aligned to the last key, as for decoding with cached
+        keys. With n_q = 3 and n_k = 5, and the other way round (a query that sees no key gives 0 and lse −∞)::
+
+            keys →                     1 1 1 0 0          0 0 0
+            queries ↓                  1 1 1 1 0          0 0 0
+                                       1 1 1 1 1          1 0 0
+                                                          1 1 0
+                                                          1 1 1
+    window
+        Keys seen around a query, at least 1: with ``causal`` the last ``window`` up to its position i + n_k − n_q, else so
+        many to either side, its own among both. None for all.
+    key_lengths
+        Integers of the shape of k's leading dimensions, or of the first of them, such as (batch,): the keys from there on
+        are padding, which nobody sees and which costs nothing.
+    mask
+        Boolean, True for what is seen, or floats added to the logits, of q's library and device, broadcastable to
+        (…, n_q, n_k). Restrictions add up. A mask whose rows are intervals of keys once the keys that no query sees are left
+        out, such as of padding, costs a pass over it, and is treated like lengths. Any other is right, but each method's
+        chosen keys may be hidden, so that fewer are left (a query whose keys all are is evaluated exactly), treecode samples
+        its far nodes, and time and memory grow by O(n_q · budget).
     scale
         Finite factor on ⟨q, k⟩; 1/√d if None.
     seed
@@ -77,7 +106,14 @@ def attention(
         Also return a `Report` of what was done, with a `Certificate` of the error. On a GPU, making it waits for the device.
     certificate
         Exact rows for the report's certificate may take this part of the call's expected time, but are at least 32 in each
-        group, or all; 0 for no certificate. With ``rtol`` the certificate is the one that the choice rests on.
+        group, or all; 0 for no certificate. With ``rtol`` the certificate is the one that the choice rests on; of groups
+        that see different numbers of keys, the one of largest upper limit.
+    check_finite
+        Raise if q, k, v or mask hold a number that is not finite (−∞ is right in a mask). Without it they do what they do to
+        exact attention: a query to its own row, a key or value to the rows that see it, a hidden one nothing.
+    max_memory
+        Temporaries that may be planned for, in bytes (`Report.temporary_bytes`): where they would be more, groups, and then
+        queries, are evaluated one part after another. None for no limit.
 
     Returns
     -------
@@ -91,14 +127,17 @@ def attention(
     Raises
     ------
     ShapeError
-        Wrong rank, mismatched d, n_k or leading dimensions, n_k = 0.
+        Wrong rank, mismatched d, n_k or leading dimensions, n_k = 0; a mask or key_lengths of another shape.
     DTypeError
         Not an array, not a real floating-point dtype, or different dtypes.
     DeviceError
         Arrays of different libraries or on different devices.
     OptionError
-        Unknown method or norm, budget or threads below 1, scale not finite, seed out of range, options that contradict the
-        budget; rtol not positive and finite, or given with a budget or with a method whose budget can't be chosen.
+        Unknown method or norm, budget, threads, window or max_memory below 1, scale not finite, seed out of range, options
+        that contradict the budget; rtol not positive and finite, or given with a budget or with a method whose budget can't
+        be chosen; key_lengths outside 0 … n_k; numbers that are not finite, with ``check_finite``.
+    MemoryLimitError
+        One group and few queries need more than ``max_memory``; the message says how much.
     KernelUnavailable
         The kernels asked for cannot run on these arrays.
 
@@ -106,7 +145,8 @@ def attention(
     -----
     Time is O(n_q n_k (d + d_v)) for exact, and O(n_q · budget · (d + d_v) + (n_q + n_k)(d + log n)) for sortlsh and hyper,
     for each leading index; treecode's is O((n_q + n_k) (d + log n) p + n_q · budget · (d + d_v)), p = 16. With rtol it is
-    expected to be at most 1.25 times exact's, search included. Temporaries are O(budget · (n_q + n_k)); no n × n array is
+    expected to be at most 1.25 times exact's, search included. Where queries see intervals of keys, log₄(n / budget) levels
+    of this are merged (`kdecore.evaluate`). Temporaries are O(budget · (n_q + n_k)); no n × n array is
     ever made.
 
     References
@@ -126,33 +166,35 @@ def attention(
     started, compiled = time.perf_counter(), compile_seconds()
     share = check_share(certificate)
     problem = canonicalise(q, k, v, scale)
-    plan_for = partial(make_plan, problem, seed=seed, kernels=kernels, threads=threads)
-    found: Certificate | None = None
-    rounds: tuple[Round, ...] = ()
-    certificate_seconds = 0.0
-    if rtol is None:
-        plan = plan_for(method=method, budget=budget)
-        with team(plan.threads):
-            selection = SELECT[plan.method](problem, plan)
-            part = attend(problem, plan, selection)
-            if return_report and share > 0:
-                finished = time.perf_counter()
-                found = certify(problem, plan, part.out, share)
-                certificate_seconds = time.perf_counter() - finished
-    else:
-        tolerance = check_tolerance(rtol, rtol_norm)
-        tried = to_try(method, budget, plan_for)
-        with team(plan_for(method=Exact()).threads):
-            outcome = search(problem, plan_for, tried, tolerance, rtol_norm)
-        plan, selection, part = outcome.plan, outcome.selection, outcome.part
-        found, rounds = outcome.certificate, outcome.rounds
-    xp = problem.xp
-    out = xp.astype(xp.reshape(part.out, (*problem.lead, problem.n_q, problem.d_v)), q.dtype, copy=False)
-    results: list[Any] = [out]
+    restrictions = check_restrictions(problem, causal, window, key_lengths, mask, q)
+    limit = math.inf if max_memory is None else integer_at_least(1, "max_memory", max_memory)
+    if check_finite:
+        check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
+    settings: dict[str, Any] = {"seed": seed, "kernels": kernels, "threads": threads}
+    # Raises for what it doesn't know, whatever the shares are.
+    certain = make_plan(problem, method=Exact(), **settings)
+    plan_for: Callable[[Problem], Plan] = partial(make_plan, method=method, budget=budget, **settings)
+    plan_for(problem)
+    tried = [] if rtol is None else to_try(method, budget, partial(make_plan, problem, **settings))
+    tolerance = None if rtol is None else check_tolerance(rtol, rtol_norm)
+    with team(certain.threads):
+        whole = shares(problem, restrictions)
+        outcomes: list[Outcome] = []
+        for one in whole:
+            if one.problem is None:
+                outcomes.append(unseen(problem, one, certain))
+            elif tolerance is None:
+                outcomes += run(one, plan_for, limit)
+            else:
+                outcomes.append(find(one, settings, tried, tolerance, rtol_norm, limit))
+        part = assembled(problem, outcomes, finite=False)
+        found, seconds = None, 0.0
+        if return_report and share > 0 and rtol is None:
+            found, seconds = certify_all(problem, whole, outcomes, share, settings)
+    results: list[Any] = [problem.xp.astype(problem.unfolded(part.out), q.dtype, copy=False)]
     if return_lse:
-        results.append(xp.reshape(part.lse, (*problem.lead, problem.n_q)))
+        results.append(problem.unfolded(part.lse))
     if return_report:
-        seconds = time.perf_counter() - started
-        report = make_report(problem, plan, selection, seconds, compile_seconds() - compiled)
-        results.append(replace(report, certificate=found, certificate_seconds=certificate_seconds, rounds=rounds))
-    return tuple(results) if len(results) > 1 else out
+        compiling = compile_seconds() - compiled
+        results.append(make_report(problem, outcomes, found, seconds, time.perf_counter() - started, compiling))
+    return tuple(results) if len(results) > 1 else results[0]

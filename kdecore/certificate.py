@@ -16,9 +16,11 @@ size while the others are right to a percent.
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from kdecore.errors import OptionError
+from kdecore.evaluate import evaluate
 from kdecore.inputs import Problem
 from kdecore.metrics import errors
 from kdecore.namespaces import (
@@ -33,8 +35,10 @@ from kdecore.namespaces import (
     to_host,
     without_gradient,
 )
-from kdecore.planning import Plan, exact_row_cost, expected_cost
+from kdecore.options import Exact
+from kdecore.planning import Plan, exact_row_cost
 from kdecore.randomness import uniform
+from kdecore.shares import single
 
 CONFIDENCE = 0.95
 FEWEST_ROWS = 32
@@ -96,31 +100,36 @@ class Certificate:
         return float(getattr(self, f"{norm}_interval")[1])
 
 
-def certify(problem: Problem, plan: Plan, out: Array, share: float) -> Certificate | None:
+def certify(
+    problem: Problem, out: Array, exact_rows: Callable[[Array], Array], cost: float, share: float, seed: int
+) -> Certificate:
     """Compare some rows of a result with exact attention.
 
     Parameters
     ----------
-    problem, plan
-        What was asked.
+    problem
+        What was asked, n_q ≥ 1.
     out
         (G, n_q, d_v): the result.
+    exact_rows
+        (G, m) queries → (G, m, d_v).
+    cost
+        Expected cost of the call.
     share
-        Exact rows may take this part of the call's expected cost.
+        Exact rows may take this part of it.
+    seed
+        Of the choice of queries.
 
     Returns
     -------
-    Certificate or None
-        None where the result is exact or has no elements. O(G m n_k (d + d_v)) for the m queries of each group that the
-        share pays for, at least `FEWEST_ROWS`, at most n_q.
+    Certificate
+        O(G m n_k (d + d_v)) for the m queries of each group that the share pays for, at least `FEWEST_ROWS`, at most n_q.
     """
-    if plan.method == "exact" or problem.groups * problem.n_q * problem.d_v == 0:
-        return None
-    affordable = share * expected_cost(problem, plan.options).total - STATISTICS_COST
+    affordable = share * cost - STATISTICS_COST
     row = FEW_ROWS_PENALTY * exact_row_cost(problem)
     m = min(problem.n_q, max(FEWEST_ROWS, int(affordable / (problem.groups * row))))
-    rows = sample_rows(problem.xp, problem.groups, problem.n_q, m, plan.seed, problem.device)
-    exact = exact_rows(problem, plan, rows)
+    rows = sample_rows(problem.xp, problem.groups, problem.n_q, m, seed, problem.device)
+    exact = exact_rows(rows)
     estimate = take_along_rows(problem.xp, without_gradient(out), rows)
     shape = (problem.groups, m, 1, problem.d_v)
     return estimate_errors(host.reshape(to_host(estimate), shape), host.reshape(to_host(exact), shape), problem.n_q)
@@ -149,9 +158,14 @@ def stratified(xp: Namespace, groups: int, m: int, seed: int, stream: int, devic
 
 def exact_rows(problem: Problem, plan: Plan, rows: Array) -> Array:
     """Return exact attention of the queries ``rows`` (G, m): (G, m, d_v)."""
-    some = problem.without_gradient().with_queries(rows)
-    out: Array = plan.exact.function(problem.xp, some.q, some.k, some.v, some.scale).out
-    return out
+    xp, problem = problem.xp, problem.without_gradient()
+    if problem.visible is None and problem.mask is None:
+        some = problem.with_queries(rows)
+        out: Array = plan.exact.function(xp, some.q, some.k, some.v, some.scale).out
+        return out
+    # Queries of different groups see different keys.
+    plan, numbers = replace(plan, options=Exact()), to_host(rows)
+    return xp.concat([evaluate(single(problem, group, numbers[group]), plan).out for group in range(problem.groups)], axis=0)
 
 
 def estimate_errors(estimate: Array, exact: Array, queries: int) -> Certificate:

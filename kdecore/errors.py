@@ -25,5 +25,9 @@ class KernelUnavailable(KdecoreError, RuntimeError):
     """A kernel that was asked for by name cannot run here; the message says why."""
 
 
+class MemoryLimitError(KdecoreError, MemoryError):
+    """A call cannot be made to fit into ``max_memory``; the message says how much it needs."""
+
+
 class InputFileError(KdecoreError, ValueError):
     """An input file cannot be read or does not hold what is needed; the message names the file."""

@@ -19,6 +19,7 @@ from kdecore.namespaces import (
     to_float,
     without_gradient,
 )
+from kdecore.visibility import Mask, Visible
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class Problem:
     Attributes
     ----------
     q, k, v
-        (G, n_q, d), (G, n_k, d), (G, n_k, d_v) in the accumulation dtype; G is the product of the leading dimensions.
+        (G, n_q, d), (G, n_k, d), (G, n_k, d_v) in the accumulation dtype; G is the product of the keys' leading dimensions.
+        With ``repeats`` r query heads to a key head, the rows i · r … i · r + r − 1 of q are their queries at position i.
     scale
         Factor on ⟨q, k⟩.
     lead
-        Leading dimensions of the result.
+        Leading dimensions of the result, the query heads among them.
     xp
         Array namespace of the inputs.
     device
@@ -41,6 +43,12 @@ class Problem:
         Name of the inputs' dtype, which the result has too.
     copied
         Names of the inputs that had to be copied, for their dtype, byte order or layout in memory.
+    repeats
+        Query heads that share a key head.
+    visible
+        Which keys each query sees, where it isn't all.
+    mask
+        What else is hidden or added.
     """
 
     q: Array
@@ -52,6 +60,9 @@ class Problem:
     device: object
     input_dtype: str
     copied: tuple[str, ...]
+    repeats: int = 1
+    visible: Visible | None = None
+    mask: Mask | None = None
 
     @property
     def groups(self) -> int:
@@ -88,8 +99,30 @@ class Problem:
         return replace(self, **{name: without_gradient(getattr(self, name)) for name in ("q", "k", "v")})
 
     def with_queries(self, rows: Array) -> "Problem":
-        """Return the same problem for some of the queries only, rows (G, m) int64."""
+        """Return the same problem for some of the queries only, rows (G, m) int64; they are to see all keys."""
         return replace(self, q=take_along_rows(self.xp, self.q, rows))
+
+    def rows(self, first: int, end: int) -> "Problem":
+        """Return the same problem for the queries first … end − 1 only, without what hides keys."""
+        return replace(self, q=contiguous(self.q[:, first:end, :]), visible=None, mask=None)
+
+    def keys(self, first: int, end: int) -> "Problem":
+        """Return the same problem for the keys first … end − 1 only, without what hides keys."""
+        k, v = (contiguous(x[:, first:end, :]) for x in (self.k, self.v))
+        return replace(self, k=k, v=v, visible=None, mask=None)
+
+    @property
+    def is_self_attention(self) -> bool:
+        """Whether there are as many positions of queries as keys, so that query i is taken to have the key i // repeats."""
+        return self.n_q == self.n_k * self.repeats
+
+    def unfolded(self, rows: Array) -> Array:
+        """Return results (G, n_q, …) by query heads, with the leading dimensions of the inputs."""
+        tail = tuple(int(size) for size in rows.shape[2:])
+        if self.repeats > 1:
+            apart = self.xp.reshape(rows, (self.groups, -1, self.repeats, *tail))
+            rows = self.xp.permute_dims(apart, (0, 2, 1, *range(3, 3 + len(tail))))
+        return self.xp.reshape(rows, (*self.lead, self.n_q // self.repeats, *tail))
 
 
 def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Problem:
@@ -99,6 +132,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
     ----------
     q, k, v
         (…, n_q, d), (…, n_k, d), (…, n_k, d_v), of one library, device and dtype: float16, bfloat16, float32 or float64.
+        The last leading dimension of k and v may divide q's: then so many query heads share each key head.
     scale
         Factor on ⟨q, k⟩, finite; 1/√d if None.
 
@@ -120,13 +154,21 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
     name = dtype_name(q)
     dtype = accumulation_dtype(xp, name)
     lead = tuple(int(size) for size in q.shape[:-2])
-    groups = math.prod(lead)
+    groups = math.prod(int(size) for size in k.shape[:-2])
+    repeats = int(q.shape[-3]) // int(k.shape[-3]) if q.ndim > 2 and k.shape[-3] != q.shape[-3] else 1
 
     def canonical(array: Array) -> Array:
         return contiguous(xp.astype(xp.reshape(contiguous(array), (groups, *array.shape[-2:])), dtype, copy=False))
 
+    def canonical_queries() -> Array:
+        if repeats == 1:
+            return canonical(q)
+        apart = xp.reshape(xp.astype(q, dtype, copy=False), (groups, repeats, *q.shape[-2:]))
+        together = xp.permute_dims(apart, (0, 2, 1, 3))
+        return contiguous(xp.reshape(contiguous(together), (groups, -1, q.shape[-1])))
+
     return Problem(
-        q=canonical(q),
+        q=canonical_queries(),
         k=canonical(k),
         v=canonical(v),
         scale=_check_scale(scale, int(q.shape[-1])),
@@ -134,7 +176,12 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
         xp=xp,
         device=device,
         input_dtype=name,
-        copied=tuple(label for label, x in (("q", q), ("k", k), ("v", v)) if not is_contiguous(x) or x.dtype != dtype),
+        copied=tuple(
+            label
+            for label, x in (("q", q), ("k", k), ("v", v))
+            if not is_contiguous(x) or x.dtype != dtype or (repeats > 1 and label == "q")
+        ),
+        repeats=repeats,
     )
 
 
@@ -153,9 +200,11 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
         if array.ndim < 2:
             raise ShapeError(f"{name} must have at least 2 dimensions {form}, got shape {tuple(array.shape)}")
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    for name, array in (("k", k), ("v", v)):
-        if array.shape[:-2] != q.shape[:-2]:
-            raise ShapeError(f"{name} must have the leading dimensions of q, {tuple(q.shape[:-2])}; {shapes}")
+    if not _same_or_grouped_heads(tuple(q.shape[:-2]), tuple(k.shape[:-2])):
+        expected = f"{tuple(q.shape[:-2])}, or in place of the last one a divisor of it (grouped heads)"
+        raise ShapeError(f"k must have the leading dimensions of q, {expected}; {shapes}")
+    if v.shape[:-2] != k.shape[:-2]:
+        raise ShapeError(f"v must have the leading dimensions of k, {tuple(k.shape[:-2])}; {shapes}")
     if k.shape[-1] != q.shape[-1]:
         raise ShapeError(f"k must have q's last dimension d = {q.shape[-1]}; {shapes}")
     if v.shape[-2] != k.shape[-2]:
@@ -164,6 +213,14 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
         raise ShapeError(f"k must have at least one row (softmax over no keys is undefined); {shapes}")
     if q.shape[-1] == 0:
         raise ShapeError(f"q must have a last dimension d of at least 1; {shapes}")
+
+
+def _same_or_grouped_heads(of_queries: tuple[int, ...], of_keys: tuple[int, ...]) -> bool:
+    if of_queries == of_keys:
+        return True
+    if not of_queries or len(of_queries) != len(of_keys) or of_queries[:-1] != of_keys[:-1]:
+        return False
+    return of_keys[-1] > 0 and of_queries[-1] > 0 and of_queries[-1] % of_keys[-1] == 0
 
 
 def _check_scale(scale: float | None, d: int) -> float:

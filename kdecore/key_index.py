@@ -5,6 +5,7 @@ from typing import Any
 
 from kdecore.attend import attend
 from kdecore.errors import OptionError, ShapeError
+from kdecore.evaluate import evaluate
 from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
@@ -13,6 +14,8 @@ from kdecore.namespaces import Array, needs_gradient, without_gradient
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, integer_at_least
 from kdecore.planning import Plan, make_plan
 from kdecore.selection import Selection
+from kdecore.shares import repeated
+from kdecore.visibility import sliding
 
 LEAST_BUDGET = 64
 """Keys per query that every tree gets at least."""
@@ -126,7 +129,8 @@ class KeyIndex:
         Parameters
         ----------
         q
-            (…, n_q, d), of the keys' library, device, dtype and leading dimensions.
+            (…, n_q, d), of the keys' library, device, dtype and leading dimensions; the last of these may be a multiple of
+            the keys' (grouped heads).
         return_lse
             Also return the natural log of each query's softmax denominator.
 
@@ -142,20 +146,42 @@ class KeyIndex:
         ShapeError, DTypeError, DeviceError
             Naming what doesn't fit the keys.
         """
-        pieces = self._pieces
-        first = pieces[0].problem
         problem = self._fitting(q)
-        n_k = sum(piece.problem.n_k for piece in pieces)
         with team(self._threads):
-            part = None
-            for piece in pieces:
-                share = max(min(LEAST_BUDGET, self._budget), self._budget * piece.problem.n_k // n_k)
-                found = self._attend_piece(replace(piece.problem, q=problem.q), piece.tree, share)
-                part = found if part is None else merge(problem.xp, part, found)
-        assert part is not None
-        xp = problem.xp
-        out = xp.astype(xp.reshape(part.out, (*problem.lead, problem.n_q, first.d_v)), q.dtype, copy=False)
-        return (out, xp.reshape(part.lse, (*problem.lead, problem.n_q))) if return_lse else out
+            part = self._attend_pieces(problem)
+        return self._result(problem, part, q.dtype, return_lse)
+
+    def attend_and_append(self, q: Array, k: Array, v: Array, *, return_lse: bool = False) -> Any:
+        """Add keys, and return what the queries that come with them see: all keys before, and causally the new ones.
+
+        Parameters
+        ----------
+        q
+            (…, n_q, d), as for `attend`; the last one is aligned to the last new key, as in `kdecore.attention`.
+        k, v
+            (…, m, d) and (…, m, d_v), as for `append`.
+        return_lse
+            Also return the natural log of each query's softmax denominator.
+
+        Returns
+        -------
+        out, lse
+            As `attend` does.
+
+        Raises
+        ------
+        ShapeError, DTypeError, DeviceError
+            Naming what doesn't fit; the index is then as it was.
+        """
+        problem, added = self._fitting(q), self._added(k, v)
+        new = replace(added, q=problem.q, repeats=problem.repeats)
+        seen = repeated(sliding(problem.n_q // problem.repeats, added.n_k, True, None), problem.repeats)
+        new = replace(new, visible=seen)
+        with team(self._threads):
+            plan = make_plan(new, method=self._options, **self._settings)
+            part = merge(problem.xp, self._attend_pieces(problem), evaluate(new, plan))
+            self._append(added)
+        return self._result(problem, part, q.dtype, return_lse)
 
     def append(self, k: Array, v: Array) -> None:
         """Add keys (…, m, d) and values (…, m, d_v), of the index's library, device, dtype and leading dimensions.
@@ -165,19 +191,46 @@ class KeyIndex:
         ShapeError, DTypeError, DeviceError
             Naming what doesn't fit; the index is then as it was.
         """
-        pieces = list(self._pieces)
-        first = pieces[0].problem
+        added = self._added(k, v)
+        with team(self._threads):
+            self._append(added)
+
+    def _added(self, k: Array, v: Array) -> Problem:
+        """Return new keys in canonical form, without queries, or raise what doesn't fit."""
+        first = self._pieces[0].problem
         added = canonicalise(self._one[0], k, v, first.scale)
         if added.d_v != first.d_v:
             raise ShapeError(f"v must have the last dimension {first.d_v} of the index's values, got {tuple(v.shape)}")
-        added = replace(first, k=added.k, v=added.v)
-        with team(self._threads):
-            if pieces[-1].tree is None:
+        if added.groups != first.groups:
+            raise ShapeError(f"k must have the leading dimensions {first.lead} of the index's keys, got {tuple(k.shape)}")
+        return replace(first, k=added.k, v=added.v)
+
+    def _append(self, added: Problem) -> None:
+        pieces = list(self._pieces)
+        if pieces[-1].tree is None:
+            added = joined(pieces.pop().problem, added)
+        if added.n_k > self._budget:
+            while pieces and pieces[-1].problem.n_k <= added.n_k:
                 added = joined(pieces.pop().problem, added)
-            if added.n_k > self._budget:
-                while pieces and pieces[-1].problem.n_k <= added.n_k:
-                    added = joined(pieces.pop().problem, added)
-            self._pieces = (*pieces, self._indexed(added))
+        self._pieces = (*pieces, self._indexed(added))
+
+    def _attend_pieces(self, problem: Problem) -> Part:
+        """Return attention of a problem's queries to all keys so far."""
+        pieces = self._pieces
+        n_k = sum(piece.problem.n_k for piece in pieces)
+        part = None
+        for piece in pieces:
+            share = max(min(LEAST_BUDGET, self._budget), self._budget * piece.problem.n_k // n_k)
+            of_piece = replace(piece.problem, q=problem.q, repeats=problem.repeats)
+            found = self._attend_piece(of_piece, piece.tree, share)
+            part = found if part is None else merge(problem.xp, part, found)
+        assert part is not None
+        return part
+
+    @staticmethod
+    def _result(problem: Problem, part: Part, dtype: Any, return_lse: bool) -> Any:
+        out = problem.xp.astype(problem.unfolded(part.out), dtype, copy=False)
+        return (out, problem.unfolded(part.lse)) if return_lse else out
 
     @property
     def _budget(self) -> int:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.namespaces import Array, Namespace, quiet
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ def merge(xp: Namespace, a: Part, b: Part) -> Part:
 
     Associative and commutative up to rounding; O(n d_v).
     """
-    lse = xp.logaddexp(a.lse, b.lse)
-    # Where both are empty, −inf − −inf would be NaN.
-    finite = xp.where(xp.isinf(lse) & (lse < 0), 0.0, lse)
-    weight_a, weight_b = xp.exp(a.lse - finite), xp.exp(b.lse - finite)
-    return Part(a.out * weight_a[..., None] + b.out * weight_b[..., None], lse)
+    with quiet():
+        lse = xp.logaddexp(a.lse, b.lse)
+        # Where both are empty, −inf − −inf would be NaN.
+        finite = xp.where(xp.isinf(lse) & (lse < 0), 0.0, lse)
+        weight_a, weight_b = xp.exp(a.lse - finite), xp.exp(b.lse - finite)
+        return Part(a.out * weight_a[..., None] + b.out * weight_b[..., None], lse)
 
 
 def softmax_part(xp: Namespace, logits: Array, v: Array) -> Part:

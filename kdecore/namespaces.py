@@ -29,6 +29,7 @@ ACCUMULATION = {"float16": "float32", "bfloat16": "float32", "float32": "float32
 TILE_ELEMENTS = 2**18
 # Multiplications of one matrix product: of more, NumPy's threads would spin for long afterwards (bench/NOTES.md).
 SMALL_PRODUCT = 2**19
+FEWEST_ROWS = 16
 
 __all__ = [
     "ACCUMULATION",
@@ -47,13 +48,16 @@ __all__ = [
     "from_host",
     "from_host_like",
     "host",
+    "host_memory",
     "host_view",
     "invert_permutation",
     "is_contiguous",
     "namespace_name",
     "namespace_of",
     "needs_gradient",
+    "quiet",
     "row_norms",
+    "searchsorted_integers",
     "searchsorted_rows",
     "spans",
     "take_along_rows",
@@ -159,6 +163,12 @@ def host_view(array: Array) -> Array:
     return view
 
 
+def host_memory(array: Array) -> Array:
+    """Return a C-contiguous NumPy array that can be written to: the array's own memory where it is so, else a copy."""
+    view = np.asarray(without_gradient(array))
+    return view if view.flags.c_contiguous and view.flags.aligned and view.flags.writeable else np.array(view, order="C")
+
+
 def to_host(array: Array) -> Array:
     """Return the same numbers as a NumPy array, which may share the memory of an array on the CPU."""
     if array_api_compat.is_torch_array(array) or array_api_compat.is_cupy_array(array):
@@ -211,11 +221,13 @@ def invert_permutation(xp: Namespace, order: Array) -> Array:
     return inverse
 
 
-def first_places(xp: Namespace, index: Array, n: int) -> Array:
-    """Return where each of 0 … n − 1 first stands in ``index`` (m,), which holds all of them → int64 (n,)."""
+def first_places(xp: Namespace, index: Array, n: int) -> tuple[Array, Array]:
+    """Return where each of 0 … n − 1 first stands in ``index`` (m,), m ≥ 1, and whether it does: int64 and bool (n,)."""
     order = xp.argsort(index, stable=True)
     every = xp.arange(n, dtype=index.dtype, device=array_api_compat.device(index))
-    return xp.take(order, xp.searchsorted(xp.take(index, order), every))
+    place = xp.clip(xp.searchsorted(xp.take(index, order), every), 0, int(index.shape[0]) - 1)
+    first = xp.take(order, place)
+    return first, xp.take(index, first) == every
 
 
 def searchsorted_rows(xp: Namespace, ascending: Array, values: Array, *, side: str) -> Array:
@@ -227,9 +239,22 @@ def searchsorted_rows(xp: Namespace, ascending: Array, values: Array, *, side: s
     return xp.astype(xp.stack(found), xp.int64, copy=False)
 
 
+def searchsorted_integers(xp: Namespace, ascending: Array, values: Array, *, side: str) -> Array:
+    """Do what `searchsorted_rows` does for integers in [0, 2**31), in one search for all rows."""
+    groups, n = ascending.shape
+    group = xp.arange(groups, dtype=xp.int64, device=array_api_compat.device(ascending))[:, None]
+    rows, wanted = (xp.reshape(xp.astype(x, xp.int64) + group * 2**31, (-1,)) for x in (ascending, values))
+    return xp.reshape(xp.astype(xp.searchsorted(rows, wanted, side=side), xp.int64), values.shape) - group * n
+
+
 def row_norms(xp: Namespace, rows: Array) -> Array:
     """Return Euclidean norms over the last axis, (…, d) → (…)."""
     return xp.linalg.vector_norm(rows, axis=-1)
+
+
+def quiet() -> Any:
+    """Return a context in which NumPy warns of no numbers that are not finite; other libraries never do."""
+    return np.errstate(all="ignore")
 
 
 def spans(length: int, step: int) -> Iterator[slice]:
@@ -239,7 +264,9 @@ def spans(length: int, step: int) -> Iterator[slice]:
 
 def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
     """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): (G, d, e)."""
-    step = max(1, SMALL_PRODUCT // (int(x.shape[2]) * int(y.shape[2])))
+    # Of so wide rows, small products would be mostly sums of their results.
+    rows = SMALL_PRODUCT // (int(x.shape[2]) * int(y.shape[2]))
+    step = rows if rows >= FEWEST_ROWS else max(1, int(x.shape[1]))
     parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), step)]
     return sum(parts[1:], start=parts[0]) / int(x.shape[1])
 

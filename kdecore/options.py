@@ -38,6 +38,10 @@ class Exact:
         """Return these options with every field set."""
         return self
 
+    def with_budget(self, budget: int) -> "Exact":
+        """Return these options, which no budget changes."""
+        return self
+
     @property
     def budget(self) -> int | None:
         """Keys evaluated per query: all of them."""
@@ -91,6 +95,13 @@ class SortLSH:
             if block < 0 or samples < 1:
                 raise OptionError(f"budget must exceed what {self} asks for, got {total}")
         return replace(self, block_size=block, num_samples=samples, num_hashes=self.num_hashes or DEFAULT_HASHES)
+
+    def with_budget(self, budget: int) -> Self:
+        """Return resolved options for another budget, shared out in the same proportion."""
+        if self.block_size is None or self.num_samples is None:
+            return self.resolve(budget)
+        samples = max(1, round(budget * self.num_samples / (self.block_size + self.num_samples)))
+        return replace(self, block_size=budget - samples, num_samples=samples)
 
     @property
     def rows(self) -> int:
@@ -168,6 +179,10 @@ class KDEformer:
         samples = self.num_samples or budget or (None if self.eps is not None else DEFAULT_BUDGET)
         return replace(self, num_samples=samples)
 
+    def with_budget(self, budget: int) -> Self:
+        """Return resolved options for another budget; where the number of keys follows from eps, these."""
+        return self if self.num_samples is None else replace(self, num_samples=budget)
+
     @property
     def budget(self) -> int | None:
         """Keys evaluated per query; None where they follow from eps."""
@@ -230,6 +245,10 @@ class Treecode:
         if budget is not None and self.num_slots not in (None, budget):
             raise OptionError(f"budget must be None or num_slots = {self.num_slots}, got {budget}")
         return replace(self, num_slots=self.num_slots or budget or DEFAULT_BUDGET)
+
+    def with_budget(self, budget: int) -> Self:
+        """Return these options with another budget."""
+        return replace(self, num_slots=budget)
 
     @property
     def budget(self) -> int | None:

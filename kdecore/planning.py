@@ -1,12 +1,13 @@
 """`make_plan`: what will be done, from shapes and options alone. Touches no array data."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
 from kdecore.kernels.registry import Choice, Site, choose
 from kdecore.kernels.threads import thread_count
-from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, needs_gradient
+from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, host, needs_gradient
 from kdecore.options import (
     DEFAULT_BUDGET,
     DEFAULT_HASHES,
@@ -81,15 +82,75 @@ def exact_row_cost(problem: Problem) -> float:
 
 def expected_cost(problem: Problem, options: Options) -> Cost:
     """Return what a method is expected to take; kdeformer, which has no model, counts as exact."""
+    visible = problem.visible
     if options.name not in COST_MODELS or options.budget is None:
-        return Cost(0.0, problem.groups * problem.n_q * exact_row_cost(problem))
+        seen = 1.0 if visible is None else visible.pairs / (problem.n_q * problem.n_k)
+        return Cost(0.0, problem.groups * problem.n_q * exact_row_cost(problem) * seen)
+    # Each level orders all rows again.
+    times = 1 if visible is None else len(steps(problem, options))
     model, size = COST_MODELS[options.name], _element_cost(problem)
     key = size * (problem.d + problem.d_v + EXP_DIMENSIONS)
     row = size * (problem.d + problem.d_v) * model.row_dimension + model.row
     return Cost(
-        prepare=problem.groups * (problem.n_q + problem.n_k) * row + model.call,
+        prepare=times * (problem.groups * (problem.n_q + problem.n_k) * row + model.call),
         evaluate=problem.groups * problem.n_q * options.budget * (key * model.listed_key + model.opened_node),
     )
+
+
+EXACT_STRETCH = 512
+"""Queries in a stretch of exact attention, no more than the keys that they see."""
+LEAST_STRETCH = 32
+TILE_SHARE = 4
+LEVEL_BITS = 2
+"""A level cuts into 2**2 stretches, for approximate methods: of fewer there are too many levels to share the budget, of more
+too few queries to find similar ones among (bench/NOTES.md)."""
+LEVEL_RATIO = 1.5
+"""A level has so many times the budget of the next one, whose queries see fewer keys."""
+COMMON_SHARE = 0.25
+"""Keys that all queries see are evaluated by themselves where they are this part of what a query sees in the mean."""
+
+
+class Step(NamedTuple):
+    """How a problem whose queries see intervals of its keys is cut (`kdecore.evaluate`).
+
+    Attributes
+    ----------
+    level
+        Queries and keys are cut into 2**level stretches.
+    budget
+        Keys per query for what a stretch sees as a whole.
+    """
+
+    level: int
+    budget: int
+
+
+def steps(problem: Problem, options: Options) -> tuple[Step, ...]:
+    """Return how a problem whose queries see intervals of its keys is cut, and cut again; () for one tile.
+
+    Tiles of at most a quarter of the budget are exact; the rest of it is for the levels. Only T − 1 of T stretches of causal
+    attention have keys that all of their queries see: these get so much more, that the mean is the budget.
+    """
+    visible = problem.visible
+    assert visible is not None
+    # Of grouped heads, queries at one position see the same keys.
+    n_q = problem.n_q // problem.repeats
+    if isinstance(options, Exact):
+        rows = min(EXACT_STRETCH, max(LEAST_STRETCH, visible.pairs // problem.n_q))
+        return (Step((-(-n_q // rows) - 1).bit_length(), 0),)
+    budget = options.budget or DEFAULT_BUDGET
+    tile = max(8, budget // TILE_SHARE)
+    bits = (-(-n_q // tile) - 1).bit_length()
+    count = -(-bits // LEVEL_BITS)
+    levels = [(bits * (i + 1)) // count - (bits * i) // count for i in reversed(range(count))]
+    first, end = visible.inner
+    if end - first > COMMON_SHARE * visible.pairs / problem.n_q:
+        levels = [0, *levels]
+    weights = [LEVEL_RATIO**-i for i in range(len(levels))]
+    rest = (budget - (-(-n_q >> bits))) / sum(weights)
+    seeing = [1.0 - 0.5**level if level else 1.0 for level in levels]
+    budgets = [max(1, int(rest * weight / share)) for weight, share in zip(weights, seeing, strict=True)]
+    return tuple(Step(level, number) for level, number in zip(levels, budgets, strict=True))
 
 
 def _element_cost(problem: Problem) -> float:
@@ -118,6 +179,8 @@ class Plan:
         Threads of the Numba kernels.
     temporary_bytes
         Upper bound of temporaries above inputs and results.
+    piece
+        Which piece of the call this is, so that each draws random numbers of its own.
     """
 
     options: Options
@@ -128,11 +191,16 @@ class Plan:
     exact: Choice
     threads: int
     temporary_bytes: int
+    piece: int = 0
 
     @property
     def method(self) -> str:
         """Name of the method that will run."""
         return self.options.name
+
+    def stream(self, number: int) -> int:
+        """Return the random stream that this piece of the call uses for ``number``."""
+        return number + (self.piece % 2**11) * 2**20
 
 
 def make_plan(
@@ -152,7 +220,10 @@ def make_plan(
     gradient = needs_gradient(problem.q, problem.k, problem.v)
     site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
     options, reason = _resolve_method(problem, method, budget, site, kernels)
-    chosen = {name: choose(name, site, kernels) for name in options.kernels}
+    needed = dict.fromkeys(options.kernels)
+    if problem.visible is not None or problem.mask is not None:
+        needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
+    chosen = {name: choose(name, site, kernels) for name in needed}
     exact = choose("attend_dense", replace(site, gradient=False), kernels)
     return Plan(options, reason, budget, seed, chosen, exact, count, _temporary_bytes(problem, options, chosen, count))
 
@@ -160,7 +231,7 @@ def make_plan(
 def _resolve_method(
     problem: Problem, method: str | Options, budget: int | None, site: Site, kernels: str
 ) -> tuple[Options, str]:
-    options: Options
+    options: Options = Exact()
     if isinstance(method, Options):
         options = method.resolve(budget)
     elif not isinstance(method, str):
@@ -171,16 +242,42 @@ def _resolve_method(
         raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))} or an options object, got {method!r}")
     if problem.groups * problem.n_q == 0:
         return Exact(), "there are no queries"
+    if problem.visible is not None and problem.visible.pairs == 0:
+        return Exact(), "no query sees a key"
+    if problem.mask is not None:
+        return _masked_method(problem, method, options if method != "auto" else None)
     if method == "auto":
         return _choose_method(problem, DEFAULT_BUDGET if budget is None else budget, site, kernels)
-    if options.budget is not None and options.budget >= problem.n_k:
-        return Exact(), f"a budget of {options.budget} covers all {problem.n_k} keys"
+    if options.budget is not None and options.budget >= _most_seen(problem):
+        return Exact(), f"a budget of {options.budget} covers all {_most_seen(problem)} keys"
+    if problem.visible is not None and isinstance(options, KDEformer):
+        return replace(
+            options, normaliser="sampled"
+        ), "asked for by name; pieces of intervals are merged: sampled denominators"
+    return options, "asked for by name"
+
+
+def _most_seen(problem: Problem) -> int:
+    """Return how many keys a query sees at most."""
+    visible = problem.visible
+    return problem.n_k if visible is None else int(host.max(visible.end - visible.first))
+
+
+def _masked_method(problem: Problem, method: str | Options, options: Options | None) -> tuple[Options, str]:
+    if options is None:
+        return Exact(), "auto: a mask that is no interval may hide whatever an estimate rests on"
+    if options.budget is not None and options.budget >= _most_seen(problem):
+        return Exact(), f"a budget of {options.budget} covers all {_most_seen(problem)} keys"
+    if isinstance(options, Treecode):
+        return replace(options, far_field="sample"), "asked for by name; a mask may hide parts of nodes: these are sampled"
+    if isinstance(options, KDEformer):
+        return replace(options, normaliser="sampled"), "asked for by name; densities know no masks: sampled denominators"
     return options, "asked for by name"
 
 
 def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> tuple[Options, str]:
-    if budget >= problem.n_k:
-        return Exact(), f"auto: a budget of {budget} covers all {problem.n_k} keys"
+    if budget >= _most_seen(problem):
+        return Exact(), f"auto: a budget of {budget} covers all {_most_seen(problem)} keys"
     ratio = expected_cost(problem, Exact()).total / expected_cost(problem, Treecode().resolve(budget)).total
     if ratio <= 1.0:
         return Exact(), f"auto: below the crossover, exact is expected to take {ratio:.2g} × treecode's time"

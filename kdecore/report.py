@@ -5,10 +5,10 @@ from itertools import pairwise
 from typing import Any
 
 from kdecore.certificate import Certificate
+from kdecore.evaluate import Piece
 from kdecore.inputs import Problem
 from kdecore.namespaces import to_float
-from kdecore.planning import Plan
-from kdecore.selection import Selection
+from kdecore.outcomes import Outcome
 from kdecore.tolerance import Round
 
 
@@ -110,33 +110,57 @@ class Report:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def make_report(problem: Problem, plan: Plan, selection: Selection, seconds: float, compile_seconds: float) -> Report:
-    """Describe a finished call that took ``seconds``, of them ``compile_seconds`` to compile."""
+def make_report(
+    problem: Problem,
+    outcomes: list[Outcome],
+    certificate: Certificate | None,
+    certificate_seconds: float,
+    seconds: float,
+    compile_seconds: float,
+) -> Report:
+    """Describe a finished call that took ``seconds``, of them ``compile_seconds`` to compile.
+
+    Where groups were treated differently, it says what was done with those that took most.
+    """
+    rows = [len(one.share.groups) * (one.share.queries[1] - one.share.queries[0]) for one in outcomes]
+    keys = [_keys_evaluated(piece) for one in outcomes for piece in one.pieces]
+    main = max(outcomes, key=lambda one: sum(map(_keys_evaluated, one.pieces))) if len(outcomes) > 1 else outcomes[0]
+    plan, reason = main.plan, main.plan.reason
+    unlike = sum(count for one, count in zip(outcomes, rows, strict=True) if one.plan.options != plan.options)
+    if unlike:
+        reason = f"{reason}; otherwise for {unlike} of {sum(rows)} queries"
+    bounded = [one.certificate for one in outcomes if one.certificate is not None]
+    if bounded:
+        certificate = max(bounded, key=lambda one: one.frobenius_interval[1])
     return Report(
         method=plan.method,
-        reason=plan.reason,
+        reason=reason,
         options=asdict(plan.options),
         budget=plan.budget_asked,
-        keys_per_query=_keys_per_query(problem, selection),
+        keys_per_query=sum(keys) / max(1, sum(rows)),
         shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
         dtype=problem.input_dtype,
         library=problem.library,
         device=str(problem.device),
         copied=problem.copied,
-        kernels={name: f"{choice.target} ({choice.reason})" for name, choice in plan.kernels.items()},
+        kernels={
+            name: f"{choice.target} ({choice.reason})" for one in outcomes for name, choice in one.plan.kernels.items()
+        },
         threads=plan.threads,
-        temporary_bytes=plan.temporary_bytes,
+        temporary_bytes=max(one.plan.temporary_bytes for one in outcomes),
         compile_seconds=compile_seconds,
         seconds=seconds - compile_seconds,
+        certificate=certificate,
+        certificate_seconds=certificate_seconds,
+        rounds=tuple(one for outcome in outcomes for one in outcome.rounds),
     )
 
 
-def _keys_per_query(problem: Problem, selection: Selection) -> float:
+def _keys_evaluated(piece: Piece) -> float:
+    problem, selection = piece.problem, piece.selection
     if selection.blocks is None:
-        return float(problem.n_k)
+        return float(problem.groups * problem.n_q * problem.n_k)
     xp = problem.xp
     counts = xp.sum(xp.astype(xp.isfinite(selection.log_weight), xp.float64), axis=-1)
-    starts = selection.blocks.starts
-    sizes = [end - start for start, end in pairwise(starts)]
-    weights = xp.asarray(sizes, dtype=xp.float64, device=problem.device)
-    return to_float(xp.sum(counts * weights)) / (problem.groups * problem.n_q)
+    sizes = [end - start for start, end in pairwise(selection.blocks.starts)]
+    return to_float(xp.sum(counts * xp.asarray(sizes, dtype=xp.float64, device=problem.device)))

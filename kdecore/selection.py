@@ -4,7 +4,8 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 Σ (inclusion probability × exp(log_weight)) = 1; tests/test_unbiasedness.py checks that exactly, without sampling.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from kdecore.namespaces import Array, Namespace, host
 
@@ -19,7 +20,7 @@ class Blocks:
         (G, B, b) int64: the query in each row of each block. Blocks one shorter than the longest repeat their last
         query; those rows are computed and dropped.
     starts
-        B + 1 Python ints: block i holds the ordered queries starts[i] … starts[i + 1] − 1.
+        B + 1 Python ints: block i holds starts[i + 1] − starts[i] queries, those from starts[i] on of the order.
     """
 
     index: Array
@@ -47,6 +48,9 @@ class Selection:
     slope
         (G, d, d_v): the last of then d_v + 1 columns of ``values`` says how much of scale · q @ slope is added to a result;
         None for nothing.
+    bias
+        (1, b, s), or (G · B, b, s): what is added to the logit of each row of a block and each slot, −inf where it doesn't
+        count; None for 0.
     """
 
     blocks: Blocks | None = None
@@ -56,6 +60,37 @@ class Selection:
     keys: Array | None = None
     values: Array | None = None
     slope: Array | None = None
+    bias: Array | None = None
+
+
+def shifted(selection: Selection, query: int, key: int) -> Selection:
+    """Turn a Selection of some queries and keys into one of all: these begin with the query and the key given."""
+    assert selection.blocks is not None
+    assert selection.key_index is not None
+    blocks = Blocks(selection.blocks.index + query, selection.blocks.starts)
+    own_keys = selection.keys is not None
+    return replace(selection, blocks=blocks, key_index=selection.key_index + (0 if own_keys else key))
+
+
+def together(xp: Namespace, selections: list[Selection]) -> Selection:
+    """Make one Selection of several for different queries, with lists of one length and the same keys and values."""
+    if len(selections) == 1:
+        return selections[0]
+    blocks = [one.blocks for one in selections if one.blocks is not None]
+    longest = max(int(one.index.shape[2]) for one in blocks)
+
+    def filled(index: Array) -> Array:
+        missing = longest - int(index.shape[2])
+        last = index[:, :, -1:]
+        return xp.concat([index, *[last] * missing], axis=2) if missing else index
+
+    sizes = [end - start for one in blocks for start, end in pairwise(one.starts)]
+    return replace(
+        selections[0],
+        blocks=Blocks(xp.concat([filled(one.index) for one in blocks], axis=1), tuple(accumulate(sizes, initial=0))),
+        key_index=xp.concat([one.key_index for one in selections], axis=1),
+        log_weight=xp.concat([one.log_weight for one in selections], axis=1),
+    )
 
 
 def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:

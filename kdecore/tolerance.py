@@ -22,13 +22,13 @@ from typing import Any
 from kdecore.attend import attend
 from kdecore.certificate import FEWEST_ROWS, Certificate, estimate_errors, exact_rows, stratified
 from kdecore.errors import OptionError
+from kdecore.evaluate import Piece, evaluate
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.methods import STAGES
 from kdecore.namespaces import Array, host, take_along_rows, to_float, to_host
 from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode
 from kdecore.planning import Plan, exact_row_cost, expected_cost
-from kdecore.selection import Selection
 
 NORMS = ("frobenius", "spectral")
 CANDIDATES: tuple[Options, ...] = (SortLSH(), Treecode())
@@ -94,13 +94,15 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Found:
     """What the search found.
 
     Attributes
     ----------
-    plan, selection
+    plan
         What was run on all queries.
+    pieces
+        Which keys it was evaluated on.
     part
         Its result.
     certificate
@@ -110,7 +112,7 @@ class Outcome:
     """
 
     plan: Plan
-    selection: Selection
+    pieces: list[Piece]
     part: Part
     certificate: Certificate | None
     rounds: tuple[Round, ...]
@@ -152,7 +154,14 @@ def _has_kernels(options: Options, plan_for: Callable[..., Plan]) -> bool:
     return choice is None or choice.target != "array-api"
 
 
-def search(problem: Problem, plan_for: Callable[..., Plan], tried: Sequence[Options], rtol: float, norm: str) -> Outcome:
+def search(
+    problem: Problem,
+    plan_for: Callable[..., Plan],
+    tried: Sequence[Options],
+    rtol: float,
+    norm: str,
+    limit: float = math.inf,
+) -> Found:
     """Find the cheapest method and budget that meet a tolerance.
 
     Parameters
@@ -165,10 +174,12 @@ def search(problem: Problem, plan_for: Callable[..., Plan], tried: Sequence[Opti
         Options of the methods to choose from besides exact, their budgets open.
     rtol, norm
         Relative error, and the norm that it is measured in.
+    limit
+        Planned temporaries, at most, in bytes.
 
     Returns
     -------
-    Outcome
+    Found
         The result. Expected to cost at most 1 + `SEARCH_SHARE` times exact attention, search included.
     """
     exact = expected_cost(problem, Exact()).total
@@ -178,7 +189,7 @@ def search(problem: Problem, plan_for: Callable[..., Plan], tried: Sequence[Opti
     rounds: list[Round] = []
     spent = 0.0
     reason = "exact is expected to be cheaper than any search"
-    while trials := [trial for trial in trials if trial.rest < exact and spent + trial.step <= SEARCH_SHARE * exact]:
+    while trials := [trial for trial in trials if trial.fits(limit) and spent + trial.step <= SEARCH_SHARE * exact]:
         trial = min(trials, key=lambda trial: trial.rest)
         spent += trial.step
         kind = "certified" if trial.promising else "pilot"
@@ -187,11 +198,13 @@ def search(problem: Problem, plan_for: Callable[..., Plan], tried: Sequence[Opti
         rounds.append(Round(trial.method, trial.budget, kind, found.rows, error, upper, spent / exact))
         if kind == "certified" and upper <= rtol:
             why = f"rtol {rtol:g}: the cheapest found whose {norm} error is certified"
-            return Outcome(replace(trial.plan, reason=why), *trial.evaluate(), found, tuple(rounds))
+            return Found(replace(trial.plan, reason=why), *trial.evaluate(), found, tuple(rounds))
         trial.learn(upper if kind == "certified" else MARGIN * error, rtol)
         reason = "exact is expected to be cheaper than what would meet it"
     plan = replace(plan_for(method=Exact()), reason=f"rtol {rtol:g}: {reason}")
-    return Outcome(plan, Selection(), attend(problem, plan, Selection()), None, tuple(rounds))
+    pieces: list[Piece] = []
+    part = evaluate(problem, plan, pieces)
+    return Found(plan, pieces, part, None, tuple(rounds))
 
 
 @dataclass(frozen=True)
@@ -232,11 +245,14 @@ class Trial:
         self.budget = FIRST_BUDGET[self.method]
         self.promising = False
         self._problem, self._plan_for, self._options = problem, plan_for, options
+        # Of what sees intervals, or is masked, no part stands for the whole.
+        self._in_pieces = problem.visible is not None or problem.mask is not None
         self._stages = STAGES[self.method]
+        self._restricts = self._stages.restrict is not None and not self._in_pieces
         self._prepared: Any = None
         self._samples: dict[bool, Sample] = {}
-        self._evaluated: tuple[int, Selection, Part] | None = None
-        b = options.block_size if isinstance(options, Treecode) else 1
+        self._evaluated: tuple[int, list[Piece], Part] | None = None
+        b = options.block_size if isinstance(options, Treecode) and self._restricts else 1
         self._population = -(-problem.n_q // b)
         self._rows = min(ROWS_OF_A_CLUSTER, problem.n_q // self._population)
 
@@ -253,13 +269,13 @@ class Trial:
         if self._evaluated is not None and self._evaluated[0] == self.budget:
             return 0.0
         cost = expected_cost(self._problem, self._options.resolve(self.budget))
-        return cost.evaluate + (cost.prepare if self._prepared is None else 0.0)
+        return cost.evaluate + (cost.prepare if self._prepared is None or self._in_pieces else 0.0)
 
     @property
     def step(self) -> float:
         """Expected cost of the next round."""
         clusters, step = self._clusters(), self.rest + ROUND_COST
-        if self._stages.restrict is not None:
+        if self._restricts:
             evaluate = expected_cost(self._problem, self._options.resolve(self.budget)).evaluate
             step += evaluate * (clusters / self._population - 1.0)
         if self.promising not in self._samples:
@@ -272,23 +288,32 @@ class Trial:
         wanted = min(TRIED_ROWS // (self._problem.groups * self._rows), int(TRIED_SHARE * self._population))
         return min(self._population, max(fewest, wanted if self.promising else wanted // PILOT_PART))
 
-    def evaluate(self) -> tuple[Selection, Part]:
+    def fits(self, limit: float) -> bool:
+        """Return whether this budget is cheaper than exact attention, and its temporaries are within the limit."""
+        return self.rest < expected_cost(self._problem, Exact()).total and self.plan.temporary_bytes <= limit
+
+    def evaluate(self) -> tuple[list[Piece], Part]:
         """Evaluate all queries with this budget."""
         if self._evaluated is None or self._evaluated[0] != self.budget:
             plan = self.plan
-            selection = self._stages.select(self._problem, plan, self._prepared)
-            self._evaluated = self.budget, selection, attend(self._problem, plan, selection)
+            pieces: list[Piece] = []
+            if self._in_pieces:
+                part = evaluate(self._problem, plan, pieces)
+            else:
+                selection = self._stages.select(self._problem, plan, self._prepared)
+                pieces, part = [Piece(self._problem, selection)], attend(self._problem, plan, selection)
+            self._evaluated = self.budget, pieces, part
         return self._evaluated[1:]
 
     def measure(self) -> Certificate:
         """Estimate the error at this budget from the pilot's queries, or, where promising, from others."""
         plan = self.plan
-        if self._prepared is None:
+        if self._prepared is None and not self._in_pieces:
             self._prepared = self._stages.prepare(self._problem, plan)
         if self.promising not in self._samples:
             self._samples[self.promising] = self._draw(plan, CERTIFIED_STREAM if self.promising else PILOT_STREAM)
         sample = self._samples[self.promising]
-        if self._stages.restrict is None:
+        if not self._restricts:
             out = self.evaluate()[1].out
         else:
             out = attend(sample.problem, plan, self._stages.select(sample.problem, plan, sample.prepared)).out
@@ -300,7 +325,7 @@ class Trial:
         xp, groups, device = problem.xp, problem.groups, problem.device
         numbers = stratified(xp, groups, count, plan.seed, stream, device)
         some, prepared = problem, self._prepared
-        if self._stages.restrict is None:
+        if self._stages.restrict is None or not self._restricts:
             place = queries = xp.astype(numbers * problem.n_q, xp.int64)
         else:
             some, prepared, rows = self._stages.restrict(problem, prepared, numbers)

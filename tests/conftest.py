@@ -16,6 +16,8 @@ import torch
 # The same examples in every run; `--hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("same-examples", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same-examples")
+# What `make fuzz` asks for: new examples every time, and many.
+hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True)
 
 
 @dataclass(frozen=True)

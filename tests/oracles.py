@@ -103,3 +103,31 @@ def systematic_breakpoints(weights, count):
     shares = np.cumsum(weights) * (count / np.sum(weights))
     steps = np.unique(np.concatenate([[0.0], shares - np.floor(shares), [1.0]]))
     return steps[np.diff(steps, prepend=-1.0) > 1e-12]
+
+
+def masked_attention(q, k, v, bias, scale=None):
+    """Softmax attention of grouped heads with ``bias`` added to the logits, −inf for what isn't seen; in long double.
+
+    What isn't seen counts for nothing, whatever it holds; a query that sees nothing gives 0 and −inf.
+    """
+    scale = default_scale(q.shape[-1]) if scale is None else scale
+    if q.ndim > 2 and q.shape[-3] != k.shape[-3]:
+        k, v = (np.repeat(x, q.shape[-3] // x.shape[-3], axis=-3) for x in (k, v))
+    q, k, v = (np.asarray(x, dtype=np.longdouble) for x in (q, k, v))
+    bias = np.broadcast_to(bias, (*q.shape[:-1], k.shape[-2]))
+    out, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.full(q.shape[:-1], -np.inf)
+    for at in np.ndindex(*q.shape[:-1]):
+        seen = bias[at] > -np.inf
+        if seen.any():
+            logits = scale * (k[at[:-1]][seen] @ q[at]) + bias[at][seen]
+            weights = np.exp(logits - logits.max())
+            total = weights.sum()
+            out[at], lse[at] = weights / total @ v[at[:-1]][seen], logits.max() + np.log(total)
+    return out, lse
+
+
+def causal_bias(n_q, n_k, window=None):
+    """0 where query i sees key j: j ≤ i + n_k − n_q, and of those the last ``window``; −inf elsewhere."""
+    distance = np.arange(n_q)[:, None] + (n_k - n_q) - np.arange(n_k)[None, :]
+    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    return np.where(seen, 0.0, -np.inf)

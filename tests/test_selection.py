@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdecore import Hyper, SortLSH, attention
-from kdecore.grouping.sign_lsh import HashOrder, hash_orders
+from kdecore.grouping.sign_lsh import HashOrder, hash_codes, sort_codes
 from kdecore.inputs import canonicalise
 from kdecore.kernels import registry
 from kdecore.methods import SELECT, sortlsh
@@ -47,8 +47,9 @@ def test_equal_blocks_cut_the_order_into_nearly_equal_parts(groups, n, size, see
 def test_first_places_are_found(backend, rng):
     index = np.concat([rng.permutation(17), rng.integers(0, 17, 30)])
     index = np.concat([rng.integers(0, 17, 9), index])
-    found = backend.numpy(first_places(backend.xp, backend.array(index), 17))
-    np.testing.assert_array_equal(found, [index.tolist().index(i) for i in range(17)])
+    place, found = (backend.numpy(x) for x in first_places(backend.xp, backend.array(index), 19))
+    np.testing.assert_array_equal(place[:17], [index.tolist().index(i) for i in range(17)])
+    np.testing.assert_array_equal(found, [True] * 17 + [False] * 2)
 
 
 def test_permutations_are_inverted(backend, rng):
@@ -133,11 +134,11 @@ def test_hyper_samples_uniformly_and_sortlsh_by_value(rng):
     assert large.max() < np.log(2)
 
 
-def test_hash_orders_sort_queries_and_keys_by_the_same_planes(rng):
+def test_queries_and_keys_are_sorted_by_the_same_planes(rng):
     x = rng.standard_normal((2, 41, 4))
     problem = canonicalise(x, x[:, ::-1, :], x)
-    plan = make_plan(problem, method="sortlsh", budget=12, seed=9)
-    queries, keys = hash_orders(problem, plan, 6)
+    plan = make_plan(problem, method=SortLSH(4, 8, 6), seed=9)
+    queries, keys = (sort_codes(problem, plan, hash_codes(problem, plan, rows)) for rows in (problem.q, problem.k))
     np.testing.assert_array_equal(queries.codes, keys.codes)
     for found, rows in ((queries, problem.q), (keys, problem.k)):
         assert (np.diff(found.codes, axis=1) >= 0).all()

@@ -1,5 +1,7 @@
 """The treecode: its kernels against oracles, and what the whole estimator promises."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from kdecore import Treecode, attention
 from kdecore.errors import OptionError
 from kdecore.inputs import canonicalise
+from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.registry import KERNELS
 from kdecore.methods import SELECT, treecode
 from kdecore.namespaces import host
@@ -40,6 +43,19 @@ def test_tree_order(backend, rng, implementation, n, leaf_size):
     found = run(implementation, backend, x, leaf_size)
     for group in range(2):
         np.testing.assert_array_equal(found[group], recursive_order(x[group], leaf_size))
+
+
+@pytest.mark.parametrize(("n", "leaf_size"), [(3, 1), (100, 4), (1300, 5), (9000, 4)])
+@pytest.mark.parametrize("in_order", [1, 2, 5])
+@implementations("tree_order")
+def test_tree_order_whose_first_levels_stay(backend, rng, implementation, n, leaf_size, in_order):
+    x = rng.standard_normal((2, n, 5)) * [3.0, 1.0, 2.0, 0.5, 0.1]
+    found = run(implementation, backend, x, leaf_size, in_order)
+    for group in range(2):
+        np.testing.assert_array_equal(found[group], recursive_order(x[group], leaf_size, in_order))
+    stretch = min(in_order, depth(n, leaf_size))
+    for begin, end in pairwise(bounds(n, stretch)):
+        np.testing.assert_array_equal(np.sort(found[:, begin:end]), np.tile(np.arange(begin, end), (2, 1)))
 
 
 @implementations("tree_order")
@@ -95,6 +111,32 @@ def test_open_tree(backend, rng, implementation, n, own, slots, scale):
     """Against the contract followed node by node; scale 3 has nodes in the frozen phase."""
     arguments = tree_problem(rng, n=n, n_q=33, slots=slots, own=own, scale=scale)
     assert_same_lists(run(implementation, backend, *arguments), opened_one_by_one(*arguments))
+
+
+@pytest.mark.parametrize("seen", [(2, 0, 3), (2, 1, 2), (3, 2, 8), (1, 1, 2)])
+@pytest.mark.parametrize("slots", [9, 60])
+@implementations("open_tree")
+def test_open_tree_of_a_part(backend, rng, implementation, slots, seen):
+    """Lists hold the keys under the nodes seen, each once, and no others."""
+    arguments = list(tree_problem(rng, n=300, n_q=33, slots=slots, own=False, seen=seen))
+    found = run(implementation, backend, *arguments)
+    assert_same_lists(found, opened_one_by_one(*arguments))
+    arguments[5] = np.zeros_like(arguments[5])
+    _, log_weight = run(implementation, backend, *arguments)
+    level, first, end = seen
+    held = ((end * 300) >> level) - ((first * 300) >> level)
+    np.testing.assert_allclose(np.exp(log_weight).sum(axis=-1), held, rtol=1e-12)
+
+
+def test_lists_begin_with_one_node_in_sixteen_slots():
+    nodes = node_count(1000, 4)
+    assert first_nodes(16, nodes) == (0, 0, 1)
+    assert first_nodes(15, nodes) == (0, 0, 1)
+    assert first_nodes(64, nodes) == (2, 0, 4)
+    assert first_nodes(1 << 20, nodes) == (8, 0, 256)
+    assert first_nodes(64, nodes, 2, 1, 2) == (4, 4, 8)
+    assert first_nodes(64, nodes, 2, 0, 3) == (2, 0, 3)
+    assert first_nodes(64, nodes, 2, 0, 1) == (4, 0, 4)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(17, 80), st.integers(1, 60), st.booleans(), st.sampled_from((0.3, 1.0, 5.0)))

@@ -3,13 +3,15 @@
 import numpy as np
 
 from kdecore.kernels.node_summaries.reference import node_summaries
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, START_SHARE
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_nodes
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
 from kdecore.namespaces import host
 
+LEAF_SIZE = 4
 
-def recursive_order(x, leaf_size):
+
+def recursive_order(x, leaf_size, in_order=0):
     """Order of the rows of one group, from the contract: rows are split by recursion, in float64."""
     n = len(x)
 
@@ -19,7 +21,7 @@ def recursive_order(x, leaf_size):
         if largest <= leaf_size:
             return rows
         middle = (((2 * i + 1) * n) >> (level + 1)) - ((i * n) >> level)
-        if len(rows) > 2:
+        if len(rows) > 2 and level >= in_order:
             samples = min(SAMPLE, largest)
             sample = x[rows[np.arange(samples) * len(rows) // samples]]
             sample = sample - sample.mean(axis=0)
@@ -33,21 +35,23 @@ def recursive_order(x, leaf_size):
     return split(np.arange(n), 0, 0)
 
 
-def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=True, scale=1.0, leaf_size=4):
+def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=True, scale=1.0, seen=(0, 0, 1)):
     """Arguments of `open_tree` for keys in clusters: blocks of queries as they come, own positions at random."""
     keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
     q = rng.standard_normal((groups, n_q, d))
-    order = tree_order(host, keys, leaf_size)
+    order = tree_order(host, keys, LEAF_SIZE)
     sizes = 0.5 + rng.random((groups, n))
-    nodes = node_summaries(host, keys, keys, keys[:, :, :p], sizes, order, leaf_size, np.ones(groups))
+    nodes = node_summaries(host, keys, keys, keys[:, :, :p], sizes, order, LEAF_SIZE, np.ones(groups))
     blocks = n_q // rows
     query_index = np.stack([rng.permutation(n_q)[: blocks * rows].reshape(blocks, rows) for _ in range(groups)])
     own_positions = np.sort(rng.integers(0, n, (groups, blocks, rows)), axis=-1) if own else None
     coordinates = scale * q[:, :, :p]
-    return q, scale, coordinates, query_index, nodes.keys, nodes.spread, nodes.variances, nodes.sizes, own_positions, slots
+    start = first_nodes(slots - (rows if own else 0), nodes.spread.shape[1], *seen)
+    summaries = nodes.keys, nodes.spread, nodes.variances, nodes.sizes
+    return q, scale, coordinates, query_index, *summaries, own_positions, slots, start
 
 
-def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots):
+def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start):
     """What `open_tree` promises, from its contract, for one block and one node at a time."""
     groups, blocks, _ = query_index.shape
     nodes = spread.shape[1]
@@ -71,9 +75,9 @@ def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variance
 
         own_rows = [] if own is None else list(own[g, b])
         wanted = slots - len(own_rows)
-        start = max(level for level in range(depth + 1) if level == 0 or 2**level <= wanted / START_SHARE)
-        closed, opened, error = [(start, i) for i in range(2**start)], [], {}
-        taken, f, refreshed = 2**start, 2**start, 0
+        top, first, end = start
+        closed, opened, error = [(top, i) for i in range(first, end)], [], {}
+        taken, f, refreshed = end - first, end - first, 0
         while f < wanted:
             found = {node: weights_and_spreads(*node) for node in closed + opened}
             total = np.logaddexp.reduce([logs for logs, _ in found.values()], axis=0)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kdecore.inputs import Problem
 from kdecore.namespaces import Array, from_host, take_along_rows
+from kdecore.options import SortLSH
 from kdecore.planning import Plan
 from kdecore.randomness import normal
 
@@ -27,25 +28,22 @@ class HashOrder:
     codes: Array
 
 
-def hash_orders(problem: Problem, plan: Plan, num_hashes: int) -> tuple[HashOrder, HashOrder]:
-    """Sort queries and keys by bucket of the same hyperplanes, each centred on its own mean.
+def hash_codes(problem: Problem, plan: Plan, rows: Array) -> Array:
+    """Return the buckets (G, n) of a problem's queries or keys (G, n, d), centred on their mean; the planes are the seed's.
 
     Subtracting the mean key changes no softmax, and the mean query is subtracted for grouping only: without it, data with
-    an offset falls into few buckets. O(G n (d r + log n)).
-
-    Returns
-    -------
-    queries, keys
-        Their hash orders.
+    an offset falls into few buckets. O(G n d · num_hashes).
     """
-    xp = problem.xp
+    assert isinstance(plan.options, SortLSH)
+    xp, num_hashes = problem.xp, int(plan.options.num_hashes or 0)
     planes = from_host(
         xp, normal(plan.seed, PLANES_STREAM, (problem.d, num_hashes)), dtype=problem.q.dtype, device=problem.device
     )
+    codes: Array = plan.kernels["hash_codes"].function(xp, rows, planes)
+    return codes
 
-    def sort(x: Array) -> HashOrder:
-        codes = plan.kernels["hash_codes"].function(xp, x, planes)
-        order = plan.kernels["bucket_order"].function(xp, codes)
-        return HashOrder(order, take_along_rows(xp, codes, order))
 
-    return sort(problem.q), sort(problem.k)
+def sort_codes(problem: Problem, plan: Plan, codes: Array) -> HashOrder:
+    """Sort rows by bucket, those of one bucket as they are. O(G n log n)."""
+    order = plan.kernels["bucket_order"].function(problem.xp, codes)
+    return HashOrder(order, take_along_rows(problem.xp, codes, order))

@@ -8,6 +8,7 @@ from kdecore.methods import exact, hyper, kdeformer, sortlsh, treecode
 from kdecore.namespaces import Array
 from kdecore.planning import Plan
 from kdecore.selection import Selection
+from kdecore.stretches import Described, Stretch
 
 SELECT: dict[str, Callable[[Problem, Plan], Selection]] = {
     "exact": exact.select,
@@ -37,6 +38,31 @@ class Stages(NamedTuple):
     select: Callable[[Problem, Plan, Any], Selection]
     restrict: Callable[[Problem, Any, Array], tuple[Problem, Any, Array]] | None = None
 
+
+class Stretches(NamedTuple):
+    """A method on 2**level equal stretches of queries, each of which sees some of 2**level equal stretches of the keys.
+
+    Attributes
+    ----------
+    describe
+        (problem, plan) → what is found out about all rows once, to be cut and stacked with them.
+    prepare
+        (problem, plan, level, described) → what is built once for all stretches of a level.
+    select
+        (problem, plan, prepared, level, number, keys) → Selection for one stretch of queries.
+    """
+
+    describe: Callable[[Problem, Plan], Described]
+    prepare: Callable[[Problem, Plan, int, Described], Any]
+    select: Callable[[Problem, Plan, Any, int, int, Stretch], Selection]
+
+
+STRETCHES = {
+    "sortlsh": Stretches(sortlsh.describe, sortlsh.sort_described, sortlsh.select_stretch),
+    "hyper": Stretches(hyper.describe, sortlsh.sort_described, sortlsh.select_stretch),
+    "treecode": Stretches(treecode.describe, treecode.prepare_in_order, treecode.select_stretch),
+}
+"""Method name → how it selects from stretches; the others are given the stretches' keys alone."""
 
 STAGES = {
     "sortlsh": Stages(sortlsh.prepare, sortlsh.block_and_sample),

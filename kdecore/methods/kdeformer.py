@@ -65,7 +65,9 @@ def select(problem: Problem, plan: Plan) -> Selection:
     p = probabilities(problem, log_columns, norms, ratio)
 
     cumulative = xp.cumulative_sum(p, axis=1)
-    points = xp.reshape(uniform(xp, plan.seed, KEYS_STREAM, problem.groups * samples, device=problem.device), (-1, samples))
+    points = xp.reshape(
+        uniform(xp, plan.seed, plan.stream(KEYS_STREAM), problem.groups * samples, device=problem.device), (-1, samples)
+    )
     keys = searchsorted_rows(xp, cumulative, points * cumulative[:, -1:], side="right")
     keys = xp.clip(keys, 0, problem.n_k - 1)
     log_weight = -xp.log(take_along_rows(xp, p, keys)) - math.log(samples)
@@ -84,7 +86,9 @@ def log_norms(problem: Problem, options: KDEformer, seed: int) -> tuple[Array, A
     Steps 1 and 2 of Algorithm 1. The scale is split evenly between queries and keys, which keeps distances small.
     """
     root = math.sqrt(abs(problem.scale))
-    q = without_gradient(problem.q) * math.copysign(root, problem.scale)
+    q, xp = without_gradient(problem.q), problem.xp
+    # A query that is not finite is to spoil its own row only.
+    q = xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * math.copysign(root, problem.scale)
     k = without_gradient(problem.k) * root
     log_rows, _ = wexpkde(k, q, None, Accuracy(options.accuracy, DELTA), primitive=options.primitive, seed=seed)
     log_columns, _ = wexpkde(

@@ -16,13 +16,17 @@ queries meets the stretch of keys at its place. A_res, the rest, is sampled. Whe
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kdecore.grouping.sign_lsh import HashOrder, hash_orders
+from kdecore.grouping.sign_lsh import HashOrder, hash_codes, sort_codes
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, searchsorted_rows, take_along_rows
+from kdecore.namespaces import Array, Namespace, searchsorted_integers, take_along_rows
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
 from kdecore.randomness import SAMPLES_STREAM, uniform
 from kdecore.selection import Blocks, Selection, equal_blocks
+from kdecore.stretches import Described, Stretch
+
+STRETCH_ROWS = 64
+"""Queries in a block of a stretch, at least: none has its own keys among those chosen from, and small blocks take long."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,43 @@ def select(problem: Problem, plan: Plan) -> Selection:
 
 def prepare(problem: Problem, plan: Plan) -> Prepared:
     """Hash and sort, and weigh the keys by their values. O(G ((n_q + n_k) (d · num_hashes + log n) + n_k d_v))."""
-    return hash_and_sort(problem, plan, value_weights(problem, plan))
+    return sort_described(problem, plan, 0, describe(problem, plan))
 
 
-def hash_and_sort(problem: Problem, plan: Plan, weights: Array) -> Prepared:
-    """Sort queries and keys by hash, and ``weights`` (G, n_k) with the keys."""
-    assert isinstance(plan.options, SortLSH)
-    queries, keys = hash_orders(problem, plan, int(plan.options.num_hashes or 0))
+def describe(problem: Problem, plan: Plan) -> Described:
+    """Hash, and weigh the keys by their values."""
+    return hashed(problem, plan, value_weights(problem, plan))
+
+
+def hashed(problem: Problem, plan: Plan, weights: Array) -> Described:
+    """Hash queries and keys, which are sampled by ``weights`` (G, n_k)."""
+    codes = (hash_codes(problem, plan, x) for x in (problem.q, problem.k))
+    return Described((next(codes),), (next(codes), weights))
+
+
+def sort_described(problem: Problem, plan: Plan, level: int, described: Described) -> Prepared:
+    """Sort queries and keys by hash, and the keys' weights with them; the same at every level."""
+    (query_codes,), (key_codes, weights) = described.queries, described.keys
+    queries, keys = sort_codes(problem, plan, query_codes), sort_codes(problem, plan, key_codes)
     return Prepared(queries, keys, take_along_rows(problem.xp, weights, keys.order))
+
+
+def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int, number: int, keys: Stretch) -> Selection:
+    """Select for the queries of stretch ``number`` of 2**level, which see some stretches of the keys.
+
+    What is left of an order after others are taken out is the order of those left: nothing is sorted again.
+    """
+    xp = problem.xp
+
+    def left(order: Array, n: int, some: Stretch, *those: Array) -> list[Array]:
+        begin, stop = (some.first * n) >> level, (some.end * n) >> level
+        inside = (order >= begin) & (order < stop)
+        return [xp.reshape(x[inside], (problem.groups, stop - begin)) for x in (order, *those)]
+
+    own = Stretch(number, number + 1)
+    queries = left(prepared.queries.order, problem.n_q, own, prepared.queries.codes)
+    *seen, weights = left(prepared.keys.order, problem.n_k, keys, prepared.keys.codes, prepared.weights)
+    return block_and_sample(problem, plan, Prepared(HashOrder(*queries), HashOrder(*seen), weights), STRETCH_ROWS)
 
 
 def value_weights(problem: Problem, plan: Plan) -> Array:
@@ -71,7 +104,7 @@ def value_weights(problem: Problem, plan: Plan) -> Array:
     return 1.0 + norms / xp.where(mean > 0, mean, 1.0)
 
 
-def block_and_sample(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
+def block_and_sample(problem: Problem, plan: Plan, prepared: Prepared, least_rows: int = 1) -> Selection:
     """Select block_size keys at each query block's place in hash order, and num_samples of the others.
 
     Parameters
@@ -82,6 +115,8 @@ def block_and_sample(problem: Problem, plan: Plan, prepared: Prepared) -> Select
         With resolved `SortLSH` or `Hyper` options.
     prepared
         Hash orders and weights.
+    least_rows
+        Queries in a block, at least.
 
     Returns
     -------
@@ -93,13 +128,15 @@ def block_and_sample(problem: Problem, plan: Plan, prepared: Prepared) -> Select
     assert isinstance(options, SortLSH)
     own_size, samples = int(options.block_size or 0), int(options.num_samples or 0)
     queries, keys = prepared.queries, prepared.keys
-    blocks = equal_blocks(xp, queries.order, options.rows)
+    blocks = equal_blocks(xp, queries.order, max(options.rows, least_rows))
     own_start = own_windows(xp, queries, keys, blocks, own_size)
 
     count = problem.groups * (len(blocks.starts) - 1)
-    starts = xp.reshape(uniform(xp, plan.seed, SAMPLES_STREAM, count, device=problem.device), (problem.groups, -1))
+    starts = xp.reshape(
+        uniform(xp, plan.seed, plan.stream(SAMPLES_STREAM), count, device=problem.device), (problem.groups, -1)
+    )
     # Since every weight is at least 1, this ceiling keeps every inclusion probability at or below 1 in every block.
-    ceiling = (problem.n_k - own_size) / samples
+    ceiling = (int(keys.order.shape[1]) - own_size) / samples
     capped = xp.minimum(prepared.weights, xp.asarray(ceiling, dtype=xp.float64, device=problem.device))
     sampled, log_inclusion = plan.kernels["draw_indices"].function(xp, capped, own_start, own_size, starts, samples)
 
@@ -120,8 +157,8 @@ def own_windows(xp: Namespace, queries: HashOrder, keys: HashOrder, blocks: Bloc
     code = xp.take(queries.codes, middle, axis=1)
 
     def bucket(codes: Array) -> tuple[Array, Array]:
-        first = searchsorted_rows(xp, codes, code, side="left")
-        end = searchsorted_rows(xp, codes, code, side="right")
+        first = searchsorted_integers(xp, codes, code, side="left")
+        end = searchsorted_integers(xp, codes, code, side="right")
         return xp.astype(first, xp.float64), xp.astype(end, xp.float64)
 
     q_first, q_end = bucket(queries.codes)

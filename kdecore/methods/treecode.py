@@ -14,15 +14,17 @@ replaced by one of its keys, drawn at random, and the estimate is unbiased in nu
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.namespaces import Array, Namespace, cross_moment, host, invert_permutation, take_along_rows, without_gradient
 from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.randomness import SAMPLES_STREAM, uniform
 from kdecore.selection import Blocks, Selection, equal_blocks
+from kdecore.stretches import Described, Stretch
 from kdecore.tree import depth, node_bounds, node_count
 
 MOMENT_ROWS = 2048
@@ -77,6 +79,8 @@ class Prepared:
         That order in blocks of `Treecode.block_size`.
     own
         (G, B, b) int64, ascending: positions in the keys' tree of each block's own keys, in self-attention; else None.
+    seen
+        (level, first, end): the queries see the nodes first … end − 1 of a level.
     """
 
     keys: KeyTree
@@ -84,6 +88,7 @@ class Prepared:
     order: Array
     blocks: Blocks
     own: Array | None
+    seen: tuple[int, int, int] = (0, 0, 1)
 
 
 def select(problem: Problem, plan: Plan) -> Selection:
@@ -104,20 +109,70 @@ def prepare(problem: Problem, plan: Plan) -> Prepared:
     return prepare_queries(problem, plan, build(problem, plan, moment))
 
 
+def describe(problem: Problem, plan: Plan) -> Described:
+    """Find coordinates of queries and keys, and sizes of values."""
+    view, coordinates, sizes = described_keys(problem, plan, second_moment(problem.xp, without_gradient(problem.q)))
+    of_queries = plan.kernels["project_rows"].function(problem.xp, without_gradient(problem.q), view.queries)
+    return Described((of_queries,), (coordinates, sizes), (view.half_norm,), shared=view)
+
+
+def prepare_in_order(problem: Problem, plan: Plan, level: int, described: Described) -> Prepared:
+    """Build trees that have the 2**level equal stretches of keys, and of queries, as nodes."""
+    (of_queries,), (coordinates, sizes), (half_norm,) = described.queries, described.keys, described.groups
+    order, nodes = grow(problem, plan, coordinates, sizes, half_norm, level)
+    slope = first_order_term(problem.xp, nodes, problem.n_k, described.parts)
+    queries = order_queries(problem, plan, of_queries, level)
+    blocks = equal_blocks(problem.xp, queries, problem.n_q)
+    return Prepared(KeyTree(described.shared, order, nodes, slope), of_queries, queries, blocks, None)
+
+
+def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int, number: int, keys: Stretch) -> Selection:
+    """Select for the queries of stretch ``number`` of 2**level, which see some stretches of the keys, not their own."""
+    assert isinstance(plan.options, Treecode)
+    queries = slice((number * problem.n_q) >> level, ((number + 1) * problem.n_q) >> level)
+    blocks = equal_blocks(problem.xp, prepared.order[:, queries], plan.options.block_size)
+    return open_for(problem, plan, replace(prepared, blocks=blocks, seen=(level, *keys)))
+
+
 def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
     """Build the tree over a problem's keys for queries whose `second_moment` is ``moment``."""
+    view, coordinates, sizes = described_keys(problem, plan, moment)
+    order, nodes = grow(problem, plan, coordinates, sizes, view.half_norm)
+    return KeyTree(view, order, nodes, first_order_term(problem.xp, nodes, problem.n_k))
+
+
+def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple["View", Array, Array]:
+    """Return the view, the keys' coordinates (G, n_k, p) and the sizes of the values (G, n_k), relative to the largest."""
     xp, kernels = problem.xp, plan.kernels
     k, v = without_gradient(problem.k), without_gradient(problem.v)
     view = balanced_view(xp, moment, k, problem.scale)
     coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
-    order = kernels["tree_order"].function(xp, coordinates, Treecode.LEAF_SIZE)
     norms = kernels["row_norms"].function(xp, v)
     top = xp.max(norms, axis=1, keepdims=True)
-    sizes = xp.astype(norms / xp.where(top > 0, top, 1.0), k.dtype)
-    nodes = kernels["node_summaries"].function(
-        xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, view.half_norm
+    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), k.dtype)
+
+
+def grow(
+    problem: Problem, plan: Plan, coordinates: Array, sizes: Array, half_norm: Array, in_order: int = 0
+) -> tuple[Array, TreeNodes]:
+    """Order the keys by a tree, its first levels as they are, and summarise its nodes."""
+    xp, kernels = problem.xp, plan.kernels
+    order = kernels["tree_order"].function(xp, coordinates, Treecode.LEAF_SIZE, in_order)
+    nodes: TreeNodes = kernels["node_summaries"].function(
+        xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, half_norm
     )
-    return KeyTree(view, order, nodes, first_order_term(xp, nodes, problem.n_k))
+    return order, nodes
+
+
+def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: int = 0) -> Array:
+    """Order the queries by a tree, its first levels as they are; a single block stays as it is."""
+    xp, options = problem.xp, plan.options
+    assert isinstance(options, Treecode)
+    if problem.n_q <= options.block_size:
+        every = xp.arange(problem.n_q, dtype=xp.int64, device=problem.device)
+        return xp.broadcast_to(every, (problem.groups, problem.n_q))
+    order: Array = plan.kernels["tree_order"].function(xp, coordinates, options.block_size, in_order)
+    return order
 
 
 def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
@@ -125,15 +180,12 @@ def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
     xp, options = problem.xp, plan.options
     assert isinstance(options, Treecode)
     coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
-    if problem.n_q <= options.block_size:
-        every = xp.arange(problem.n_q, dtype=xp.int64, device=problem.device)
-        order = xp.broadcast_to(every, (problem.groups, problem.n_q))
-    else:
-        order = plan.kernels["tree_order"].function(xp, coordinates, options.block_size)
+    order = order_queries(problem, plan, coordinates)
     blocks = equal_blocks(xp, order, options.block_size)
     own = None
-    if problem.n_q == problem.n_k:
-        own = xp.sort(take_along_rows(xp, invert_permutation(xp, keys.order), blocks.index), axis=-1)
+    if problem.is_self_attention:
+        own_keys = blocks.index // problem.repeats
+        own = xp.sort(take_along_rows(xp, invert_permutation(xp, keys.order), own_keys), axis=-1)
     return Prepared(keys, coordinates, order, blocks, own)
 
 
@@ -175,6 +227,8 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
     own = prepared.own
     if own is not None and int(own.shape[2]) * OWN_SHARE > options.budget:
         own = None
+    node_count = int(nodes.spread.shape[1])
+    own_count = 0 if own is None else int(own.shape[2])
     key_index, log_weight = plan.kernels["open_tree"].function(
         xp,
         without_gradient(problem.q),
@@ -184,38 +238,45 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
         *(without_gradient(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)),
         own,
         options.budget,
+        first_nodes(options.budget - own_count, node_count, *prepared.seen),
     )
     if options.far_field == "sample":
-        holder = None if own is None else holders(xp, blocks, prepared.order, prepared.keys.order)
-        starts = uniform(xp, plan.seed, SAMPLES_STREAM, math.prod(blocks.index.shape[:2]), device=problem.device)
-        key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, int(nodes.spread.shape[1]))
-        return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values[:, :, :-1])
+        holder = None if own is None else holders(xp, blocks, prepared.order, prepared.keys.order, problem.repeats)
+        starts = uniform(
+            xp, plan.seed, plan.stream(SAMPLES_STREAM), math.prod(blocks.index.shape[:2]), device=problem.device
+        )
+        key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, node_count)
+        position = xp.maximum(key_index - node_count, xp.zeros_like(key_index))
+        return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), log_weight)
     return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values, slope=prepared.keys.slope)
 
 
-def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
+def first_order_term(xp: Namespace, nodes: TreeNodes, n: int, parts: int = 1) -> Array:
     """Return `DAMPING` times what the mean value of a node of unit spread gains for each unit of a query (derived).
 
     A node's mean value leaves out that keys of larger logits weigh more: to first order its values' mean under attention is
     v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
     spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
-    most, which leaves less of them within; and less of what may be chance. Returns (G, d, d_v), in O(G `MOMENT_ROWS` d d_v).
+    most, which leaves less of them within; and less of what may be chance. So many ``parts`` groups
+    share one. Returns (G, d, d_v), in O(G / parts · `MOMENT_ROWS` d d_v).
     """
     count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
     # An odd step meets all places of a leaf.
-    step = max(1, n // MOMENT_ROWS) | 1
+    step = max(1, n * parts // MOMENT_ROWS) | 1
     position = host.arange(0, n, step)
     leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
     of_row, of_leaf = (xp.asarray(x, device=nodes.keys.device) for x in (count + position, leaf))
     keys, values = (xp.take(x, of_row, axis=1) - xp.take(x, of_leaf, axis=1) for x in (nodes.keys, nodes.values))
-    values = values[:, :, :-1]
+    together = int(keys.shape[0]) // parts
+    keys, values = (xp.reshape(x, (together, -1, x.shape[2])) for x in (keys, values[:, :, :-1]))
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))
     covariance = cross_moment(xp, keys, values)
     # Of rows that have nothing to do with each other, this much is left by chance.
     signal, noise = xp.sum(covariance * covariance, axis=(1, 2))[:, None, None], size * value_size / rows
     certain = xp.where(signal > noise, 1.0 - noise / xp.where(signal > 0, signal, 1.0), 0.0)
-    return DAMPING * certain * covariance / xp.where(size > 0, size, 1.0)
+    slope = DAMPING * certain * covariance / xp.where(size > 0, size, 1.0)
+    return xp.repeat(slope, parts, axis=0) if parts > 1 else slope
 
 
 def draw(
@@ -225,8 +286,8 @@ def draw(
 
     The larger a node's part of the attention, the further it was opened: these are samples without replacement, one
     from each of many strata of about equal importance. ``starts`` (G · B,) is uniform in [0, 1); each node's number is its
-    block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block, ``holder``
-    (G, n), lists as its own does not count again.
+    block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block, one of ``holder``
+    (G, n, r), lists as its own does not count again.
     """
     groups, blocks, _ = key_index.shape
     closed = (key_index < nodes) & (log_weight > -xp.inf)
@@ -238,17 +299,19 @@ def draw(
     position = xp.minimum(first + place, end - 1)
     weight = xp.astype(xp.log(count), log_weight.dtype)
     if holder is not None:
-        block = xp.arange(blocks, dtype=xp.int64, device=holder.device)[None, :, None]
-        weight = xp.where(take_along_rows(xp, holder, position) == block, -xp.inf, weight)
+        block = xp.arange(blocks, dtype=xp.int64, device=holder.device)[None, :, None, None]
+        mine = xp.any(take_along_rows(xp, holder, position) == block, axis=-1)
+        weight = xp.where(mine, -xp.inf, weight)
     return xp.where(closed, nodes + position, key_index), xp.where(closed, weight, log_weight)
 
 
-def holders(xp: Namespace, blocks: Blocks, query_order: Array, key_order: Array) -> Array:
-    """Return the block that the query of each position of the keys' tree is in, int64 (G, n)."""
+def holders(xp: Namespace, blocks: Blocks, query_order: Array, key_order: Array, repeats: int) -> Array:
+    """Return the blocks that the queries of each position of the keys' tree are in, int64 (G, n, repeats)."""
     ends = host.asarray(blocks.starts[1:])
     block = host.searchsorted(ends, host.arange(int(query_order.shape[1])), side="right")
     of_place = xp.broadcast_to(xp.asarray(block, dtype=xp.int64, device=query_order.device), query_order.shape)
-    return take_along_rows(xp, take_along_rows(xp, of_place, invert_permutation(xp, query_order)), key_order)
+    of_query = take_along_rows(xp, of_place, invert_permutation(xp, query_order))
+    return take_along_rows(xp, xp.reshape(of_query, (*key_order.shape, repeats)), key_order)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ class AttendBlocks(Protocol):
         key_index: Array,
         log_weight: Array,
         scale: float,
+        bias: Array | None = None,
+        before: Part | None = None,
     ) -> Part:
-        """Return softmax attention with logits scale · ⟨q, k⟩ + log_weight.
+        """Return softmax attention with logits scale · ⟨q, k⟩ + log_weight + bias.
 
         Parameters
         ----------
@@ -29,18 +31,24 @@ class AttendBlocks(Protocol):
         q, k, v
             (R_q, d), (R_k, d), (R_k, d_v) rows, float32 or float64.
         query_index
-            (N, b) int64 into the rows of q: the queries of each block. Every row of q is in one block; it may be there
-            more than once.
+            (N, b) int64 into the rows of q: the queries of each block. A row of q is in one block at most; it may be there
+            again right after itself.
         key_index
             (N, s) int64 into the rows of k and v: the keys of each block.
         log_weight
             (N, s) of q's dtype; −inf where a slot does not count.
         scale
             Finite factor on ⟨q, k⟩.
+        bias
+            (N, b, s), or (1, b, s) for all blocks, of q's dtype: what is added to the logit of each query and slot, −inf
+            where the query does not see the slot's key, which is finite then; None for nothing.
+        before
+            Attention to other keys, out (R_q, d_v) and lse (R_q,), to be merged with; its memory may be used for the result.
 
         Returns
         -------
         Part
-            out (R_q, d_v) and lse (R_q,) of q's dtype, in q's order; 0 and −inf for a block without counting slots.
+            out (R_q, d_v) and lse (R_q,) of q's dtype, in q's order; those of ``before``, or 0 and −inf, for a query in no
+            block or without counting slots.
             O(N b s (d + d_v)) time; temporaries do not grow with N.
         """

@@ -26,7 +26,7 @@ from kdecore.kernels.simd import (
 )
 from kdecore.kernels.threads import fair_chunk, run_tasks, team
 from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like, host_memory, host_view
 
 TASK_ROWS = 256
 """Rows that share one copy of their keys, at most."""
@@ -50,27 +50,38 @@ def attend_blocks(
     key_index: Array,
     log_weight: Array,
     scale: float,
+    bias: Array | None = None,
+    before: Part | None = None,
 ) -> Part:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
     inputs = tuple(host_view(x) for x in (q, k, v, query_index, key_index, log_weight))
     queries, values, index = inputs[0], inputs[2], inputs[3]
-    out = np.empty((queries.shape[0], values.shape[1]), queries.dtype)
-    lse = np.empty(queries.shape[0], queries.dtype)
+    if before is None:
+        out = np.zeros((queries.shape[0], values.shape[1]), queries.dtype)
+        lse = np.full(queries.shape[0], -np.inf, queries.dtype)
+    else:
+        out, lse = host_memory(before.out), host_memory(before.lse)
     factor = queries.dtype.type(scale / LN2)
     blocks, rows = index.shape
+    added = host_view(np.empty((0, 0, 0), queries.dtype) if bias is None else bias)
     with team() as own:
         parts = max(-(-rows // TASK_ROWS), min(-(-own.threads // max(1, blocks)), -(-rows // LEAST_TASK_ROWS)))
         # Small blocks by the dozen: a call of the kernel costs as much as a few queries.
         chunk = fair_chunk(blocks * parts, TASK_ROWS // max(1, rows))
         run_tasks(
-            lambda first, last: attend_tasks(*inputs, factor, parts, out, lse, first, last), blocks * parts, chunk=chunk
+            lambda first, last: attend_tasks(*inputs, added, factor, parts, before is not None, out, lse, first, last),
+            blocks * parts,
+            chunk=chunk,
         )
     return Part(from_host_like(xp, out, q), from_host_like(xp, lse, q))
 
 
 @kernel()
-def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, parts, out, lse, first, last):
-    """Evaluate tasks first … last − 1, ``parts`` a block, into out and lse."""
+def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, parts, merging, out, lse, first, last):
+    """Evaluate tasks first … last − 1, ``parts`` a block, into out and lse.
+
+    ``added`` has no blocks where nothing is; merging with what out and lse hold.
+    """
     rows, slots = query_index.shape[1], key_index.shape[1]
     d, d_v = q.shape[1], v.shape[1]
     lanes = VECTOR_BYTES // q.itemsize
@@ -82,7 +93,8 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, parts, out
     short = 0 < d_v - tiled <= SHORT_TILE_ROWS
     columns = tiled + SHORT_TILE_ROWS if short else round_up(d_v, TILE_ROWS)
     flat_q, flat_k, flat_v, flat_out = q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1)
-    query_rows = np.zeros(panels * lanes, np.int64)
+    flat_added, square = added.reshape(-1), np.empty(lanes * lanes, q.dtype)
+    query_rows, added_rows = np.zeros(panels * lanes, np.int64), np.zeros(panels * lanes, np.int64)
     queries = np.zeros(panels * d * lanes, q.dtype)
     keys = np.zeros(chunk * d, q.dtype)
     values = np.zeros(chunk * columns, q.dtype)
@@ -93,6 +105,8 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, parts, out
     chunk_totals = np.empty(lanes, q.dtype)
     before, shifts, inverses = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
     tops = np.empty(panels * lanes, q.dtype)
+    rows_out, kept = np.empty(lanes * d_v, q.dtype), np.empty(panels * lanes, q.dtype)
+    places = np.arange(lanes)
     # Chunks are added up in float64, so that float32 errors do not grow with the number of keys.
     sums = np.zeros(panels * columns * lanes, np.float64)
     totals = np.empty(panels * lanes, np.float64)
@@ -105,6 +119,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, parts, out
         filled = round_up(count, lanes)
         for r in range(filled):
             query_rows[r] = query_index[block, begin + min(r, count - 1)]
+            added_rows[r] = (block if added.shape[0] > 1 else 0) * rows + begin + min(r, count - 1)
             prefetch(flat_q, query_rows[r] * d, d)
         for lane in range(0, filled, lanes):
             load_queries(flat_q, query_rows, lane, d, factor, queries)
@@ -128,6 +143,8 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, parts, out
             for lane in range(0, filled, lanes):
                 for j in range(0, width, TILE_ROWS):
                     multiply_tile(keys, j * d, d, 1, queries, lane * d, d, bias, j, logits, j * lanes, True)
+                if added.shape[0] > 0:
+                    add_bias(flat_added, added_rows, lane, slots, start, used, square, logits)
                 before[:] = tops[lane : lane + lanes]
                 column_max(logits, 0, width, tops, lane)
                 for i in range(lanes):
@@ -150,17 +167,24 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, factor, parts, out
                 if used == slots:
                     for i in range(lanes):
                         totals[lane + i] = chunk_totals[i]
-                    store_queries(chunk_sums, totals, query_rows, lane, d_v, inverses, flat_out)
+                    finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kept, lse)
+                    if merging:
+                        store_queries(chunk_sums, places, 0, d_v, inverses, rows_out)
+                        add_rows(rows_out, kept, query_rows, lane, count, d_v, flat_out)
+                    else:
+                        store_queries(chunk_sums, query_rows, lane, d_v, inverses, flat_out)
                 else:
                     add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, columns, start == 0)
-        for r in range(count):
-            total = totals[r]
-            lse[query_rows[r]] = (tops[r] + np.log2(total)) * LN2 if total != 0 else -np.inf
         if chunk < slots:
             for lane in range(0, filled, lanes):
                 for t in range(columns * lanes):
                     chunk_sums[t] = sums[lane * columns + t]
-                store_queries(chunk_sums, totals, query_rows, lane, d_v, inverses, flat_out)
+                finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kept, lse)
+                if merging:
+                    store_queries(chunk_sums, places, 0, d_v, inverses, rows_out)
+                    add_rows(rows_out, kept, query_rows, lane, count, d_v, flat_out)
+                else:
+                    store_queries(chunk_sums, query_rows, lane, d_v, inverses, flat_out)
 
 
 @kernel()
@@ -176,11 +200,65 @@ def load_queries(q, query_rows, lane, d, factor, queries):
 
 
 @kernel()
-def store_queries(panel, totals, query_rows, lane, d_v, inverses, out):
-    """Write a panel's sums, divided by their totals, into the rows of out."""
+def add_bias(bias, rows, lane, slots, start, used, square, logits):
+    """Add the bias of slots start … start + used − 1 of a panel's queries to their logits."""
+    lanes = VECTOR_BYTES // bias.itemsize
+    squares = used // lanes * lanes
+    unit = bias.dtype.type(1.0 / LN2)
+    for t in range(0, squares, lanes):
+        columns_from_rows(bias, rows, lane, slots, start + t, unit, square, 0)
+        base = np.uintp(t * lanes)
+        for i in range(np.uintp(lanes * lanes)):
+            logits[base + i] += square[i]
+    for r in range(lanes):
+        for t in range(squares, used):
+            logits[t * lanes + r] += bias[rows[lane + r] * slots + start + t] * unit
+
+
+@kernel()
+def finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kept, lse):
+    """Write lse, what a panel's sums are multiplied by, and, merging, what the rows of out are kept times.
+
+    The first ``count`` queries of a task count; one that comes again is not merged again.
+    """
     lanes = inverses.shape[0]
     for i in range(lanes):
-        inverses[i] = 1.0 / totals[lane + i] if totals[lane + i] != 0 else 1.0
+        r = lane + i
+        total = totals[r]
+        inverses[i] = 1.0 / total if total != 0 else 1.0
+        found = (tops[r] + np.log2(total)) * LN2 if total != 0 else -np.inf
+        if not merging:
+            if r < count:
+                lse[query_rows[r]] = found
+            continue
+        kept[r] = 1.0
+        if r >= count or (r > 0 and query_rows[r] == query_rows[r - 1]):
+            continue
+        old = lse[query_rows[r]]
+        top = max(old, found)
+        if top > -np.inf or top != top:
+            old_weight, new_weight = np.exp(np.float64(old - top)), np.exp(np.float64(found - top))
+            both = old_weight + new_weight
+            lse[query_rows[r]] = top + np.log(both)
+            kept[r] = old_weight / both
+            inverses[i] *= new_weight / both
+
+
+@kernel()
+def add_rows(rows, kept, query_rows, lane, count, d_v, out):
+    """Merge a panel's rows into those of out."""
+    for r in range(lane, min(count, lane + rows.shape[0] // d_v)):
+        if r > 0 and query_rows[r] == query_rows[r - 1]:
+            continue
+        source, target = np.uintp((r - lane) * d_v), np.uintp(query_rows[r] * d_v)
+        for t in range(np.uintp(d_v)):
+            out[target + t] = out[target + t] * kept[r] + rows[source + t]
+
+
+@kernel()
+def store_queries(panel, query_rows, lane, d_v, inverses, out):
+    """Write a panel's sums, times ``inverses``, into the rows of out."""
+    lanes = inverses.shape[0]
     square = d_v // lanes * lanes
     for t in range(0, square, lanes):
         rows_from_columns(panel, t * lanes, inverses, 0, out, query_rows, lane, d_v, t)

@@ -1,6 +1,6 @@
 """`attend_blocks` in the array API: gather, product, softmax, product, over tiles that stay in cache."""
 
-from kdecore.merge import Part, softmax_part
+from kdecore.merge import Part, merge, softmax_part
 from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, first_places, spans, take_rows
 
 
@@ -13,6 +13,8 @@ def attend_blocks(
     key_index: Array,
     log_weight: Array,
     scale: float,
+    bias: Array | None = None,
+    before: Part | None = None,
 ) -> Part:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
     blocks, rows = query_index.shape
@@ -27,9 +29,15 @@ def attend_blocks(
         values = take_rows(xp, v, key_index[block, :])
         weight = log_weight[block, None, :]
         for row in spans(rows, rows_step):
-            part = softmax_part(xp, (take_rows(xp, q, query_index[block, row]) * scale) @ keys + weight, values)
+            logits = (take_rows(xp, q, query_index[block, row]) * scale) @ keys + weight
+            if bias is not None:
+                logits = logits + (bias[:, row, :] if bias.shape[0] == 1 else bias[block, row, :])
+            part = softmax_part(xp, logits, values)
             out[block, row, :] = part.out
             lse[block, row] = part.lse
     out, lse = xp.reshape(out, (blocks * rows, v.shape[1])), xp.reshape(lse, (-1,))
-    place = first_places(xp, xp.reshape(query_index, (-1,)), int(q.shape[0]))
-    return Part(take_rows(xp, out, place), take_rows(xp, lse, place))
+    place, found = first_places(xp, xp.reshape(query_index, (-1,)), int(q.shape[0]))
+    part = Part(
+        xp.where(found[:, None], take_rows(xp, out, place), 0.0), xp.where(found, take_rows(xp, lse, place), -xp.inf)
+    )
+    return part if before is None else merge(xp, before, part)

@@ -5,7 +5,7 @@ from typing import Protocol
 from kdecore.namespaces import Array, Namespace
 
 START_SHARE = 16
-"""A list begins with the nodes of the last level that are no more than one in so many of its slots."""
+"""A list begins with the nodes of a level that are no more than one in so many of its slots, where there are such."""
 GROWTH = 8
 """A round opens one in so many of the nodes opened so far (rounding down, at least one)."""
 REFRESH = 4
@@ -28,6 +28,7 @@ class OpenTree(Protocol):
         sizes: Array,
         own: Array | None,
         slots: int,
+        start: tuple[int, int, int],
     ) -> tuple[Array, Array]:
         """Return each block's list of nodes and single keys, with log-weights.
 
@@ -37,8 +38,8 @@ class OpenTree(Protocol):
         leaving it closed is its weight over the sum of all weights, times σ, times its size; the node's error is the sum of
         the fourth powers of the block's queries' errors, so that what one query needs is not averaged away.
 
-        A list of s own keys begins with the f nodes of the last level that has no more than (slots − s) / `START_SHARE` of
-        them, or with the root. A round orders the c = min(max(1, ⌊f / `GROWTH`⌋), slots − s − f) closed nodes of
+        A list begins with the f nodes of ``start``, whose keys are all that are seen; s of the slots are for own keys. A
+        round orders the c = min(max(1, ⌊f / `GROWTH`⌋), slots − s − f) closed nodes of
         largest error (all, if they are fewer), the largest first, opens those for which there is room, and adds c to f. An
         inner node's children take its place, which takes one slot more; a leaf of m keys is listed key by key, which takes
         m − 1 slots more, and keeps its weight in the sums. The list ends with a round that opens nothing, or with f =
@@ -66,7 +67,9 @@ class OpenTree(Protocol):
             (G, B, s) int64, ascending: positions in the tree of keys that each block lists by themselves, which are taken
             out of the nodes that hold them; or None.
         slots
-            Length of the lists, more than s; below n_k.
+            Length of the lists, at least s + f; below the number of keys seen.
+        start
+            (level, first, end): lists begin with the nodes first … end − 1 of a level.
 
         Returns
         -------
@@ -80,7 +83,12 @@ class OpenTree(Protocol):
         """
 
 
-def first_level(slots: int, nodes: int) -> int:
-    """Return the level that lists of so many slots, own keys left out, begin with, in a tree of so many nodes."""
-    leaves = (nodes + 1) // 2
-    return max(1, min(slots // START_SHARE, leaves)).bit_length() - 1
+def first_nodes(slots: int, nodes: int, level: int = 0, first: int = 0, end: int = 1) -> tuple[int, int, int]:
+    """Return ``start`` of lists that see the nodes first … end − 1 of a level only, in a tree of so many nodes.
+
+    That is, what lies under them at the last level that has no more than one in `START_SHARE` of the slots, own keys left
+    out, or they themselves.
+    """
+    last = ((nodes + 1) // 2).bit_length() - 1
+    more = max(0, min((slots // START_SHARE // (end - first)).bit_length() - 1, last - level))
+    return level + more, first << more, end << more

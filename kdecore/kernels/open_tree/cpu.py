@@ -11,7 +11,7 @@ import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_level
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
 from kdecore.kernels.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
@@ -52,13 +52,13 @@ def open_tree(
     sizes: Array,
     own: Array | None,
     slots: int,
+    start: tuple[int, int, int],
 ) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
     inputs = [host_view(x) for x in (q, coordinates, query_index, keys, spread, variances, sizes)]
     groups, blocks, _ = inputs[2].shape
     own_ = np.empty((groups, blocks, 0), np.int64) if own is None else np.array(host_view(own))
     own_.flags.writeable = False
-    start = first_level(slots - own_.shape[2], inputs[5].shape[1])
     key_index = np.zeros((groups, blocks, slots), np.int64)
     log_weight = np.full((groups, blocks, slots), -np.inf, inputs[0].dtype)
     run_tasks(
@@ -71,7 +71,7 @@ def open_tree(
 
 @kernel()
 def open_blocks(
-    q, coordinates, query_index, keys, spread, variances, sizes, own, scale, start_level, key_index, log_weight, first, last
+    q, coordinates, query_index, keys, spread, variances, sizes, own, scale, start, key_index, log_weight, first, last
 ):
     """Open the tree for blocks first … last − 1, counted through all groups."""
     _, blocks, rows = query_index.shape
@@ -81,6 +81,7 @@ def open_blocks(
     n, first_leaf = total - nodes, nodes // 2
     own_count = own.shape[2]
     wanted = key_index.shape[2] - own_count
+    start_level, start_first, start_end = start
     lanes = VECTOR_BYTES // q.itemsize
     filled = round_up(rows, lanes)
     flat_q, flat_coordinates, flat_keys, flat_variances = (
@@ -95,8 +96,8 @@ def open_blocks(
     # Of a round: nodes opened, their children's differences, and what is found for the children.
     most = max(1, wanted // GROWTH)
     chosen = np.empty(wanted, np.int64)
-    gaps = np.zeros(round_up(most, TILE_ROWS) * d, q.dtype)
-    width = round_up(2 * most, TILE_ROWS)
+    width = round_up(max(2 * most, start_end - start_first), TILE_ROWS)
+    gaps = np.zeros(width * d, q.dtype)
     child_variances, child_logs, child_sizes = (
         np.zeros(width * p, q.dtype),
         np.zeros(width, q.dtype),
@@ -126,15 +127,17 @@ def open_blocks(
             query_rows[r] = group * n_q + query_index[group, block, min(r, rows - 1)]
         half_norm = load_block(flat_q, flat_coordinates, query_rows, rows, d, p, scale, queries, squares)
         # The first nodes, which come without a parent.
-        gap_count, child_count = 0, 1 << start_level
+        gap_count, child_count = 0, start_end - start_first
+        root = (1 << start_level) - 1 + start_first
         used, listed, taken, f, refreshed, opened, peak = child_count, 0, child_count, child_count, child_count, 0, 0
         few = n >> start_level
-        copy_rows(flat_keys, (group * total + used - 1) * d, gaps, 0, used * d)
-        copy_rows(flat_variances, (group * nodes + used - 1) * p, child_variances, 0, used * p)
+        copy_rows(flat_keys, (group * total + root) * d, gaps, 0, used * d)
+        copy_rows(flat_variances, (group * nodes + root) * p, child_variances, 0, used * p)
         for j in range(used):
-            node[j], level[j], bins[j], child_places[j] = used - 1 + j, start_level, 0, j
-            child_logs[j] = logs[2 * start_level + (((j + 1) * n) >> start_level) - ((j * n) >> start_level) - few]
-            child_sizes[j] = sizes[group, used - 1 + j]
+            node[j], level[j], bins[j], child_places[j] = root + j, start_level, 0, j
+            i = start_first + j
+            child_logs[j] = logs[2 * start_level + (((i + 1) * n) >> start_level) - ((i * n) >> start_level) - few]
+            child_sizes[j] = sizes[group, root + j]
         tops[:] = -np.inf
         while True:
             # Weigh what is new.

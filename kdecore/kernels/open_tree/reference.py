@@ -2,7 +2,7 @@
 
 import math
 
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_level
+from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
 from kdecore.namespaces import Array, Namespace, take_along_rows, take_rows
 from kdecore.tree import node_bounds
 
@@ -19,6 +19,7 @@ def open_tree(
     sizes: Array,
     own: Array | None,
     slots: int,
+    start: tuple[int, int, int],
 ) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
     nodes = int(variances.shape[1])
@@ -30,8 +31,8 @@ def open_tree(
     def weigh(node: Array) -> tuple[Array, Array]:
         """Return log-weights, and σ times sizes, (G, B, b, f) of nodes (G, B, f); −1 is an empty place."""
         at = xp.maximum(node, xp.zeros_like(node))
-        start, end = node_bounds(xp, at, n)
-        log_count = xp.log(xp.astype(end - start, q.dtype))[:, :, None, :]
+        begin, end = node_bounds(xp, at, n)
+        log_count = xp.log(xp.astype(end - begin, q.dtype))[:, :, None, :]
         sigma = frozen(xp, 0.5 * (squares @ xp.matrix_transpose(gather(xp, variances, at))), log_count)
         logits = queries @ xp.matrix_transpose(gather(xp, keys, at)) + sigma + log_count
         empty = (node < 0)[:, :, None, :]
@@ -39,9 +40,9 @@ def open_tree(
         return xp.where(empty, -xp.inf, logits), xp.where(empty, 0.0, sigma * size)
 
     wanted = slots - (0 if own is None else int(own.shape[2]))
-    start = first_level(wanted, nodes)
-    used, refreshed = 1 << start, 0
-    closed = xp.arange(used - 1, 2 * used - 1, dtype=xp.int64, device=q.device)
+    level, first, last = start
+    used, refreshed = last - first, 0
+    closed = (1 << level) - 1 + xp.arange(first, last, dtype=xp.int64, device=q.device)
     closed = xp.broadcast_to(closed, (*query_index.shape[:2], used))
     opened = closed[:, :, :0]
     logits, sigma = weigh(closed)

@@ -13,7 +13,7 @@ ITERATIONS = 3
 class TreeOrder(Protocol):
     """Order rows by a balanced tree of median splits along each node's leading principal direction."""
 
-    def __call__(self, xp: Namespace, x: Array, leaf_size: int) -> Array:
+    def __call__(self, xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:
         """Return the order in which the tree (`kdecore.tree`) holds the rows.
 
         Every node of more than ``leaf_size`` rows is cut where its children meet, by the projection on its direction (ties:
@@ -31,6 +31,8 @@ class TreeOrder(Protocol):
             Of any size whose fourth power, summed over the sample, the dtype can hold.
         leaf_size
             Rows in a leaf, at least 1: the tree ends at the first level of no larger nodes.
+        in_order
+            Levels whose nodes are cut as they are, so that a node of level ``in_order`` holds the rows of its own positions.
 
         Returns
         -------

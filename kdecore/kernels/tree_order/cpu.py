@@ -19,7 +19,7 @@ TASK_ROWS = 2048
 """Rows of a subtree that is one task, at most."""
 
 
-def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
+def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:
     """Follow `kdecore.kernels.tree_order.contract.TreeOrder`."""
     found = host_view(x)
     groups, n, d = found.shape
@@ -29,8 +29,12 @@ def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
     order = np.empty((2, groups, n), np.int64)
     run_tasks(partial(start, found, rows, order), groups * n, chunk=small_tasks(2 * rows.shape[3]))
     last = depth(n, leaf_size)
-    whole = min(last, depth(n, TASK_ROWS))
-    for level in range(whole):
+    first = min(in_order, last)
+    whole = min(last, max(first, depth(n, TASK_ROWS)))
+    # The rows of the first level that is split are where they begin.
+    if first & 1:
+        rows[1], order[1] = rows[0], order[0]
+    for level in range(first, whole):
         run_tasks(partial(split_subtrees, rows, order, level, level + 1), groups << level, chunk=1)
     run_tasks(partial(split_subtrees, rows, order, whole, last), groups << whole, chunk=1)
     return from_host_like(xp, order[last & 1], x)

@@ -5,14 +5,14 @@ from kdecore.namespaces import Array, Namespace, host, row_norms, take_along_row
 from kdecore.tree import bounds, depth
 
 
-def tree_order(xp: Namespace, x: Array, leaf_size: int) -> Array:
+def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:
     """Follow `kdecore.kernels.tree_order.contract.TreeOrder`."""
     groups, n, d = x.shape
     x = xp.where(xp.isfinite(x), x, 0.0)
     flat = xp.reshape(x, (groups * n, d))
     group = xp.arange(groups, dtype=xp.int64, device=x.device)[:, None]
     order = xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=x.device), (groups, n))
-    for level in range(depth(n, leaf_size)):
+    for level in range(in_order, depth(n, leaf_size)):
         starts = bounds(n, level)
         sizes = starts[1:] - starts[:-1]
         samples = min(SAMPLE, int(host.max(sizes)))

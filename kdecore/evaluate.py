@@ -1,0 +1,238 @@
+"""`evaluate`: a problem and its plan → result. Where queries see intervals of the keys, by rectangles that need no mask.
+
+Queries are cut into stretches, the keys too. What all queries of a stretch see of whole stretches of keys is a problem
+without a mask, given to the method. What is left of the keys around it, seen by some of these queries only, is a smaller
+problem of the same kind; stretches whose smaller problems are alike become its groups. At the end stand small tiles, exact,
+with a mask. The parts are merged by log-sum-exp. For causal attention:
+
+    keys →
+    q ▒                     ▒ a smaller problem, cut in the same way
+    ↓ █▒                    █ seen by all queries of the stretch: the method chooses among the keys of one row of █
+      ██▒
+      ███▒
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from kdecore.attend import attend
+from kdecore.inputs import Problem
+from kdecore.merge import Part
+from kdecore.methods import SELECT, STRETCHES
+from kdecore.namespaces import host, spans, to_host
+from kdecore.options import Exact
+from kdecore.planning import Plan, Step, steps
+from kdecore.selection import Selection, equal_blocks, shifted, together
+from kdecore.shares import single
+from kdecore.stretches import Described, Span, cut, put_back, stacked, whole_stretches
+from kdecore.visibility import Visible
+
+TILE_BIAS = 2**22
+"""Numbers of a tile's mask, at most."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries, and the keys that they were evaluated on, beside other pieces."""
+
+    problem: Problem
+    selection: Selection
+
+
+def evaluate(problem: Problem, plan: Plan, pieces: list[Piece] | None = None) -> Part:
+    """Return attention as planned: out (G, n_q, d_v) and lse (G, n_q), 0 and −inf where a query sees no key.
+
+    What it was made of is added to ``pieces``.
+    """
+    if problem.visible is not None and problem.mask is None:
+        method = STRETCHES.get(plan.method)
+        described = method.describe(replace(problem, visible=None), plan) if method else Described((), ())
+        return by_stretches(problem, plan, steps(problem, plan.options), described, nothing(problem), pieces)
+    selection = SELECT[plan.method](problem, plan)
+    if pieces is not None:
+        pieces.append(Piece(problem, selection))
+    part = attend(problem, plan, selection)
+    return part if problem.mask is None or plan.method == "exact" else rescued(problem, plan, part)
+
+
+def rescued(problem: Problem, plan: Plan, part: Part) -> Part:
+    """Evaluate exactly the queries whose chosen keys are all hidden by a mask."""
+    xp, numbers = problem.xp, host.arange(problem.n_q)
+    lost = host.isinf(to_host(part.lse)) & (to_host(part.lse) < 0)
+    exact = replace(plan, options=Exact())
+    groups = []
+    for group in range(problem.groups):
+        one = Part(part.out[group : group + 1, ...], part.lse[group : group + 1, ...])
+        rows = numbers[lost[group]]
+        if len(rows):
+            found = attend(single(problem, group, rows), exact, Selection())
+            place = numbers.copy()
+            place[rows] = problem.n_q + host.arange(len(rows))
+            index = xp.asarray(place, device=problem.device)
+            one = Part(
+                xp.take(xp.concat([one.out, found.out], axis=1), index, axis=1),
+                xp.take(xp.concat([one.lse, found.lse], axis=1), index, axis=1),
+            )
+        groups.append(one)
+    return Part(xp.concat([one.out for one in groups], axis=0), xp.concat([one.lse for one in groups], axis=0))
+
+
+def by_stretches(
+    problem: Problem,
+    plan: Plan,
+    levels: tuple[Step, ...],
+    described: Described,
+    before: Part,
+    pieces: list[Piece] | None,
+) -> Part:
+    """Evaluate a problem whose queries see intervals of its keys by the first of ``levels``, the rest of it by the others.
+
+    The result is merged with ``before``.
+    """
+    xp = problem.xp
+    if not levels:
+        selections = tiles(problem)
+        remainders: list[Remainder] = []
+    else:
+        selections, remainders = of_level(problem, plan, levels[0], described)
+        plan = replace(plan, piece=(plan.piece + 1) << levels[0].level)
+    part = before
+    for selection in selections:
+        if pieces is not None:
+            pieces.append(Piece(problem, selection))
+        part = attend(problem, plan, selection, part)
+    alike: dict[tuple[bytes, ...], list[Remainder]] = {}
+    for one in remainders:
+        alike.setdefault(one.kind, []).append(one)
+    for number, some in enumerate(alike.values()):
+        queries, keys = [one.queries for one in some], [key for one in some for key in one.keys]
+        q, out, lse = (stacked(xp, x, queries, len(some)) for x in (problem.q, part.out, part.lse))
+        k, v = (stacked(xp, x, keys, len(some)) for x in (problem.k, problem.v))
+        found = by_stretches(
+            replace(problem, q=q, k=k, v=v, visible=some[0].visible),
+            replace(plan, piece=plan.piece + number),
+            levels[1:],
+            described.stacked(xp, queries, keys, len(some)),
+            Part(out, lse),
+            pieces,
+        )
+        part = Part(*(put_back(xp, x, changed, queries) for x, changed in ((part.out, found.out), (part.lse, found.lse))))
+    return part
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What a level leaves of a stretch of queries to the next one.
+
+    Attributes
+    ----------
+    queries
+        These queries.
+    keys
+        The keys that some of them see, without those that all see and the method chose among: one span or two.
+    visible
+        What they see of these.
+    """
+
+    queries: Span
+    keys: tuple[Span, ...]
+    visible: Visible
+
+    @property
+    def kind(self) -> tuple[bytes, ...]:
+        """The same for what can be evaluated together."""
+        lengths = sum(end - first for first, end in self.keys)
+        return lengths.to_bytes(8), self.visible.first.tobytes(), self.visible.end.tobytes()
+
+
+def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> tuple[list[Selection], list[Remainder]]:
+    """Select, for each stretch of queries, from the keys that all of them see; and return what is left."""
+    assert problem.visible is not None
+    level = step.level
+    plan = replace(plan, options=plan.options.with_budget(step.budget), piece=plan.piece << level)
+    budget = plan.options.budget
+    # Lists that a tree is opened for begin with the stretches.
+    shared = level > 0 and plan.method in STRETCHES and budget is not None and budget >= 4 << level
+
+    @cache
+    def prepared() -> Any:
+        return STRETCHES[plan.method].prepare(replace(problem, visible=None), plan, level, described)
+
+    exact: list[Selection] = []
+    chosen: list[Selection] = []
+    remainders: list[Remainder] = []
+    for number, queries in enumerate(cut(problem.n_q, 1 << level)):
+        seen = problem.visible.rows(slice(*queries))
+        keys = seen.inner
+        if shared:
+            some, keys = whole_stretches(keys, problem.n_k, level)
+        first, end = keys if keys[0] < keys[1] else (0, 0)
+        own = replace(plan, piece=plan.piece + number)
+        if first == end:
+            pass
+        elif plan.method == "exact" or (budget is not None and end - first <= budget):
+            exact.append(every_key(problem, queries, (first, end)))
+        elif shared:
+            chosen.append(STRETCHES[plan.method].select(problem, own, prepared(), level, number, some))
+        else:
+            chosen.append(of_part(problem, own, queries, (first, end)))
+        rest = remainder(queries, seen, (first, end))
+        if rest.visible.pairs:
+            remainders.append(rest)
+    if shared and chosen:
+        chosen = [together(problem.xp, chosen)]
+    return exact + chosen, remainders
+
+
+def every_key(problem: Problem, queries: Span, keys: Span) -> Selection:
+    """Select all of some keys for some queries."""
+    xp, groups = problem.xp, problem.groups
+    row, key = (
+        xp.broadcast_to(xp.arange(*limits, dtype=xp.int64, device=problem.device), (groups, limits[1] - limits[0]))
+        for limits in (queries, keys)
+    )
+    weight = xp.zeros((groups, 1, keys[1] - keys[0]), dtype=problem.q.dtype, device=problem.device)
+    return Selection(equal_blocks(xp, row, queries[1] - queries[0]), key[:, None, :], weight)
+
+
+def of_part(problem: Problem, plan: Plan, queries: Span, keys: Span) -> Selection:
+    """Select for some queries from some keys as if there were no others."""
+    selection = SELECT[plan.method](problem.rows(*queries).keys(*keys), plan)
+    return every_key(problem, queries, keys) if selection.blocks is None else shifted(selection, queries[0], keys[0])
+
+
+def remainder(queries: Span, seen: Visible, keys: Span) -> Remainder:
+    """Return what is left of some queries besides keys that all of them see."""
+    low, high = seen.outer
+    first, end = keys
+    if first == end:
+        return Remainder(queries, ((low, high),), seen.within(low, high))
+    left = tuple(span for span in ((low, first), (end, high)) if span[0] < span[1])
+    return Remainder(queries, left, seen.within(low, high).without(first - low, end - low))
+
+
+def tiles(problem: Problem) -> list[Selection]:
+    """Select all keys, with a mask where queries see different ones."""
+    assert problem.visible is not None
+    selections = []
+    for part in spans(problem.n_q, max(1, TILE_BIAS // problem.n_k)):
+        seen = problem.visible.rows(part)
+        first, end = seen.outer
+        if first == end:
+            continue
+        selection = every_key(problem, (part.start, part.stop), (first, end))
+        if seen.inner != (first, end):
+            key = host.arange(first, end)[None, :]
+            hidden = (key < seen.first[:, None]) | (key >= seen.end[:, None])
+            bias = host.where(hidden, -host.inf, 0.0)[None, ...]
+            selection = replace(selection, bias=problem.xp.asarray(bias, dtype=problem.q.dtype, device=problem.device))
+        selections.append(selection)
+    return selections
+
+
+def nothing(problem: Problem) -> Part:
+    """Return the result of queries that see no key."""
+    xp = problem.xp
+    out = xp.zeros((problem.groups, problem.n_q, problem.d_v), dtype=problem.q.dtype, device=problem.device)
+    return Part(out, xp.full(out.shape[:2], -xp.inf, dtype=out.dtype, device=problem.device))

@@ -1,0 +1,168 @@
+"""Outcomes: each share of a call evaluated, put together again, and compared with exact rows."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from kdecore.certificate import Certificate, certify, exact_rows
+from kdecore.errors import MemoryLimitError
+from kdecore.evaluate import Piece, evaluate, nothing
+from kdecore.inputs import Problem
+from kdecore.merge import Part, merge
+from kdecore.namespaces import Array, Namespace, host, invert_permutation
+from kdecore.nonfinite import not_finite_part
+from kdecore.options import Exact, Options
+from kdecore.planning import Plan, expected_cost, make_plan
+from kdecore.shares import Share, in_halves
+from kdecore.tolerance import Round, search
+
+FEWEST_QUERIES = 64
+"""A share of so few queries isn't cut for want of memory."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a share.
+
+    Attributes
+    ----------
+    share
+        Which groups and queries.
+    plan
+        What was done.
+    part
+        The result, without keys that are not finite.
+    pieces
+        Which keys it was evaluated on.
+    certificate, rounds
+        Of a search for a tolerance.
+    """
+
+    share: Share
+    plan: Plan
+    part: Part
+    pieces: list[Piece]
+    certificate: Certificate | None = None
+    rounds: tuple[Round, ...] = ()
+
+
+def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float) -> Iterator[Outcome]:
+    """Evaluate a share as planned, in parts where its temporaries would take more than ``limit`` bytes.
+
+    Raises
+    ------
+    MemoryLimitError
+        One group and few queries take more.
+    """
+    assert share.problem is not None
+    plan = plan_for(share.problem)
+    if plan.temporary_bytes <= limit:
+        pieces: list[Piece] = []
+        yield Outcome(share, plan, evaluate(share.problem, plan, pieces), pieces)
+        return
+    if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:
+        raise too_small(limit, plan)
+    for half in in_halves(share):
+        yield from run(half, plan_for, limit)
+
+
+def find(share: Share, settings: dict[str, Any], tried: Sequence[Options], rtol: float, norm: str, limit: float) -> Outcome:
+    """Evaluate a share to a tolerance (`kdecore.tolerance.search`), by what takes no more than ``limit`` bytes."""
+    assert share.problem is not None
+    plan_for = partial(make_plan, share.problem, **settings)
+    exact = plan_for(method=Exact())
+    if exact.temporary_bytes > limit:
+        raise too_small(limit, exact)
+    found = search(share.problem, plan_for, tried, rtol, norm, limit)
+    return Outcome(share, found.plan, found.part, found.pieces, found.certificate, found.rounds)
+
+
+def too_small(limit: float, plan: Plan) -> MemoryLimitError:
+    """Say how much a call needs at least."""
+    return MemoryLimitError(
+        f"max_memory must be at least {plan.temporary_bytes} bytes here ({plan.method}, one group of few queries), "
+        f"got {limit:.0f}"
+    )
+
+
+def unseen(problem: Problem, share: Share, plan: Plan) -> Outcome:
+    """Return the outcome of a share that sees no key."""
+    none = replace(problem, q=problem.q[: len(share.groups), ...])
+    part = nothing(replace(none, k=problem.k[: len(share.groups), ...]))
+    return Outcome(share, replace(plan, reason="no query sees a key"), part, [])
+
+
+def assembled(problem: Problem, outcomes: list[Outcome], *, finite: bool) -> Part:
+    """Put the results of all shares together; with the keys that are not finite unless ``finite``."""
+    xp = problem.xp
+    parts = [one.part if finite or one.share.apart is None else with_not_finite(xp, one) for one in outcomes]
+    if len(parts) == 1:
+        return parts[0]
+    rows = [
+        host.asarray(one.share.groups, dtype=host.int64)[:, None] * problem.n_q + host.arange(*one.share.queries)
+        for one in outcomes
+    ]
+    return Part(*(in_order(xp, rows, arrays, problem) for arrays in zip(*((p.out, p.lse) for p in parts), strict=True)))
+
+
+def with_not_finite(xp: Namespace, outcome: Outcome) -> Part:
+    """Return a result with the keys that are not finite."""
+    assert outcome.share.apart is not None
+    return merge(xp, outcome.part, not_finite_part(outcome.share.apart))
+
+
+def in_order(xp: Namespace, rows: list[Array], arrays: tuple[Array, ...], problem: Problem) -> Array:
+    """Put rows, numbered through all groups, in their order: (G, n_q, …)."""
+    order = host.concat([host.reshape(x, (-1,)) for x in rows])
+    flat = xp.concat([xp.reshape(x, (-1, *x.shape[2:])) for x in arrays], axis=0)
+    place = invert_permutation(xp, xp.asarray(order, device=problem.device)[None, :])[0, :]
+    return xp.reshape(xp.take(flat, place, axis=0), (problem.groups, problem.n_q, *flat.shape[1:]))
+
+
+def certify_all(
+    problem: Problem, whole: list[Share], outcomes: list[Outcome], share: float, settings: dict[str, Any]
+) -> tuple[Certificate | None, float]:
+    """Compare some rows of a call with exact attention; return what was found, and the seconds it took.
+
+    Parameters
+    ----------
+    problem
+        The call.
+    whole
+        Its shares, uncut.
+    outcomes
+        What came of them.
+    share
+        Exact rows may take this part of the expected cost.
+    settings
+        seed, kernels and threads, as in `kdecore.attention`.
+    """
+    xp = problem.xp
+    approximate = [one for one in outcomes if one.plan.method != "exact"]
+    if not approximate or problem.d_v == 0:
+        return None, 0.0
+    started = time.perf_counter()
+    # Shares whose keys nobody sees cost nothing.
+    cost = sum(expected_cost(one.share.problem, one.plan.options).total for one in outcomes if one.share.problem is not None)
+    out = assembled(problem, outcomes, finite=True).out
+
+    def exact(rows: Array) -> Array:
+        parts = [share_exact_rows(problem, one, take_groups(xp, rows, one.groups), settings) for one in whole]
+        order = host.argsort(host.asarray([group for one in whole for group in one.groups]))
+        return take_groups(xp, xp.concat(parts, axis=0), order)
+
+    return certify(problem, out, exact, cost, share, settings["seed"]), time.perf_counter() - started
+
+
+def take_groups(xp: Namespace, rows: Array, groups: Sequence[int]) -> Array:
+    """Return some groups of (G, …)."""
+    return xp.take(rows, xp.asarray(groups, dtype=xp.int64, device=rows.device), axis=0)
+
+
+def share_exact_rows(problem: Problem, share: Share, rows: Array, settings: dict[str, Any]) -> Array:
+    """Return exact attention of the queries ``rows`` (…, m) of a share's groups: (…, m, d_v)."""
+    if share.problem is None:
+        return problem.xp.zeros((*rows.shape, problem.d_v), dtype=problem.q.dtype, device=problem.device)
+    return exact_rows(share.problem, make_plan(share.problem, method=Exact(), **settings), rows)

@@ -1,0 +1,322 @@
+"""Shares of a call: groups whose queries all see the same intervals of as many keys, so that one plan serves them.
+
+Lengths, masks that are intervals, and keys that hold numbers that are not finite end here: hidden keys are left out, and
+what is left are plain problems, or problems whose queries see intervals.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdecore.errors import DTypeError, OptionError, ShapeError
+from kdecore.inputs import Problem
+from kdecore.namespaces import (
+    ACCUMULATION,
+    Array,
+    common_device,
+    common_namespace,
+    contiguous,
+    dtype_name,
+    host,
+    quiet,
+    take_along_rows,
+    to_host,
+    without_gradient,
+)
+from kdecore.options import integer_at_least
+from kdecore.stretches import Span
+from kdecore.visibility import Mask, Visible, as_intervals, both, sliding
+
+
+@dataclass(frozen=True)
+class Restrictions:
+    """What hides keys from queries, as `kdecore.attention` is given it, checked.
+
+    Attributes
+    ----------
+    causal, window
+        As given.
+    lengths
+        (G,) NumPy int64: keys there are in each group.
+    mask
+        Of all groups, or None.
+    """
+
+    causal: bool
+    window: int | None
+    lengths: Array
+    mask: Mask | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some groups of a call, and some of their queries.
+
+    Attributes
+    ----------
+    groups
+        Which groups, ascending.
+    queries
+        Which queries.
+    problem
+        These groups and queries, and the keys that may be seen and are finite; None where there are none.
+    apart
+        The same with the keys that are not finite; None where there are none.
+    """
+
+    groups: tuple[int, ...]
+    queries: Span
+    problem: Problem | None
+    apart: Problem | None = None
+
+
+def check_restrictions(
+    problem: Problem, causal: bool, window: int | None, key_lengths: Any, mask: Any, like: Array
+) -> Restrictions:
+    """Check what hides keys, naming the argument; ``like`` is q. Arguments as in `kdecore.attention`."""
+    if not isinstance(causal, bool | host.bool):
+        raise OptionError(f"causal must be True or False, got {causal!r}")
+    if window is not None:
+        window = integer_at_least(1, "window", window)
+    lengths = _check_lengths(problem, key_lengths)
+    return Restrictions(bool(causal), window, lengths, None if mask is None else _check_mask(problem, mask, like))
+
+
+def _check_lengths(problem: Problem, key_lengths: Any) -> Array:
+    lead = (*problem.lead[:-1], problem.lead[-1] // problem.repeats) if problem.lead else ()
+    if key_lengths is None:
+        return host.full((problem.groups,), problem.n_k, dtype=host.int64)
+    lengths = to_host(key_lengths) if hasattr(key_lengths, "dtype") else host.asarray(key_lengths)
+    if lengths.dtype.kind not in "iu":
+        raise DTypeError(f"key_lengths must hold integers, got {dtype_name(lengths)}")
+    if lengths.shape != lead[: lengths.ndim]:
+        raise ShapeError(
+            f"key_lengths must have the leading dimensions of k or the first of them, {lead}, got {lengths.shape}"
+        )
+    if lengths.size and not 0 <= int(host.min(lengths)) <= int(host.max(lengths)) <= problem.n_k:
+        raise OptionError(f"key_lengths must lie in 0 … n_k = {problem.n_k}, got {lengths.tolist()}")
+    spread = host.reshape(host.astype(lengths, host.int64), (*lengths.shape, *(1,) * (len(lead) - lengths.ndim)))
+    return host.reshape(host.broadcast_to(spread, lead), (-1,))
+
+
+def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
+    xp = common_namespace(q=like, mask=mask)
+    common_device(q=like, mask=mask)
+    if mask.dtype != xp.bool and dtype_name(mask) not in ACCUMULATION:
+        raise DTypeError(f"mask must be boolean or have one of the dtypes {', '.join(ACCUMULATION)}, got {dtype_name(mask)}")
+    whole = (*problem.lead, problem.n_q // problem.repeats, problem.n_k)
+    shape = (*(1,) * (2 - mask.ndim), *(int(size) for size in mask.shape))
+    missing = len(whole) - len(shape)
+    if missing < 0 or any(size not in (1, full) for size, full in zip(shape, whole[missing:], strict=True)):
+        raise ShapeError(f"mask must be broadcastable to (…, n_q, n_k) = {whole}, got shape {tuple(mask.shape)}")
+    count = math.prod(shape[:-2])
+    matrix = host.broadcast_to(host.reshape(host.arange(count), shape[:-2]), problem.lead)
+    values = xp.reshape(without_gradient(mask), (count, *shape[-2:]))
+    return Mask(values, host.reshape(matrix, (problem.groups, problem.repeats)))
+
+
+def shares(problem: Problem, restrictions: Restrictions) -> list[Share]:
+    """Cut a problem into shares: every group is in one of them, with all of its queries.
+
+    O(G n_k (d + d_v)) to look for numbers that are not finite, and a pass over the mask if there is one.
+    """
+    bad = not_finite(problem)
+    everything = tuple(range(problem.groups))
+    lengths, mask = restrictions.lengths, restrictions.mask
+    whole = bad is None and mask is None and not restrictions.causal and restrictions.window is None
+    if not everything or (whole and bool(host.all(lengths == problem.n_k))):
+        return [Share(everything, (0, problem.n_q), problem)]
+    positions = problem.n_q // problem.repeats
+    seen = sliding(positions, problem.n_k, restrictions.causal, restrictions.window)
+    intervals = {} if mask is None else mask_intervals(problem, mask)
+    kinds: dict[tuple[bytes, ...], tuple[list[int], list[Array], Visible, Array, Visible, bool]] = {}
+    for group in everything:
+        found = intervals.get(tuple(mask.matrix[group].tolist())) if mask is not None else None
+        masked = mask is not None and found is None
+        visible, columns = seen, host.arange(int(lengths[group]))
+        if found is not None:
+            visible, columns = both(seen, found.visible), columns[found.columns[: len(columns)]]
+        spoilt = columns[:0] if bad is None else columns[bad[group, : int(lengths[group])][columns]]
+        keys = columns if bad is None else host.setdiff1d(columns, spoilt)
+        of_keys, of_spoilt = (repeated(visible.among(x), problem.repeats) for x in (keys, spoilt))
+        if not masked:
+            # Keys that no query sees.
+            low, high = of_keys.outer
+            keys, of_keys = keys[low:high], of_keys.within(low, high)
+        same_keys = keys.tobytes() if masked else len(keys).to_bytes(8)
+        kind = (same_keys, of_keys.first.tobytes(), of_keys.end.tobytes(), spoilt.tobytes(), bytes(masked))
+        entry = kinds.setdefault(kind, ([], [], of_keys, spoilt, of_spoilt, masked))
+        entry[0].append(group)
+        entry[1].append(keys)
+    return [
+        Share(
+            tuple(groups),
+            (0, problem.n_q),
+            part_of(problem, groups, keys, of_keys, mask if masked else None),
+            part_of(problem, groups, [spoilt] * len(groups), of_spoilt, mask if masked else None),
+        )
+        for groups, keys, of_keys, spoilt, of_spoilt, masked in kinds.values()
+    ]
+
+
+def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Visible, mask: Mask | None) -> Problem | None:
+    """Return the problem of some groups and, of each, as many keys; None where no query sees any."""
+    xp = problem.xp
+    if visible.pairs == 0:
+        return None
+
+    def some_groups(x: Array) -> Array:
+        if groups == list(range(problem.groups)):
+            return x
+        return xp.take(x, xp.asarray(groups, dtype=xp.int64, device=problem.device), axis=0)
+
+    count = len(keys[0])
+    if all(bool(host.all(one == host.arange(count))) for one in keys):
+
+        def some_keys(x: Array) -> Array:
+            return contiguous(x[:, :count, :])
+    else:
+        index = xp.asarray(host.stack(keys), dtype=xp.int64, device=problem.device)
+
+        def some_keys(x: Array) -> Array:
+            return take_along_rows(xp, x, index)
+
+    q, k, v = some_groups(problem.q), some_keys(some_groups(problem.k)), some_keys(some_groups(problem.v))
+    sees_all = bool(host.all(visible.first == 0)) and bool(host.all(visible.end == count))
+    if mask is not None:
+        mask = mask.groups(host.asarray(groups)).keys(xp, keys[0])
+    return replace(problem, q=q, k=k, v=v, visible=None if sees_all else visible, mask=mask)
+
+
+def repeated(visible: Visible, times: int) -> Visible:
+    """Return the intervals of positions for each of so many query heads of theirs."""
+    return visible if times == 1 else Visible(host.repeat(visible.first, times), host.repeat(visible.end, times))
+
+
+@dataclass(frozen=True)
+class SeenColumns:
+    """A mask that is intervals once the keys that no query sees are left out.
+
+    Attributes
+    ----------
+    visible
+        The intervals, among all keys.
+    columns
+        (n_k,) NumPy bool: the keys that are seen.
+    """
+
+    visible: Visible
+    columns: Array
+
+
+def mask_intervals(problem: Problem, mask: Mask) -> dict[tuple[int, ...], SeenColumns | None]:
+    """Return, for each row of ``mask.matrix``, what it says as intervals, or None where it can't be said so."""
+    xp, values = problem.xp, mask.values
+    rows = {tuple(row) for row in mask.matrix.tolist()}
+    if values.dtype != xp.bool:
+        if not bool(xp.all((values == 0) | (values == -xp.inf))):
+            return dict.fromkeys(rows)
+        values = values == 0
+    found: dict[int, SeenColumns | None] = {}
+    for number in {number for row in rows for number in row}:
+        matrix = to_host(values[number, ...])
+        seen = host.broadcast_to(matrix, (matrix.shape[0], problem.n_k))
+        columns = host.any(seen, axis=0)
+        numbers = host.flatnonzero(columns)
+        inside = as_intervals(seen[:, columns])
+        found[number] = None
+        if inside is not None:
+            positions = problem.n_q // problem.repeats
+            edges = host.concat([numbers, host.asarray([problem.n_k])])
+            first = edges[inside.first]
+            end = host.where(inside.end > inside.first, edges[host.maximum(inside.end - 1, 0)] + 1, first)
+            one = (host.broadcast_to(x, (positions,)) for x in (first, end))
+            found[number] = SeenColumns(Visible(*one), columns)
+    result: dict[tuple[int, ...], SeenColumns | None] = {}
+    for row in rows:
+        first_head = found[row[0]]
+        alike = all(found[number] is first_head or _same(found[number], first_head) for number in row)
+        result[row] = first_head if alike else None
+    return result
+
+
+def _same(a: SeenColumns | None, b: SeenColumns | None) -> bool:
+    if a is None or b is None:
+        return False
+    pairs = ((a.visible.first, b.visible.first), (a.visible.end, b.visible.end), (a.columns, b.columns))
+    return all(bool(host.all(x == y)) for x, y in pairs)
+
+
+def not_finite(problem: Problem) -> Array | None:
+    """Return which keys, or their values, hold a number that is not finite, NumPy bool (G, n_k); None for none."""
+    xp = problem.xp
+    k, v = without_gradient(problem.k), without_gradient(problem.v)
+    # Sums are enough to see that all is well, and read the arrays once.
+    with quiet():
+        if all(math.isfinite(float(xp.sum(x))) for x in (k, v)):
+            return None
+    bad = to_host(~(xp.all(xp.isfinite(k), axis=-1) & xp.all(xp.isfinite(v), axis=-1)))
+    return bad if bool(host.any(bad)) else None
+
+
+def check_finite_inputs(**arrays: Array) -> None:
+    """Raise `OptionError` naming the first argument that holds a number that is not finite, and where.
+
+    Of a mask, −inf is no such number.
+    """
+    for name, array in arrays.items():
+        numbers = to_host(without_gradient(array)) if dtype_name(array) != "bfloat16" else to_host(array.float())
+        spoilt = ~host.isfinite(numbers)
+        if name == "mask":
+            spoilt &= numbers != -host.inf
+        if bool(host.any(spoilt)):
+            place = tuple(int(i) for i in host.argwhere(spoilt)[0])
+            raise OptionError(f"{name} must be finite, got {numbers[place]} at index {place}")
+
+
+def in_halves(share: Share) -> Iterator[Share]:
+    """Cut a share into two: of its groups, or of its queries where it has but one group."""
+    problem = share.problem
+    assert problem is not None
+    count = len(share.groups)
+    if count > 1:
+        for some in (slice(0, -(-count // 2)), slice(-(-count // 2), count)):
+            yield replace(
+                share,
+                groups=share.groups[some],
+                problem=_groups_of(problem, some),
+                apart=None if share.apart is None else _groups_of(share.apart, some),
+            )
+        return
+    # The larger half first: if that fits, so does the other.
+    middle = -(-problem.n_q // 2)
+    for first, end in ((0, middle), (middle, problem.n_q)):
+        yield replace(
+            share,
+            queries=(share.queries[0] + first, share.queries[0] + end),
+            problem=_queries_of(problem, first, end),
+            apart=None if share.apart is None else _queries_of(share.apart, first, end),
+        )
+
+
+def _groups_of(problem: Problem, some: slice) -> Problem:
+    q, k, v = (x[some, ...] for x in (problem.q, problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v, mask=None if problem.mask is None else problem.mask.groups(some))
+
+
+def _queries_of(problem: Problem, first: int, end: int) -> Problem:
+    index = host.arange(first, end)
+    visible = None if problem.visible is None else problem.visible.rows(index)
+    mask = None if problem.mask is None else problem.mask.rows(problem.xp, index)
+    return replace(problem.rows(first, end), visible=visible, mask=mask)
+
+
+def single(problem: Problem, group: int, rows: Sequence[int]) -> Problem:
+    """Return some queries of one group, NumPy int64, with what they see."""
+    one = _groups_of(problem, slice(group, group + 1))
+    xp = problem.xp
+    index = xp.asarray(rows, dtype=xp.int64, device=problem.device)
+    visible = None if one.visible is None else one.visible.rows(rows)
+    mask = None if one.mask is None else one.mask.rows(xp, rows)
+    return replace(one, q=xp.take(one.q, index, axis=1), visible=visible, mask=mask)

@@ -1,0 +1,349 @@
+"""Every feature with every method on every backend: the cells of the table in docs/features.md."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdecore import Exact, KDEformer, KeyIndex, OptionError, Treecode, attention
+from kdecore.evaluate import evaluate
+from kdecore.inputs import canonicalise
+from kdecore.metrics import errors
+from kdecore.namespaces import host
+from kdecore.planning import make_plan
+from kdecore.shares import check_restrictions, shares
+from tests import oracles
+from tests.conftest import BACKENDS
+from tests.features import FEATURES, METHODS
+from tests.tolerances import assert_close
+
+CELLS = pytest.mark.parametrize("feature", FEATURES.values(), ids=[make.__name__ for make in FEATURES.values()])
+
+
+def call(backend, example, **options):
+    """Return out and lse as NumPy arrays."""
+    given = {
+        name: backend.array(value) if isinstance(value, np.ndarray) else value for name, value in example.options.items()
+    }
+    arrays = backend.arrays(example.q, example.k, example.v)
+    return [backend.numpy(x) for x in attention(*arrays, return_lse=True, **given, **options)]
+
+
+def options_of(method):
+    """Return a method whose weights add up to 1."""
+    return KDEformer(normaliser="sampled") if method == "kdeformer" else method
+
+
+def sees_a_key(example):
+    """Return which queries see a key, (…, n_q)."""
+    seen = np.broadcast_to(example.bias, (*example.q.shape[:-1], example.k.shape[-2])) > -np.inf
+    return seen, seen.any(axis=-1)
+
+
+@CELLS
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_budget_is_exact(backend, rng, feature, method):
+    example = feature(rng)
+    out, lse = call(backend, example, method=method, budget=example.k.shape[-2])
+    truth = oracles.masked_attention(example.q, example.k, example.v, example.bias)
+    assert_close(out, truth[0])
+    assert_close(lse, truth[1])
+
+
+@CELLS
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_budget_estimates_what_is_seen(backend, rng, feature, method):
+    """Of values that are all alike any weights have the same mean; and nobody sees what is hidden."""
+    example = feature(rng)
+    _, any_seen = sees_a_key(example)
+    alike = replace(example, v=np.ones_like(example.v))
+    out, lse = call(backend, alike, method=options_of(method), budget=20)
+    np.testing.assert_array_equal(np.isfinite(lse), any_seen)
+    np.testing.assert_allclose(out[any_seen], 1.0, rtol=1e-12)
+    assert (out[~any_seen] == 0).all()
+
+
+@CELLS
+@pytest.mark.parametrize("method", METHODS)
+def test_every_library_gives_the_same_estimate(backend, rng, feature, method):
+    example = feature(rng)
+    for found, expected in zip(
+        call(backend, example, method=method, budget=30), call(BACKENDS[0], example, method=method, budget=30), strict=True
+    ):
+        assert_close(found, expected, ulps=512)
+
+
+@CELLS
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("junk", [np.nan, np.inf, 1e4])
+def test_what_nobody_sees_never_leaks(rng, feature, method, junk):
+    """Hidden keys and values change nothing: bit for bit, but for 1e4 where they may decide which keys are grouped."""
+    example = feature(rng)
+    seen, _ = sees_a_key(example)
+    heads_k = example.k.shape[-3]
+    hidden = ~seen.reshape(*seen.shape[:-3], heads_k, -1, seen.shape[-1]).any(axis=-2)
+    if not hidden.any():
+        pytest.skip("every key is seen")
+    k, v = example.k.copy(), example.v.copy()
+    k[hidden], v[hidden] = junk, -junk
+    backend = BACKENDS[0]
+    for found, expected in zip(
+        call(backend, replace(example, k=k, v=v), method=method, budget=30),
+        call(backend, example, method=method, budget=30),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("argument", ["k", "v"])
+@pytest.mark.parametrize("kernels", ["auto", "array-api"])
+def test_the_future_never_leaks_into_the_past(rng, method, junk, argument, kernels):
+    """A key that isn't finite spoils the rows that see it, and no other: those are what they are without it."""
+    q, k, v = rng.standard_normal((3, 2, 90, 6))
+    spoilt = {"k": k.copy(), "v": v.copy()}
+    spoilt[argument][0, 40, 2] = junk
+    options = {"causal": True, "method": method, "budget": 24, "kernels": kernels}
+    out, lse = attention(q, spoilt["k"], spoilt["v"], return_lse=True, **options)
+    assert np.isfinite(out[0, :40]).all()
+    assert np.isfinite(out[1]).all()
+    exact = oracles.masked_attention(q, np.where(np.isfinite(spoilt["k"]), spoilt["k"], 0), v, oracles.causal_bias(90, 90))[
+        0
+    ]
+    assert np.abs(out[:, :8] - exact[:, :8]).max() < 1e-12  # a tile, exact
+    if argument == "v":
+        np.testing.assert_array_equal(out[0, 40:, 2], np.full(50, junk))
+        assert np.isfinite(np.delete(out[0, 40:], 2, axis=1)).all()
+        assert np.isfinite(lse).all()
+    elif np.isnan(junk):
+        assert np.isnan(out[0, 40:]).all()
+        assert np.isnan(lse[0, 40:]).all()
+    else:
+        upwards = q[0, 40:, 2] * junk > 0
+        assert np.isnan(out[0, 40:][upwards]).all()
+        assert np.isfinite(out[0, 40:][~upwards]).all()
+
+
+WEIGHING = {"causal": FEATURES["`causal=True`, n_q = n_k"], "window": FEATURES["`causal=True, window=`"]}
+
+
+@pytest.mark.parametrize("name", WEIGHING)
+@pytest.mark.parametrize("method", ["sortlsh", "hyper", "treecode", "exact"])
+def test_every_key_seen_counts_once_in_the_mean(rng, name, method):
+    """The weights of a query's keys, averaged over 200 seeds, are 1 for what it sees and 0 for what it doesn't.
+
+    Treecode draws nothing with far_field="mean" and is tested with "sample". A mean of 200 lies within 5.5 standard errors,
+    which the draws themselves tell, for all of some 5,000 pairs but in one case of 5,000; where draws are too rare to tell,
+    within 0.25. The mean gap is 0.8 standard errors, where there are any.
+    """
+    example = WEIGHING[name](rng)
+    problem = canonicalise(example.q[0], example.k[0], example.v[0])
+    one = shares(problem, check_restrictions(problem, True, example.options.get("window"), None, None, example.q))[0]
+    options = Treecode(far_field="sample") if method == "treecode" else method
+    total, square = np.zeros((2, problem.groups, problem.n_q, problem.n_k))
+    seeds = 200 if method != "exact" else 1
+    for seed in range(seeds):
+        pieces = []
+        plan = make_plan(one.problem, method=options, budget=20, seed=seed)
+        evaluate(one.problem, plan, pieces)
+        weights = sum(weights_of(one.problem, piece) for piece in pieces)
+        total += weights
+        square += weights**2
+    mean = total / seeds
+    error = np.sqrt(np.maximum(square / seeds - mean**2, 0) / seeds)
+    seen = example.bias > -np.inf
+    assert (mean[:, ~seen] == 0).all()
+    gap = np.abs(mean - 1.0)[:, seen]
+    assert (gap <= np.maximum(5.5 * error[:, seen], 0.25)).all()
+    assert gap.mean() <= error[:, seen].mean()
+
+
+def weights_of(problem, piece):
+    """Weights (G, n_q, n_k) of a piece's keys. Pieces of stacked groups carry their positions in their arrays."""
+    small, some = piece.problem, piece.selection
+    weights = np.zeros((problem.groups, problem.n_q, problem.n_k))
+    parts = small.groups // problem.groups
+    queries, keys = (
+        [places(problem_rows[group // parts], rows[group]) for group in range(small.groups)]
+        for problem_rows, rows in ((problem.q, small.q), (problem.k, small.k))
+    )
+    bias = 0.0 if some.bias is None else some.bias
+    slot = np.broadcast_to(
+        np.exp(some.log_weight[:, :, None, :] + bias), (*some.blocks.index.shape, some.key_index.shape[2])
+    )
+    for group, block in np.ndindex(*some.blocks.index.shape[:2]):
+        index, first = np.unique(some.blocks.index[group, block], return_index=True)
+        at = queries[group][index][:, None], keys[group][some.key_index[group, block]][None, :]
+        np.add.at(weights[group // parts], at, slot[group, block, first])
+    return weights
+
+
+def places(whole, rows):
+    """Return where rows of random numbers stand in the whole."""
+    where = {row.tobytes(): number for number, row in enumerate(np.ascontiguousarray(whole))}
+    return np.array([where[row.tobytes()] for row in np.ascontiguousarray(rows)])
+
+
+def test_the_table_in_the_docs_has_these_cells():
+    text = (Path(__file__).parent.parent / "docs" / "features.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    header, body = rows[0], [row for row in rows[1:] if not re.fullmatch("[-|: ]+", "|".join(row))]
+    assert header[1:] == [f"`{method}`" for method in METHODS]
+    table = {row[0]: row[1:] for row in body}
+    assert set(FEATURES) <= set(table)
+    assert "untested" not in text
+    for name in FEATURES:
+        assert len(table[name]) == len(METHODS)
+
+
+@CELLS
+def test_a_tolerance_is_kept(rng, feature):
+    example = feature(rng)
+    out = attention(example.q, example.k, example.v, rtol=0.2, **example.options)
+    truth, _ = oracles.masked_attention(example.q, example.k, example.v, example.bias)
+    assert errors(host, out, truth).frobenius <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("n", "options"), [(40000, {"causal": True}), (20000, {"key_lengths": [15000, 8000]}), (20000, {"window": 15000})]
+)
+def test_a_tolerance_is_kept_by_an_estimate_where_one_is_cheaper(rng, n, options):
+    centres = rng.standard_normal((2, 1, 60, 24))
+    q, k, v = (
+        centres[np.arange(2)[:, None, None], 0, rng.integers(0, 60, (2, 1, n))] + 0.3 * rng.standard_normal((2, 1, n, 24))
+        for _ in range(3)
+    )
+    arrays = [x.astype(np.float32) for x in (0.5 * q, k, v + 2.0)]
+    out, report = attention(*arrays, rtol=0.2, return_report=True, **options)
+    assert report.method != "exact"
+    assert report.certificate.upper("frobenius") <= 0.2
+    assert errors(host, out, attention(*arrays, method="exact", **options)).frobenius <= 0.2
+
+
+@CELLS
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_certificate_of_all_rows_is_the_error(rng, feature, method):
+    example = feature(rng)
+    out, report = attention(
+        example.q, example.k, example.v, method=method, budget=24, certificate=1e9, return_report=True, **example.options
+    )
+    truth = attention(example.q, example.k, example.v, method="exact", **example.options)
+    if report.certificate is None:
+        np.testing.assert_allclose(out, truth, rtol=1e-12)
+        return
+    heads_k = example.k.shape[-3]
+
+    def by_key_head(x):
+        return x.reshape(-1, heads_k, x.shape[-3] // heads_k * x.shape[-2], x.shape[-1])
+
+    found, expected = by_key_head(out), by_key_head(truth)
+    assert report.certificate.frobenius == pytest.approx(errors(host, found, expected).frobenius, rel=1e-9)
+
+
+def test_grouped_heads_are_repeated_keys(backend, rng):
+    q, k, v = rng.standard_normal((2, 6, 80, 4)), *rng.standard_normal((2, 2, 3, 80, 4))
+    for options in ({}, {"causal": True}, {"method": "exact"}):
+        found = attention(*backend.arrays(q, k, v), budget=200, **options)
+        expected = attention(q, *(np.repeat(x, 2, axis=1) for x in (k, v)), budget=200, **options)
+        assert_close(backend.numpy(found), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(backend, rng, dtype, size, method):
+    """Computed in float32 from the rounded inputs: the result is that one, rounded."""
+    if dtype not in backend.dtypes:
+        pytest.skip(f"{backend.name} has no {dtype}")
+    q, k, v = rng.standard_normal((3, 2, 90, 8))
+    half = backend.arrays(q, k, v * size, dtype=dtype)
+    rounded = [backend.numpy(x).astype(np.float32) for x in half]
+    for options in ({}, {"causal": True}):
+        out = backend.numpy(attention(*half, method=method, budget=30, **options)).astype(np.float64)
+        expected = attention(*rounded, method=method, budget=30, **options)
+        assert np.isfinite(out).all()
+        precision = 2.0**-10 if dtype == "float16" else 2.0**-7
+        smallest = 2.0**-24 if dtype == "float16" else 0.0
+        np.testing.assert_allclose(out, expected, rtol=2 * precision, atol=2e-6 * size + smallest)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"causal": True}])
+def test_logits_up_to_ten_thousand(rng, dtype, method, options):
+    q, k, v = rng.standard_normal((3, 2, 90, 8))
+    q *= 1e4 / np.abs(q @ k.swapaxes(1, 2)).max() * np.sqrt(8)
+    arrays = [x.astype(dtype) for x in (q, k, v)]
+    out, lse = attention(*arrays, method=method, budget=30, return_lse=True, **options)
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+    if method != "kdeformer":  # whose denominators are not the sums of its weights
+        assert np.abs(out).max() <= 4 * np.abs(v).max()
+    exact = attention(*arrays, method="exact", **options)
+    truth = oracles.masked_attention(
+        *(x.astype(np.float64) for x in arrays), oracles.causal_bias(90, 90) if options else 0.0
+    )
+    # A logit of 1e4 is known to 5e-4 in float32, and its weight with it.
+    np.testing.assert_allclose(exact, truth[0], atol=4e-3 if dtype == "float32" else 1e-9)
+
+
+def test_an_index_of_grouped_heads_and_of_what_comes_next(backend, rng):
+    q, k, v = rng.standard_normal((2, 6, 300, 4)), *rng.standard_normal((2, 2, 3, 300, 4))
+    arrays = backend.arrays(q, k, v)
+    index = KeyIndex(*(x[:, :, :200, :] for x in arrays[1:]), budget=400)
+    chunks = [index.attend(arrays[0][:, :, :50, :])]
+    truth, _ = oracles.masked_attention(q[:, :, :50], k[:, :, :200], v[:, :, :200], 0.0)
+    assert_close(backend.numpy(chunks[0]), truth)
+    out, lse = index.attend_and_append(*(x[:, :, 200:, :] for x in arrays), return_lse=True)
+    truth = oracles.masked_attention(q[:, :, 200:], k, v, oracles.causal_bias(100, 300))
+    assert_close(backend.numpy(out), truth[0])
+    assert_close(backend.numpy(lse), truth[1])
+    assert index.n_k == 300
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"causal": 1}, "causal must be True or False, got 1"),
+        ({"causal": None}, "causal must be True or False"),
+        ({"window": 0}, "window must be an integer of at least 1, got 0"),
+        ({"window": 2.5}, "window must be an integer"),
+        ({"key_lengths": [3, 4, 5]}, r"key_lengths must have the leading dimensions of k.*\(2, 3\), got \(3,\)"),
+        ({"key_lengths": [3, 11]}, "key_lengths must lie in 0 … n_k = 10, got"),
+        ({"key_lengths": [-1, 4]}, "key_lengths must lie in"),
+        ({"key_lengths": [1.0, 4.0]}, "key_lengths must hold integers, got float64"),
+        ({"mask": np.ones((9, 10), bool)}, r"mask must be broadcastable .*\(2, 3, 12, 10\), got shape \(9, 10\)"),
+        ({"mask": np.ones((1, 1, 1, 1, 10), bool)}, "mask must be broadcastable"),
+        ({"mask": np.ones((12, 10), int)}, "mask must be boolean or have one of the dtypes"),
+        ({"mask": [[True] * 10]}, "mask must be an array"),
+        ({"max_memory": 0}, "max_memory must be an integer of at least 1"),
+    ],
+)
+def test_restrictions_that_do_not_fit_are_refused(rng, options, words):
+    q, k, v = (rng.standard_normal((2, 3, n, 4)) for n in (12, 10, 10))
+    with pytest.raises((OptionError, ValueError, TypeError), match=words):
+        attention(q, k, v, **options)
+
+
+def test_the_report_tells_of_groups_that_were_treated_differently(rng):
+    arrays = rng.standard_normal((3, 2, 300, 4))
+    _, report = attention(*arrays, method="treecode", budget=64, key_lengths=[300, 40], return_report=True)
+    assert report.method == "treecode"
+    assert "otherwise for 300 of 600 queries" in report.reason
+    assert isinstance(report.options, dict)
+    assert report.keys_per_query == pytest.approx((64 + 40) / 2, abs=3)
+
+
+def test_budgets_hold_in_the_mean(rng):
+    arrays = rng.standard_normal((3, 1, 4096, 8), dtype=np.float32)
+    for method in ("sortlsh", "treecode"):
+        for budget in (64, 256, 512):
+            _, report = attention(*arrays, method=method, budget=budget, causal=True, return_report=True, certificate=0)
+            assert 0.85 * budget <= report.keys_per_query <= 1.02 * budget, (method, budget, report.keys_per_query)
+
+
+def test_exact_options_are_unchanged_by_budgets():
+    assert Exact().with_budget(5) == Exact()

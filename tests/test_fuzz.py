@@ -1,0 +1,150 @@
+"""Any call with any inputs: 100 of each with the other tests, 2,000 by `make fuzz`."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdecore import KDEformer, Treecode, attention, packed_attention
+from tests import oracles
+
+METHOD = st.sampled_from(
+    ("exact", "sortlsh", "hyper", "treecode", KDEformer(normaliser="sampled"), Treecode(far_field="sample"), "auto")
+)
+SIZE = st.one_of(st.integers(1, 20), st.integers(1, 150))
+
+
+@st.composite
+def calls(draw):
+    """Draw q, k, v, options, and the bias that says what is seen."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch, heads_k, r = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 2, 3)))
+    n_q, n_k, d, d_v = draw(SIZE), draw(SIZE), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    q = rng.standard_normal((batch, heads_k * r, n_q, d)) * draw(st.sampled_from((0.0, 1e-3, 1.0, 30.0, 1e4)))
+    k = rng.standard_normal((batch, heads_k, n_k, d))
+    v = rng.standard_normal((batch, heads_k, n_k, d_v)) * draw(st.sampled_from((0.0, 1e-4, 1.0, 1e4)))
+    kind = draw(st.sampled_from(("plain", "plain", "equal", "line", "giant", "duplicates", "offset")))
+    if kind == "equal":
+        k[:] = k[:, :, :1]
+    elif kind == "line":
+        k = k[..., :1] * rng.standard_normal(d)
+    elif kind == "giant":
+        k[:, :, n_k // 2] *= 1e3
+    elif kind == "duplicates":
+        k = k[:, :, np.arange(n_k) // 3]
+    elif kind == "offset":
+        k = k + 100.0
+    bias = np.zeros((batch, 1, n_q, n_k))
+    options = {}
+    if draw(st.booleans()):
+        options["causal"] = True
+        bias = bias + oracles.causal_bias(n_q, n_k)
+    if draw(st.booleans()):
+        lengths = rng.integers(0, n_k + 1, batch)
+        options["key_lengths"] = lengths
+        bias = bias + np.where(np.arange(n_k) < lengths[:, None], 0.0, -np.inf)[:, None, None, :]
+    if draw(st.sampled_from((False, False, True))):
+        options["window"] = draw(st.integers(1, n_k + 3))
+        distance = np.arange(n_q)[:, None] + n_k - n_q - np.arange(n_k)
+        bias = bias + np.where(np.abs(distance) < options["window"], 0.0, -np.inf)
+    mask = draw(st.sampled_from((None, None, "rows", "keys", "full", "additive")))
+    if mask is not None:
+        shape = {"rows": (n_q, 1), "keys": (batch, 1, 1, n_k)}.get(mask, (1, n_q, n_k))
+        seen = rng.random(shape) < draw(st.sampled_from((0.1, 0.5, 0.9)))
+        options["mask"] = np.where(seen, rng.standard_normal(shape), -np.inf) if mask == "additive" else seen
+        bias = bias + (options["mask"] if mask == "additive" else np.where(seen, 0.0, -np.inf))
+    return q, k, v, options, bias
+
+
+def converted(library, x):
+    return torch.from_numpy(np.ascontiguousarray(x)) if library == "torch" else x
+
+
+@given(calls(), METHOD, st.integers(1, 100), st.integers(0, 2**64 - 1), st.sampled_from(("numpy", "torch")))
+def test_any_call_gives_means_of_what_is_seen(call, method, budget, seed, library):
+    q, k, v, options, bias = call
+    given_options = {name: converted(library, x) if name == "mask" else x for name, x in options.items()}
+    arrays = [converted(library, x) for x in (q, k, v)]
+    out, lse = attention(*arrays, method=method, budget=budget, seed=seed, return_lse=True, **given_options)
+    out, lse = np.asarray(out), np.asarray(lse)
+    seen = np.broadcast_to(bias > -np.inf, (*q.shape[:-1], k.shape[-2]))
+    assert out.shape == (*q.shape[:-1], v.shape[-1])
+    np.testing.assert_array_equal(np.isfinite(lse), seen.any(axis=-1))
+    assert (out[~seen.any(axis=-1)] == 0).all()
+    # Nobody leaves the range of the values that they see, but for treecode's first-order term.
+    repeated = np.repeat(v, q.shape[1] // v.shape[1], axis=1)
+    values = np.where(seen[..., None], repeated[:, :, None], np.nan)
+    rows = seen.any(axis=-1)
+    low, high = np.nanmin(values[rows], axis=1), np.nanmax(values[rows], axis=1)
+    room = 1e-9 * np.abs(v).max() + (0.5 * np.ptp(v) if method in ("treecode", "auto") else 0.0)
+    assert (out[rows] >= low - room).all()
+    assert (out[rows] <= high + room).all()
+
+
+@given(calls(), METHOD, st.sampled_from(("numpy", "torch")))
+def test_any_call_at_full_budget_is_exact(call, method, library):
+    q, k, v, options, bias = call
+    given_options = {name: converted(library, x) if name == "mask" else x for name, x in options.items()}
+    out = attention(*(converted(library, x) for x in (q, k, v)), method=method, budget=k.shape[-2], **given_options)
+    truth, _ = oracles.masked_attention(q, k, v, bias)
+    largest = np.abs(q).max() * np.abs(k).max() * np.sqrt(q.shape[-1])
+    np.testing.assert_allclose(np.asarray(out), truth, atol=1e-12 * (1 + largest) * max(np.abs(v).max(), 1e-300))
+
+
+@given(calls(), METHOD, st.sampled_from((np.nan, np.inf, -np.inf)), st.sampled_from("qkv"), st.integers(0, 2**32 - 1))
+def test_numbers_that_are_not_finite_reach_the_rows_that_they_reach_exactly(call, method, number, argument, seed):
+    q, k, v, options, bias = call
+    arrays = {"q": q.copy(), "k": k.copy(), "v": v.copy()}
+    spoilt = arrays[argument].reshape(-1)
+    spoilt[np.random.default_rng(seed).integers(0, spoilt.size)] = number
+    found = attention(**arrays, method=method, budget=20, **options)
+    exact = attention(**arrays, method="exact", **options)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(exact))
+    if argument == "v":
+        np.testing.assert_array_equal(found[~np.isfinite(exact)], exact[~np.isfinite(exact)])
+
+
+@given(calls(), METHOD, st.lists(st.integers(0, 20), min_size=1, max_size=4), st.booleans())
+def test_packed_samples_are_what_they_are_alone(call, method, lengths, causal):
+    q, k, v, _, _ = call
+    edges = np.minimum(np.cumsum([0, *lengths]), min(q.shape[-2], k.shape[-2]))
+    total = int(edges[-1])
+    q, k, v = (x[..., :total, :] for x in (q, k, v))
+    if total == 0:
+        return
+    out, lse = packed_attention(q, k, v, edges, causal=causal, method=method, budget=10, return_lse=True)
+    for first, end in zip(edges[:-1], edges[1:], strict=True):
+        if first < end:
+            one = attention(*(x[..., first:end, :] for x in (q, k, v)), causal=causal, method=method, budget=10)
+            np.testing.assert_array_equal(out[..., first:end, :], one)
+    assert np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize(
+    ("edges", "words"),
+    [
+        ([0, 5], "cu_seqlens_q must ascend from 0 to 9"),
+        ([0, 7, 5, 9], "cu_seqlens_q must ascend"),
+        ([1, 9], "cu_seqlens_q must ascend"),
+        ([0.0, 9.0], "cu_seqlens_q must hold integers"),
+        ([9], r"cu_seqlens_q must have the shape \(B \+ 1,\)"),
+    ],
+)
+def test_packed_lengths_that_do_not_fit_are_refused(edges, words):
+    x = np.zeros((2, 9, 3))
+    with pytest.raises((ValueError, TypeError), match=words):
+        packed_attention(x, x, x, edges)
+    with pytest.raises(ValueError, match="mask can't be given to packed_attention"):
+        packed_attention(x, x, x, [0, 9], mask=np.ones((9, 9), bool))
+    with pytest.raises(ValueError, match="cu_seqlens_k must have as many entries as cu_seqlens_q, 2, got 3"):
+        packed_attention(x, x, x, [0, 9], [0, 4, 9])
+
+
+def test_a_packed_sample_without_keys_gives_nothing():
+    x = np.ones((2, 9, 3))
+    out, lse, reports = packed_attention(x, x[:, :5], x[:, :5], [0, 4, 9], [0, 0, 5], return_lse=True, return_report=True)
+    assert (out[:, :4] == 0).all()
+    assert np.isneginf(lse[:, :4]).all()
+    assert reports[0] is None
+    np.testing.assert_allclose(out[:, 4:], 1.0)
