@@ -1,7 +1,6 @@
 """What is measured: one function a measure, each returning figures with the bar they are to reach."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 
 import kdecore
 from bench import glove_full, peers
+from bench.causal import causal_error, causal_speed, grouped_heads, padding
+from bench.figures import Figure, Figures
 from bench.timing import interleaved
 from kdecore.inputs import canonicalise
 from kdecore.kernels import attend_blocks
@@ -23,38 +24,6 @@ from kdecore.planning import make_plan
 from kdecore_adapters import numpy_adapter
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number.
-
-    Attributes
-    ----------
-    value
-        The number.
-    unit
-        Its unit, ``"×"`` for ratios taken in one run.
-    at_most, at_least
-        The bar, where there is one.
-    """
-
-    value: float
-    unit: str
-    at_most: float | None = None
-    at_least: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the bar is reached; None without a bar."""
-        if self.at_most is None and self.at_least is None:
-            return None
-        return (self.at_most is None or self.value <= self.at_most) and (
-            self.at_least is None or self.value >= self.at_least
-        )
-
-
-Figures = dict[str, Figure]
 
 
 def sdpa(q: Any, k: Any, v: Any, scale: float) -> Any:
@@ -375,6 +344,10 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         key_index,
         tolerance_worst,
         crossover,
+        causal_speed,
+        causal_error,
+        padding,
+        grouped_heads,
     )
 }
 """Measure name → function."""

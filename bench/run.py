@@ -7,7 +7,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.measures import MEASURES, Figure
+from bench.figures import Figure
+from bench.measures import MEASURES
 from bench.verify import verify
 from kdecore.machine import this_machine
 

@@ -2,8 +2,8 @@
 
 from kdecore.inputs import Problem
 from kdecore.merge import Part, merge
-from kdecore.namespaces import TILE_ELEMENTS, Array, spans
-from kdecore.planning import Plan
+from kdecore.namespaces import Array, spans
+from kdecore.planning import MASK_TILE, Plan
 from kdecore.selection import Blocks, Selection
 
 
@@ -86,7 +86,7 @@ def attend_masked(problem: Problem, plan: Plan) -> Part:
     every = xp.broadcast_to(xp.arange(n_k, dtype=xp.int64, device=problem.device), (groups, 1, n_k))
     weight = xp.zeros((groups, 1, n_k), dtype=problem.q.dtype, device=problem.device)
     parts = []
-    for part in spans(problem.n_q, max(16, 8 * TILE_ELEMENTS // (groups * n_k))):
+    for part in spans(problem.n_q, max(1, MASK_TILE // (groups * n_k))):
         index = xp.arange(part.start, part.stop, dtype=xp.int64, device=problem.device)
         rows = xp.broadcast_to(index, (groups, 1, part.stop - part.start))
         bias = mask_bias(problem, rows, every)

@@ -12,7 +12,7 @@ from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
 from kdecore.namespaces import Array
 from kdecore.options import Exact, Options, integer_at_least
-from kdecore.outcomes import Outcome, assembled, certify_all, find, run, unseen
+from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
 from kdecore.planning import Plan, make_plan
 from kdecore.report import make_report
 from kdecore.shares import check_finite_inputs, check_restrictions, shares
@@ -184,7 +184,7 @@ def attention(
             if one.problem is None:
                 outcomes.append(unseen(problem, one, certain))
             elif tolerance is None:
-                outcomes += run(one, plan_for, limit)
+                outcomes += run(one, plan_for, limit, keep=return_report, held=held_bytes(problem, whole))
             else:
                 outcomes.append(find(one, settings, tried, tolerance, rtol_norm, limit))
         part = assembled(problem, outcomes, finite=False)

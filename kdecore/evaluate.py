@@ -22,14 +22,14 @@ from kdecore.merge import Part
 from kdecore.methods import SELECT, STRETCHES
 from kdecore.namespaces import host, spans, to_host
 from kdecore.options import Exact
-from kdecore.planning import Plan, Step, steps
+from kdecore.planning import TILE_BIAS, Plan, Step, steps
 from kdecore.selection import Selection, equal_blocks, shifted, together
 from kdecore.shares import single
 from kdecore.stretches import Described, Span, cut, put_back, stacked, whole_stretches
 from kdecore.visibility import Visible
 
-TILE_BIAS = 2**22
-"""Numbers of a tile's mask, at most."""
+ROOM = 4
+"""A list that begins with stretches has room for so many times more."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,10 @@ def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> 
     level = step.level
     plan = replace(plan, options=plan.options.with_budget(step.budget), piece=plan.piece << level)
     budget = plan.options.budget
-    # Lists that a tree is opened for begin with the stretches.
-    shared = level > 0 and plan.method in STRETCHES and budget is not None and budget >= 4 << level
+    method = STRETCHES.get(plan.method)
+    shared = method is not None and level > 0 and budget is not None
+    if method is not None and budget is not None and method.lists_stretches:
+        shared = shared and budget >= ROOM << level
 
     @cache
     def prepared() -> Any:
@@ -165,8 +167,10 @@ def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> 
     for number, queries in enumerate(cut(problem.n_q, 1 << level)):
         seen = problem.visible.rows(slice(*queries))
         keys = seen.inner
-        if shared:
-            some, keys = whole_stretches(keys, problem.n_k, level)
+        some, whole = whole_stretches(keys, problem.n_k, level)
+        # Whole stretches leave remainders that are alike, and are worth some keys left to the next level.
+        if shared or keys[1] - keys[0] - max(0, whole[1] - whole[0]) <= queries[1] - queries[0]:
+            keys = whole
         first, end = keys if keys[0] < keys[1] else (0, 0)
         own = replace(plan, piece=plan.piece + number)
         if first == end:
@@ -192,7 +196,8 @@ def every_key(problem: Problem, queries: Span, keys: Span) -> Selection:
         xp.broadcast_to(xp.arange(*limits, dtype=xp.int64, device=problem.device), (groups, limits[1] - limits[0]))
         for limits in (queries, keys)
     )
-    weight = xp.zeros((groups, 1, keys[1] - keys[0]), dtype=problem.q.dtype, device=problem.device)
+    zero = xp.zeros((1, 1, 1), dtype=problem.q.dtype, device=problem.device)
+    weight = xp.broadcast_to(zero, (groups, 1, keys[1] - keys[0]))
     return Selection(equal_blocks(xp, row, queries[1] - queries[0]), key[:, None, :], weight)
 
 

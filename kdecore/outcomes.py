@@ -14,7 +14,7 @@ from kdecore.merge import Part, merge
 from kdecore.namespaces import Array, Namespace, host, invert_permutation
 from kdecore.nonfinite import not_finite_part
 from kdecore.options import Exact, Options
-from kdecore.planning import Plan, expected_cost, make_plan
+from kdecore.planning import Plan, expected_cost, item_bytes, make_plan
 from kdecore.shares import Share, in_halves
 from kdecore.tolerance import Round, search
 
@@ -48,8 +48,28 @@ class Outcome:
     rounds: tuple[Round, ...] = ()
 
 
-def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float) -> Iterator[Outcome]:
+def held_bytes(problem: Problem, whole: list[Share]) -> int:
+    """Return what the results of several shares, and their own queries, keys and values, take beside each of them."""
+    if len(whole) == 1:
+        return 0
+    rows = [(one.problem.n_q, one.problem.n_k, one.problem.groups) for one in whole if one.problem is not None]
+    own = sum(groups * (n_q * problem.d + n_k * (problem.d + problem.d_v)) for n_q, n_k, groups in rows)
+    return item_bytes(problem) * (own + 3 * problem.groups * problem.n_q * (problem.d_v + 1))
+
+
+def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep: bool, held: int = 0) -> Iterator[Outcome]:
     """Evaluate a share as planned, in parts where its temporaries would take more than ``limit`` bytes.
+
+    Parameters
+    ----------
+    share, plan_for
+        What, and how.
+    limit
+        In bytes.
+    keep
+        Whether to keep the pieces, which hold lists of keys, for a report.
+    held
+        What other shares take, in bytes.
 
     Raises
     ------
@@ -58,14 +78,18 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float) -> Iter
     """
     assert share.problem is not None
     plan = plan_for(share.problem)
+    plan = replace(plan, temporary_bytes=plan.temporary_bytes + held)
     if plan.temporary_bytes <= limit:
         pieces: list[Piece] = []
-        yield Outcome(share, plan, evaluate(share.problem, plan, pieces), pieces)
+        yield Outcome(share, plan, evaluate(share.problem, plan, pieces if keep else None), pieces)
         return
     if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:
         raise too_small(limit, plan)
+    if held == 0:
+        # Results of parts, and what they are put together in.
+        held = 3 * item_bytes(share.problem) * share.problem.groups * share.problem.n_q * (share.problem.d_v + 1)
     for half in in_halves(share):
-        yield from run(half, plan_for, limit)
+        yield from run(half, plan_for, limit, keep=keep, held=held)
 
 
 def find(share: Share, settings: dict[str, Any], tried: Sequence[Options], rtol: float, norm: str, limit: float) -> Outcome:

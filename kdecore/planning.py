@@ -97,6 +97,10 @@ def expected_cost(problem: Problem, options: Options) -> Cost:
     )
 
 
+TILE_BIAS = 2**22
+"""Numbers of a tile's mask, at most."""
+MASK_TILE = 2 * TILE_ELEMENTS
+"""Logits that a mask is applied to at a time where all keys are evaluated, at most."""
 EXACT_STRETCH = 512
 """Queries in a stretch of exact attention, no more than the keys that they see."""
 LEAST_STRETCH = 32
@@ -146,8 +150,10 @@ def steps(problem: Problem, options: Options) -> tuple[Step, ...]:
     first, end = visible.inner
     if end - first > COMMON_SHARE * visible.pairs / problem.n_q:
         levels = [0, *levels]
+    if not levels:
+        return ()
     weights = [LEVEL_RATIO**-i for i in range(len(levels))]
-    rest = (budget - (-(-n_q >> bits))) / sum(weights)
+    rest = max(0, budget - (-(-n_q >> bits))) / sum(weights)
     seeing = [1.0 - 0.5**level if level else 1.0 for level in levels]
     budgets = [max(1, int(rest * weight / share)) for weight, share in zip(weights, seeing, strict=True)]
     return tuple(Step(level, number) for level, number in zip(levels, budgets, strict=True))
@@ -287,13 +293,23 @@ def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> t
     return Treecode().resolve(budget), f"auto: above the crossover, expected {ratio:.1f} × faster than exact"
 
 
+def item_bytes(problem: Problem) -> int:
+    """Return the bytes of a number in the accumulation dtype."""
+    return 8 if ACCUMULATION[problem.input_dtype] == "float64" else 4
+
+
 def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choice], threads: int) -> int:
     """Bound the temporaries from above: copied inputs, the Selection while it is made, and what the kernels work in."""
-    size = 8 if ACCUMULATION[problem.input_dtype] == "float64" else 4
+    size = item_bytes(problem)
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     sizes = {"q": rows_q * problem.d, "k": rows_k * problem.d, "v": rows_k * problem.d_v}
     total = size * sum(sizes[name] for name in problem.copied)
+    if problem.visible is not None or problem.mask is not None:
+        total += _restricted_bytes(problem, options, size)
     if options.name == "exact":
+        if problem.visible is not None and problem.mask is None and kernels["attend_blocks"].target == "array-api":
+            # Keys and values are gathered for each stretch.
+            total += size * (7 * TILE_ELEMENTS + 3 * problem.n_k * (problem.d + problem.d_v))
         if kernels["attend_dense"].target == "array-api":
             # Logits, shifted logits and weights of a tile; results of two tiles and their merge.
             return total + size * (4 * TILE_ELEMENTS + 6 * min(problem.n_q, 256) * (problem.d + problem.d_v))
@@ -320,6 +336,32 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
         # The density estimates' own copies of queries and keys, with a coordinate more, and their tiles.
         total += size * (8 * (rows_q + rows_k) * (problem.d + 1) + 16 * TILE_ELEMENTS)
     return total
+
+
+def _restricted_bytes(problem: Problem, options: Options, size: int) -> int:
+    """Bound what intervals and masks take: rows stacked again for each level, results merged, lists kept, and biases."""
+    rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
+    width = problem.d + problem.d_v
+    visible = problem.visible
+    if problem.mask is not None or visible is None:
+        tile = min(MASK_TILE, problem.groups * problem.n_q * problem.n_k)
+        slots = 0 if isinstance(options, Exact) else problem.n_q * problem.groups * min(options.budget or 0, problem.n_k)
+        return max(tile, slots) * (3 * 8 + 3 * size) + size * rows_q * (problem.d_v + 1)
+    levels = steps(problem, options)
+    cuts = 1 << sum(step.level for step in levels)
+    alike = problem.n_q == problem.n_k and problem.n_q % cuts == 0 and int(host.max(visible.first)) == 0
+    # Stretches that are alike and cover everything are stacked without a copy.
+    rows = -(-problem.n_q // cuts)
+    # What is left to a level: about the keys at the queries' positions, at either side of a window.
+    sides = 3 if int(host.max(visible.first)) > 0 else 1
+    left = min(rows_k, 2 * rows_q) * sides
+    copies = 0 if alike else len(levels) * size * (rows_q * (problem.d + 2 * problem.d_v + 2) + left * width)
+    if levels and levels[0].level == 0 and not isinstance(options, Exact):
+        copies += size * rows_k * width
+    tile = rows if alike else 4 * rows + sides * rows
+    bias = 3 * 8 * min(TILE_BIAS, rows * min(problem.n_k, tile))
+    lists = 2 * 8 * rows_q * (1 + len(levels)) + 4 * 8 * (rows_q + rows_k)
+    return copies + bias + lists + size * 2 * rows_q * (problem.d_v + 1)
 
 
 def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:

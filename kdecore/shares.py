@@ -186,7 +186,10 @@ def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Vis
     sees_all = bool(host.all(visible.first == 0)) and bool(host.all(visible.end == count))
     if mask is not None:
         mask = mask.groups(host.asarray(groups)).keys(xp, keys[0])
-    return replace(problem, q=q, k=k, v=v, visible=None if sees_all else visible, mask=mask)
+    copied = [
+        name for name in "qkv" if name in problem.copied or {"q": q, "k": k, "v": v}[name] is not getattr(problem, name)
+    ]
+    return replace(problem, q=q, k=k, v=v, visible=None if sees_all else visible, mask=mask, copied=tuple(copied))
 
 
 def repeated(visible: Visible, times: int) -> Visible:

@@ -1,4 +1,4 @@
-"""Inputs that break attention where it can be broken, as functions of a random generator: q, k, v, NumPy float64 (2, n, d)."""
+"""Inputs that break attention where it can be broken, as functions of a random generator: q, k, v, float64 (2, n, d)."""
 
 import numpy as np
 

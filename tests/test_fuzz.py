@@ -1,5 +1,7 @@
 """Any call with any inputs: 100 of each with the other tests, 2,000 by `make fuzz`."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -94,7 +96,7 @@ def test_any_call_at_full_budget_is_exact(call, method, library):
 
 @given(calls(), METHOD, st.sampled_from((np.nan, np.inf, -np.inf)), st.sampled_from("qkv"), st.integers(0, 2**32 - 1))
 def test_numbers_that_are_not_finite_reach_the_rows_that_they_reach_exactly(call, method, number, argument, seed):
-    q, k, v, options, bias = call
+    q, k, v, options, _ = call
     arrays = {"q": q.copy(), "k": k.copy(), "v": v.copy()}
     spoilt = arrays[argument].reshape(-1)
     spoilt[np.random.default_rng(seed).integers(0, spoilt.size)] = number
@@ -114,7 +116,7 @@ def test_packed_samples_are_what_they_are_alone(call, method, lengths, causal):
     if total == 0:
         return
     out, lse = packed_attention(q, k, v, edges, causal=causal, method=method, budget=10, return_lse=True)
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges):
         if first < end:
             one = attention(*(x[..., first:end, :] for x in (q, k, v)), causal=causal, method=method, budget=10)
             np.testing.assert_array_equal(out[..., first:end, :], one)

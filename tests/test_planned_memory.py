@@ -46,6 +46,34 @@ def test_the_plan_bounds_the_memory_taken(n_q, n_k, d, options, kernels):
     assert taken <= planned <= 4 * taken + 2**23
 
 
+RESTRICTED = {
+    "causal": (2, 4096, 4096, {"method": "sortlsh", "budget": 128, "causal": True}),
+    "causal, no power of two": (2, 5000, 5000, {"method": "sortlsh", "causal": True}),
+    "causal, tiny budget": (1, 8192, 8192, {"method": "sortlsh", "budget": 30, "causal": True}),
+    "causal tree": (1, 8192, 8192, {"method": "treecode", "budget": 256, "causal": True}),
+    "causal tree, no power of two": (2, 5001, 5001, {"method": "treecode", "budget": 128, "causal": True}),
+    "causal, exact": (1, 8192, 8192, {"method": "exact", "causal": True}),
+    "decoding": (1, 100, 50000, {"method": "treecode", "budget": 200, "causal": True}),
+    "window": (1, 8192, 8192, {"method": "sortlsh", "budget": 256, "causal": True, "window": 3000}),
+    "window, exact": (1, 8192, 8192, {"method": "exact", "causal": True, "window": 300}),
+    "lengths": (2, 4096, 4096, {"method": "sortlsh", "budget": 128, "key_lengths": [3000, 2000]}),
+    "mask": (1, 2000, 2000, {"method": "sortlsh", "budget": 128, "mask": True}),
+    "mask, tree": (1, 2000, 2000, {"method": "treecode", "budget": 128, "mask": True}),
+    "mask, exact": (1, 2000, 2000, {"method": "exact", "mask": True}),
+}
+
+
+@pytest.mark.parametrize("kernels", ["array-api", "numba-cpu"])
+@pytest.mark.parametrize(("heads", "n_q", "n_k", "options"), RESTRICTED.values(), ids=RESTRICTED)
+def test_the_plan_bounds_the_memory_taken_where_keys_are_hidden(heads, n_q, n_k, options, kernels):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((heads, n, 64), dtype=np.float32) for n in (n_q, n_k, n_k)]
+    if "mask" in options:
+        options = options | {"mask": rng.random((n_q, n_k)) < 0.5}
+    planned, taken = measured(*arrays, kernels=kernels, certificate=0, **options)
+    assert taken <= planned <= 10 * taken + 2**23
+
+
 def test_layouts_that_must_be_copied_are_counted_and_named():
     rng = np.random.default_rng(0)
     heads_last = rng.standard_normal((3, 4096, 4, 32), dtype=np.float32).transpose(0, 2, 1, 3)

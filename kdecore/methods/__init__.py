@@ -50,17 +50,20 @@ class Stretches(NamedTuple):
         (problem, plan, level, described) → what is built once for all stretches of a level.
     select
         (problem, plan, prepared, level, number, keys) → Selection for one stretch of queries.
+    lists_stretches
+        Whether lists begin with the stretches seen, and so need room for them.
     """
 
     describe: Callable[[Problem, Plan], Described]
     prepare: Callable[[Problem, Plan, int, Described], Any]
     select: Callable[[Problem, Plan, Any, int, int, Stretch], Selection]
+    lists_stretches: bool
 
 
 STRETCHES = {
-    "sortlsh": Stretches(sortlsh.describe, sortlsh.sort_described, sortlsh.select_stretch),
-    "hyper": Stretches(hyper.describe, sortlsh.sort_described, sortlsh.select_stretch),
-    "treecode": Stretches(treecode.describe, treecode.prepare_in_order, treecode.select_stretch),
+    "sortlsh": Stretches(sortlsh.describe, sortlsh.sort_described, sortlsh.select_stretch, False),
+    "hyper": Stretches(hyper.describe, sortlsh.sort_described, sortlsh.select_stretch, False),
+    "treecode": Stretches(treecode.describe, treecode.prepare_in_order, treecode.select_stretch, True),
 }
 """Method name → how it selects from stretches; the others are given the stretches' keys alone."""
 

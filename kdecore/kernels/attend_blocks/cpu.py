@@ -201,7 +201,7 @@ def load_queries(q, query_rows, lane, d, factor, queries):
 
 @kernel()
 def add_bias(bias, rows, lane, slots, start, used, square, logits):
-    """Add the bias of slots start … start + used − 1 of a panel's queries to their logits."""
+    """Add the bias of slots start … start + used − 1 of a panel's queries to their logits; −∞ whatever they are for −∞."""
     lanes = VECTOR_BYTES // bias.itemsize
     squares = used // lanes * lanes
     unit = bias.dtype.type(1.0 / LN2)
@@ -209,10 +209,11 @@ def add_bias(bias, rows, lane, slots, start, used, square, logits):
         columns_from_rows(bias, rows, lane, slots, start + t, unit, square, 0)
         base = np.uintp(t * lanes)
         for i in range(np.uintp(lanes * lanes)):
-            logits[base + i] += square[i]
+            logits[base + i] = logits[base + i] + square[i] if square[i] > -np.inf else -np.inf
     for r in range(lanes):
         for t in range(squares, used):
-            logits[t * lanes + r] += bias[rows[lane + r] * slots + start + t] * unit
+            extra = bias[rows[lane + r] * slots + start + t] * unit
+            logits[t * lanes + r] = logits[t * lanes + r] + extra if extra > -np.inf else -np.inf
 
 
 @kernel()

@@ -31,7 +31,9 @@ def attend_blocks(
         for row in spans(rows, rows_step):
             logits = (take_rows(xp, q, query_index[block, row]) * scale) @ keys + weight
             if bias is not None:
-                logits = logits + (bias[:, row, :] if bias.shape[0] == 1 else bias[block, row, :])
+                added = bias[:, row, :] if bias.shape[0] == 1 else bias[block, row, :]
+                # Not by the sum alone: that of NaN and −∞ is NaN.
+                logits = xp.where(added > -xp.inf, logits + added, -xp.inf)
             part = softmax_part(xp, logits, values)
             out[block, row, :] = part.out
             lse[block, row] = part.lse
