@@ -44,8 +44,9 @@ def causal_sdpa(q: Any, k: Any, v: Any) -> Any:
     import torch
 
     adapter = load_adapter("torch")
+    query, key, value = (adapter.from_numpy(x) for x in (q, k, v))
     with torch.no_grad():
-        return torch.nn.functional.scaled_dot_product_attention(*(adapter.from_numpy(x) for x in (q, k, v)), is_causal=True)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def causal_error() -> Figures:
@@ -56,8 +57,8 @@ def causal_error() -> Figures:
         f"layer {layer}": (*arrays, None) for layer, arrays in vit.qkv(896).items()
     }
     words = glove_case(8192)
-    for scale in (1.0, 10**-0.5, 0.1):
-        cases[f"words, logit scale {scale:.2f}"] = (words.q[None], words.k[None], words.v[None], scale)
+    for factor in (1.0, 10**-0.5, 0.1):
+        cases[f"words, logit scale {factor:.2f}"] = (words.q[None], words.k[None], words.v[None], factor)
     figures = {}
     for method, seeds in (("treecode", 1), ("sortlsh", SEEDS)):
         ratios = []
