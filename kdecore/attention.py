@@ -11,6 +11,7 @@ from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
 from kdecore.namespaces import Array
+from kdecore.nonfinite import finite_queries, spoilt
 from kdecore.options import Exact, Options, integer_at_least
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
 from kdecore.planning import Plan, make_plan
@@ -178,6 +179,7 @@ def attention(
     tried = [] if rtol is None else to_try(method, budget, partial(make_plan, problem, **settings))
     tolerance = None if rtol is None else check_tolerance(rtol, rtol_norm)
     with team(certain.threads):
+        problem, bad = finite_queries(problem)
         whole = shares(problem, restrictions)
         outcomes: list[Outcome] = []
         for one in whole:
@@ -187,7 +189,7 @@ def attention(
                 outcomes += run(one, plan_for, limit, keep=return_report, held=held_bytes(problem, whole))
             else:
                 outcomes.append(find(one, settings, tried, tolerance, rtol_norm, limit))
-        part = assembled(problem, outcomes, finite=False)
+        part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
         found, seconds = None, 0.0
         if return_report and share > 0 and rtol is None:
             found, seconds = certify_all(problem, whole, outcomes, share, settings)

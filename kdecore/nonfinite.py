@@ -1,16 +1,37 @@
-"""Keys and values that are not finite: met one by one by every query that sees them, apart from all others.
+"""Numbers that are not finite, kept apart from estimates, and doing what they do to exact attention.
 
-Estimates would spread them to queries that don't see them, or miss them where they should spoil the result. Apart from the
-rest, they do what they do to exact attention: a logit that is NaN or +∞ makes a row NaN, a key at −∞ counts for nothing, and
-a value that isn't finite makes its column ±∞ or NaN in every row that sees it.
+A query that holds one has a row of NaN, if it sees a key. Keys and values are met one by one by every query that sees them:
+estimates would spread them to others, or miss them. A logit that is NaN or +∞ makes a row NaN, a key at −∞ counts for
+nothing, and a value that isn't finite makes its column ±∞ or NaN in every row that sees it, however small its weight.
 """
 
+import math
+from dataclasses import replace
 from functools import partial, reduce
 
 from kdecore.attend import mask_bias
 from kdecore.inputs import Problem
 from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import TILE_ELEMENTS, Array, quiet, spans
+from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, quiet, spans, without_gradient
+
+
+def finite_queries(problem: Problem) -> tuple[Problem, Array | None]:
+    """Return a problem with 0 for queries that are not finite, and which these are, bool (G, n_q); None for none."""
+    xp = problem.xp
+    with quiet():
+        # A sum is enough to see that all is well, and reads the array once.
+        if math.isfinite(float(xp.sum(without_gradient(problem.q)))):
+            return problem, None
+    bad = ~xp.all(xp.isfinite(problem.q), axis=-1)
+    return replace(problem, q=xp.where(bad[..., None], 0.0, problem.q)), bad
+
+
+def spoilt(xp: Namespace, part: Part, bad: Array | None) -> Part:
+    """Return a result that is NaN for ``bad`` queries (G, n_q) which see a key."""
+    if bad is None:
+        return part
+    rows = bad & (part.lse != -xp.inf)
+    return Part(xp.where(rows[..., None], xp.nan, part.out), xp.where(rows, xp.nan, part.lse))
 
 
 def not_finite_part(problem: Problem) -> Part:
@@ -20,10 +41,19 @@ def not_finite_part(problem: Problem) -> Part:
     rows_step = max(1, TILE_ELEMENTS // (groups * keys_step))
     with quiet():
         rows = [
-            reduce(partial(merge, xp), [tile(problem, row, key) for key in spans(problem.n_k, keys_step)])
+            reduce(partial(merge_not_finite, xp), [tile(problem, row, key) for key in spans(problem.n_k, keys_step)])
             for row in spans(problem.n_q, rows_step)
         ]
     return Part(xp.concat([part.out for part in rows], axis=1), xp.concat([part.lse for part in rows], axis=1))
+
+
+def merge_not_finite(xp: Namespace, a: Part, b: Part) -> Part:
+    """Merge parts whose results may be infinite: a weight is positive, however small, and leaves them so."""
+    with quiet():
+        part = merge(xp, a, b)
+        # ∞ of both signs, or with NaN, is NaN.
+        both = xp.where(xp.isfinite(a.out), 0.0, a.out) + xp.where(xp.isfinite(b.out), 0.0, b.out)
+        return Part(xp.where((both == 0) | xp.isnan(part.lse)[..., None], part.out, both), part.lse)
 
 
 def tile(problem: Problem, row: slice, key: slice) -> Part:
@@ -34,7 +64,7 @@ def tile(problem: Problem, row: slice, key: slice) -> Part:
     bias = hidden(problem, row, key)
     seen = bias > -xp.inf
     logits = xp.where(seen, logits + bias, -xp.inf)
-    spoilt = xp.any(seen & (xp.isnan(logits) | (logits == xp.inf)), axis=-1)
+    lost = xp.any(seen & (xp.isnan(logits) | (logits == xp.inf)), axis=-1)
     logits = xp.where(xp.isfinite(logits), logits, -xp.inf)
     part = softmax_part(xp, logits, xp.where(xp.isfinite(v), v, 0.0))
     counted = xp.astype(logits > -xp.inf, v.dtype)
@@ -44,8 +74,8 @@ def tile(problem: Problem, row: slice, key: slice) -> Part:
 
     nan, above, below = reached(xp.isnan(v)), reached(v == xp.inf), reached(v == -xp.inf)
     out = xp.where(above, xp.inf, xp.where(below, -xp.inf, part.out))
-    out = xp.where(nan | (above & below) | spoilt[..., None], xp.nan, out)
-    return Part(out, xp.where(spoilt, xp.nan, part.lse))
+    out = xp.where(nan | (above & below) | lost[..., None], xp.nan, out)
+    return Part(out, xp.where(lost, xp.nan, part.lse))
 
 
 def hidden(problem: Problem, row: slice, key: slice) -> Array:

@@ -10,9 +10,9 @@ from kdecore.certificate import Certificate, certify, exact_rows
 from kdecore.errors import MemoryLimitError
 from kdecore.evaluate import Piece, evaluate, nothing
 from kdecore.inputs import Problem
-from kdecore.merge import Part, merge
+from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, host, invert_permutation
-from kdecore.nonfinite import not_finite_part
+from kdecore.nonfinite import merge_not_finite, not_finite_part
 from kdecore.options import Exact, Options
 from kdecore.planning import Plan, expected_cost, item_bytes, make_plan
 from kdecore.shares import Share, in_halves
@@ -134,7 +134,7 @@ def assembled(problem: Problem, outcomes: list[Outcome], *, finite: bool) -> Par
 def with_not_finite(xp: Namespace, outcome: Outcome) -> Part:
     """Return a result with the keys that are not finite."""
     assert outcome.share.apart is not None
-    return merge(xp, outcome.part, not_finite_part(outcome.share.apart))
+    return merge_not_finite(xp, outcome.part, not_finite_part(outcome.share.apart))
 
 
 def in_order(xp: Namespace, rows: list[Array], arrays: tuple[Array, ...], problem: Problem) -> Array:

@@ -86,9 +86,7 @@ def log_norms(problem: Problem, options: KDEformer, seed: int) -> tuple[Array, A
     Steps 1 and 2 of Algorithm 1. The scale is split evenly between queries and keys, which keeps distances small.
     """
     root = math.sqrt(abs(problem.scale))
-    q, xp = without_gradient(problem.q), problem.xp
-    # A query that is not finite is to spoil its own row only.
-    q = xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * math.copysign(root, problem.scale)
+    q = without_gradient(problem.q) * math.copysign(root, problem.scale)
     k = without_gradient(problem.k) * root
     log_rows, _ = wexpkde(k, q, None, Accuracy(options.accuracy, DELTA), primitive=options.primitive, seed=seed)
     log_columns, _ = wexpkde(

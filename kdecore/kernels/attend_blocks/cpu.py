@@ -145,6 +145,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
                     multiply_tile(keys, j * d, d, 1, queries, lane * d, d, bias, j, logits, j * lanes, True)
                 if added.shape[0] > 0:
                     add_bias(flat_added, added_rows, lane, slots, start, used, square, logits)
+                    logits[used * lanes : width * lanes] = -np.inf
                 before[:] = tops[lane : lane + lanes]
                 column_max(logits, 0, width, tops, lane)
                 for i in range(lanes):
