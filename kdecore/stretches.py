@@ -24,7 +24,7 @@ def cut(n: int, parts: int) -> list[Span]:
 
 def whole_stretches(keys: Span, n: int, level: int) -> tuple[Stretch, Span]:
     """Return the stretches of 2**level that lie within a span of range(n), and what they hold."""
-    some = Stretch(-(-(keys[0] << level) // n), (((keys[1] + 1) << level) - 1) // n)
+    some = Stretch(-(-(keys[0] << level) // n), min(1 << level, (((keys[1] + 1) << level) - 1) // n))
     return some, ((some.first * n) >> level, (some.end * n) >> level)
 
 

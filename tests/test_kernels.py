@@ -285,6 +285,45 @@ def test_attend_blocks_leaves_out_slots_at_minus_infinity(backend, rng, implemen
     assert_close(lse, true_lse, ulps=32, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("b", "s"), [(1, 1), (5, 7), (37, 33), (300, 16), (20, 1300)])
+@implementations("attend_blocks")
+def test_attend_blocks_with_a_bias_merges_with_what_was_before(backend, rng, implementation, dtype, shared, b, s):
+    """Two lists one after another are one list; hidden slots count for nothing, nor do they for a query that is NaN."""
+    n, blocks, d, d_v = 700, 2, 5, 21
+    q, k, v = (rng.standard_normal((n, width)).astype(dtype) for width in (d, d, d_v))
+    index = rng.permutation(n)[: blocks * b].reshape(blocks, b)
+    lists = rng.integers(0, n, (2, blocks, s))
+    weights = rng.standard_normal((2, blocks, s)).astype(dtype)
+    biases = rng.standard_normal((2, 1 if shared else blocks, b, s)).astype(dtype)
+    biases[rng.random(biases.shape) < 0.4] = -np.inf
+    biases[:, :, b // 2] = -np.inf
+    if b > 1:
+        # What comes again is not merged again.
+        index[0, -1], biases[:, :, -1] = index[0, -2], biases[:, :, -2]
+    q[index[0, b // 2]] = np.nan
+
+    def run_once(number, before):
+        arrays = (backend.array(x) for x in (q, k, v, index, lists[number], weights[number]))
+        return implementation.function(backend.xp, *arrays, 0.3, backend.array(biases[number]), before)
+
+    run(implementation, backend, q, k, v, index, lists[0], weights[0], 0.3, dtype=dtype)  # skips where it cannot
+    found = run_once(1, run_once(0, None))
+    expected = np.zeros((n, d_v)), np.full(n, -np.inf)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    for block, row in np.ndindex(blocks, b):
+        query = index[block, row]
+        row = np.flatnonzero(index[block] == query)[0]
+        bias = weights[:, block] + biases[:, 0 if shared else block, row].astype(np.float64)
+        keys = np.concatenate(lists[:, block])
+        expected[0][query], expected[1][query] = oracles.attend_list(
+            np.nan_to_num(wide[0][query]), *wide[1:], keys, np.concatenate(bias), 0.3
+        )
+    assert_close(backend.numpy(found.out), expected[0], dtype=dtype, ulps=256)
+    assert_close(backend.numpy(found.lse), expected[1], dtype=dtype, ulps=256)
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4])
 @implementations("attend_blocks")
 def test_attend_blocks_survives_huge_log_weights(backend, rng, implementation, size):
