@@ -186,9 +186,9 @@ def attention(
             if one.problem is None:
                 outcomes.append(unseen(problem, one, certain))
             elif tolerance is None:
-                outcomes += run(one, plan_for, limit, keep=return_report, held=held_bytes(problem, whole))
+                outcomes += run(one, plan_for, limit, keep=return_report, held=held_bytes(problem, restrictions, whole))
             else:
-                outcomes.append(find(one, settings, tried, tolerance, rtol_norm, limit))
+                outcomes += find(one, settings, tried, tolerance, rtol_norm, limit)
         part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
         found, seconds = None, 0.0
         if return_report and share > 0 and rtol is None:
@@ -198,5 +198,6 @@ def attention(
         results.append(problem.unfolded(part.lse))
     if return_report:
         compiling = compile_seconds() - compiled
-        results.append(make_report(problem, outcomes, found, seconds, time.perf_counter() - started, compiling))
+        took = time.perf_counter() - started
+        results.append(make_report(problem, outcomes, found, seconds, took, compiling, rtol_norm))
     return tuple(results) if len(results) > 1 else results[0]

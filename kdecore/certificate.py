@@ -36,7 +36,7 @@ from kdecore.namespaces import (
     without_gradient,
 )
 from kdecore.options import Exact
-from kdecore.planning import Plan, exact_row_cost
+from kdecore.planning import Plan
 from kdecore.randomness import uniform
 from kdecore.shares import single
 
@@ -101,7 +101,13 @@ class Certificate:
 
 
 def certify(
-    problem: Problem, out: Array, exact_rows: Callable[[Array], Array], cost: float, share: float, seed: int
+    problem: Problem,
+    out: Array,
+    exact_rows: Callable[[Array], Array],
+    cost: float,
+    row_cost: float,
+    share: float,
+    seed: int,
 ) -> Certificate:
     """Compare some rows of a result with exact attention.
 
@@ -115,6 +121,8 @@ def certify(
         (G, m) queries → (G, m, d_v).
     cost
         Expected cost of the call.
+    row_cost
+        Expected cost of one exact row of each group.
     share
         Exact rows may take this part of it.
     seed
@@ -126,8 +134,7 @@ def certify(
         O(G m n_k (d + d_v)) for the m queries of each group that the share pays for, at least `FEWEST_ROWS`, at most n_q.
     """
     affordable = share * cost - STATISTICS_COST
-    row = FEW_ROWS_PENALTY * exact_row_cost(problem)
-    m = min(problem.n_q, max(FEWEST_ROWS, int(affordable / (problem.groups * row))))
+    m = min(problem.n_q, max(FEWEST_ROWS, int(affordable / (FEW_ROWS_PENALTY * row_cost))))
     rows = sample_rows(problem.xp, problem.groups, problem.n_q, m, seed, problem.device)
     exact = exact_rows(rows)
     estimate = take_along_rows(problem.xp, without_gradient(out), rows)

@@ -25,8 +25,7 @@ from kdecore.options import Exact
 from kdecore.planning import TILE_BIAS, Plan, Step, steps
 from kdecore.selection import Selection, equal_blocks, shifted, together
 from kdecore.shares import single
-from kdecore.stretches import Described, Span, cut, put_back, stacked, whole_stretches
-from kdecore.visibility import Visible
+from kdecore.stretches import Described, Remainder, Span, cut, inner_keys, put_back, remainder, stacked
 
 ROOM = 4
 """A list that begins with stretches has room for so many times more."""
@@ -96,7 +95,6 @@ def by_stretches(
         remainders: list[Remainder] = []
     else:
         selections, remainders = of_level(problem, plan, levels[0], described)
-        plan = replace(plan, piece=(plan.piece + 1) << levels[0].level)
     part = before
     for selection in selections:
         if pieces is not None:
@@ -111,7 +109,7 @@ def by_stretches(
         k, v = (stacked(xp, x, keys, len(some)) for x in (problem.k, problem.v))
         found = by_stretches(
             replace(problem, q=q, k=k, v=v, visible=some[0].visible),
-            replace(plan, piece=plan.piece + number),
+            plan.part(number),
             levels[1:],
             described.stacked(xp, queries, keys, len(some)),
             Part(out, lse),
@@ -121,36 +119,11 @@ def by_stretches(
     return part
 
 
-@dataclass(frozen=True)
-class Remainder:
-    """What a level leaves of a stretch of queries to the next one.
-
-    Attributes
-    ----------
-    queries
-        These queries.
-    keys
-        The keys that some of them see, without those that all see and the method chose among: one span or two.
-    visible
-        What they see of these.
-    """
-
-    queries: Span
-    keys: tuple[Span, ...]
-    visible: Visible
-
-    @property
-    def kind(self) -> tuple[bytes, ...]:
-        """The same for what can be evaluated together."""
-        lengths = sum(end - first for first, end in self.keys)
-        return lengths.to_bytes(8), self.visible.first.tobytes(), self.visible.end.tobytes()
-
-
 def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> tuple[list[Selection], list[Remainder]]:
     """Select, for each stretch of queries, from the keys that all of them see; and return what is left."""
     assert problem.visible is not None
     level = step.level
-    plan = replace(plan, options=plan.options.with_budget(step.budget), piece=plan.piece << level)
+    plan = replace(plan, options=plan.options.with_budget(step.budget))
     budget = plan.options.budget
     method = STRETCHES.get(plan.method)
     shared = method is not None and level > 0 and budget is not None
@@ -161,32 +134,27 @@ def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> 
     def prepared() -> Any:
         return STRETCHES[plan.method].prepare(replace(problem, visible=None), plan, level, described)
 
-    exact: list[Selection] = []
+    apart: list[Selection] = []
     chosen: list[Selection] = []
     remainders: list[Remainder] = []
     for number, queries in enumerate(cut(problem.n_q, 1 << level)):
         seen = problem.visible.rows(slice(*queries))
-        keys = seen.inner
-        some, whole = whole_stretches(keys, problem.n_k, level)
-        # Whole stretches leave remainders that are alike, and are worth some keys left to the next level.
-        if shared or keys[1] - keys[0] - max(0, whole[1] - whole[0]) <= queries[1] - queries[0]:
-            keys = whole
-        first, end = keys if keys[0] < keys[1] else (0, 0)
-        own = replace(plan, piece=plan.piece + number)
+        some, (first, end) = inner_keys(seen, problem.n_k, level)
+        own = plan.part(level, number)
         if first == end:
             pass
         elif plan.method == "exact" or (budget is not None and end - first <= budget):
-            exact.append(every_key(problem, queries, (first, end)))
-        elif shared:
+            apart.append(every_key(problem, queries, (first, end)))
+        elif shared and some is not None:
             chosen.append(STRETCHES[plan.method].select(problem, own, prepared(), level, number, some))
         else:
-            chosen.append(of_part(problem, own, queries, (first, end)))
+            apart.append(of_part(problem, own, queries, (first, end)))
         rest = remainder(queries, seen, (first, end))
         if rest.visible.pairs:
             remainders.append(rest)
-    if shared and chosen:
-        chosen = [together(problem.xp, chosen)]
-    return exact + chosen, remainders
+    if chosen:
+        apart.append(together(problem.xp, chosen))
+    return apart, remainders
 
 
 def every_key(problem: Problem, queries: Span, keys: Span) -> Selection:
@@ -205,16 +173,6 @@ def of_part(problem: Problem, plan: Plan, queries: Span, keys: Span) -> Selectio
     """Select for some queries from some keys as if there were no others."""
     selection = SELECT[plan.method](problem.rows(*queries).keys(*keys), plan)
     return every_key(problem, queries, keys) if selection.blocks is None else shifted(selection, queries[0], keys[0])
-
-
-def remainder(queries: Span, seen: Visible, keys: Span) -> Remainder:
-    """Return what is left of some queries besides keys that all of them see."""
-    low, high = seen.outer
-    first, end = keys
-    if first == end:
-        return Remainder(queries, ((low, high),), seen.within(low, high))
-    left = tuple(span for span in ((low, first), (end, high)) if span[0] < span[1])
-    return Remainder(queries, left, seen.within(low, high).without(first - low, end - low))
 
 
 def tiles(problem: Problem) -> list[Selection]:

@@ -96,7 +96,8 @@ class Problem:
 
     def without_gradient(self) -> "Problem":
         """Return the same problem, not recorded for automatic differentiation."""
-        return replace(self, **{name: without_gradient(getattr(self, name)) for name in ("q", "k", "v")})
+        mask = None if self.mask is None else replace(self.mask, values=without_gradient(self.mask.values))
+        return replace(self, mask=mask, **{name: without_gradient(getattr(self, name)) for name in ("q", "k", "v")})
 
     def with_queries(self, rows: Array) -> "Problem":
         """Return the same problem for some of the queries only, rows (G, m) int64; they are to see all keys."""
@@ -120,7 +121,7 @@ class Problem:
         """Return results (G, n_q, …) by query heads, with the leading dimensions of the inputs."""
         tail = tuple(int(size) for size in rows.shape[2:])
         if self.repeats > 1:
-            apart = self.xp.reshape(rows, (self.groups, -1, self.repeats, *tail))
+            apart = self.xp.reshape(rows, (self.groups, self.n_q // self.repeats, self.repeats, *tail))
             rows = self.xp.permute_dims(apart, (0, 2, 1, *range(3, 3 + len(tail))))
         return self.xp.reshape(rows, (*self.lead, self.n_q // self.repeats, *tail))
 
@@ -165,7 +166,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
             return canonical(q)
         apart = xp.reshape(xp.astype(q, dtype, copy=False), (groups, repeats, *q.shape[-2:]))
         together = xp.permute_dims(apart, (0, 2, 1, 3))
-        return contiguous(xp.reshape(contiguous(together), (groups, -1, q.shape[-1])))
+        return contiguous(xp.reshape(contiguous(together), (groups, repeats * int(q.shape[-2]), q.shape[-1])))
 
     return Problem(
         q=canonical_queries(),

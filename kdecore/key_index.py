@@ -1,21 +1,23 @@
 """`KeyIndex`: the key side of the treecode, built once for many batches of queries, and for keys that are appended."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from kdecore.attend import attend
 from kdecore.errors import OptionError, ShapeError
-from kdecore.evaluate import evaluate
 from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
 from kdecore.namespaces import Array, needs_gradient, without_gradient
+from kdecore.nonfinite import merge_not_finite
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, integer_at_least
+from kdecore.outcomes import run_all
 from kdecore.planning import Plan, make_plan
 from kdecore.selection import Selection
-from kdecore.shares import repeated
-from kdecore.visibility import sliding
+from kdecore.shares import check_restrictions
 
 LEAST_BUDGET = 64
 """Keys per query that every tree gets at least."""
@@ -75,7 +77,8 @@ class KeyIndex:
     Building costs O(G n_k (d p + p log n_k) + G d² p) with p = 16, and a batch of n_q queries
     O(G n_q (budget · (d + d_v) + p log n_q)).
     With ``queries=q``, ``KeyIndex(k, v, queries=q).attend(q)`` is ``attention(q, k, v, method="treecode")`` up to rounding.
-    An index may be used by several threads at once; `append` by one at a time.
+    An index may be used by several threads at once; `append` by one at a time. All queries see all keys of an index: one of
+    them, or a value, that is not finite makes every result NaN. Samples of different lengths need an index each.
 
     Examples
     --------
@@ -174,12 +177,11 @@ class KeyIndex:
             Naming what doesn't fit; the index is then as it was.
         """
         problem, added = self._fitting(q), self._added(k, v)
-        new = replace(added, q=problem.q, repeats=problem.repeats)
-        seen = repeated(sliding(problem.n_q // problem.repeats, added.n_k, True, None), problem.repeats)
-        new = replace(new, visible=seen)
+        new = replace(added, q=problem.q, repeats=problem.repeats, lead=problem.lead)
+        plan_for: Callable[[Problem], Plan] = partial(make_plan, method=self._options, **self._settings)
         with team(self._threads):
-            plan = make_plan(new, method=self._options, **self._settings)
-            part = merge(problem.xp, self._attend_pieces(problem), evaluate(new, plan))
+            causal = check_restrictions(new, True, None, None, None, q)
+            part = merge_not_finite(problem.xp, self._attend_pieces(problem), run_all(new, causal, plan_for))
             self._append(added)
         return self._result(problem, part, q.dtype, return_lse)
 

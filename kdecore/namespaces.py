@@ -265,7 +265,7 @@ def spans(length: int, step: int) -> Iterator[slice]:
 def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
     """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): (G, d, e)."""
     # Of so wide rows, small products would be mostly sums of their results.
-    rows = SMALL_PRODUCT // (int(x.shape[2]) * int(y.shape[2]))
+    rows = SMALL_PRODUCT // max(1, int(x.shape[2]) * int(y.shape[2]))
     step = rows if rows >= FEWEST_ROWS else max(1, int(x.shape[1]))
     parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), step)]
     return sum(parts[1:], start=parts[0]) / int(x.shape[1])

@@ -1,5 +1,6 @@
 """Outcomes: each share of a call evaluated, put together again, and compared with exact rows."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,10 @@ from kdecore.evaluate import Piece, evaluate, nothing
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, host, invert_permutation
-from kdecore.nonfinite import merge_not_finite, not_finite_part
+from kdecore.nonfinite import finite_queries, merge_not_finite, not_finite_part, spoilt
 from kdecore.options import Exact, Options
 from kdecore.planning import Plan, expected_cost, item_bytes, make_plan
-from kdecore.shares import Share, in_halves
+from kdecore.shares import Restrictions, Share, in_halves, shares
 from kdecore.tolerance import Round, search
 
 FEWEST_QUERIES = 64
@@ -48,13 +49,15 @@ class Outcome:
     rounds: tuple[Round, ...] = ()
 
 
-def held_bytes(problem: Problem, whole: list[Share]) -> int:
-    """Return what the results of several shares, and their own queries, keys and values, take beside each of them."""
+def held_bytes(problem: Problem, restrictions: Restrictions, whole: list[Share]) -> int:
+    """Return what a look at the mask, the results of several shares and their own arrays take beside each of them."""
+    mask = restrictions.mask
+    looked_at = 0 if mask is None else 4 * int(mask.values.shape[1]) * int(mask.values.shape[2])
     if len(whole) == 1:
-        return 0
+        return looked_at
     rows = [(one.problem.n_q, one.problem.n_k, one.problem.groups) for one in whole if one.problem is not None]
     own = sum(groups * (n_q * problem.d + n_k * (problem.d + problem.d_v)) for n_q, n_k, groups in rows)
-    return item_bytes(problem) * (own + 3 * problem.groups * problem.n_q * (problem.d_v + 1))
+    return looked_at + item_bytes(problem) * (own + 3 * problem.groups * problem.n_q * (problem.d_v + 1))
 
 
 def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep: bool, held: int = 0) -> Iterator[Outcome]:
@@ -78,7 +81,9 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep
     """
     assert share.problem is not None
     plan = plan_for(share.problem)
-    plan = replace(plan, temporary_bytes=plan.temporary_bytes + held)
+    # Other groups and queries of a call draw other numbers.
+    place = (share.groups[0], share.queries[0])
+    plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=() if place == (0, 0) else place)
     if plan.temporary_bytes <= limit:
         pieces: list[Piece] = []
         yield Outcome(share, plan, evaluate(share.problem, plan, pieces if keep else None), pieces)
@@ -92,15 +97,36 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep
         yield from run(half, plan_for, limit, keep=keep, held=held)
 
 
-def find(share: Share, settings: dict[str, Any], tried: Sequence[Options], rtol: float, norm: str, limit: float) -> Outcome:
-    """Evaluate a share to a tolerance (`kdecore.tolerance.search`), by what takes no more than ``limit`` bytes."""
+def run_all(problem: Problem, restrictions: Restrictions, plan_for: Callable[[Problem], Plan]) -> Part:
+    """Evaluate a problem whose keys are restricted, the numbers that are not finite among them."""
+    problem, bad = finite_queries(problem)
+    outcomes: list[Outcome] = []
+    for one in shares(problem, restrictions):
+        if one.problem is None:
+            outcomes.append(unseen(problem, one, plan_for(problem)))
+        else:
+            outcomes += run(one, plan_for, math.inf, keep=False)
+    return spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
+
+
+def find(
+    share: Share, settings: dict[str, Any], tried: Sequence[Options], rtol: float, norm: str, limit: float
+) -> Iterator[Outcome]:
+    """Evaluate a share to a tolerance (`kdecore.tolerance.search`), by what takes no more than ``limit`` bytes.
+
+    In parts where even exact attention would take more, each of which keeps the tolerance.
+    """
     assert share.problem is not None
     plan_for = partial(make_plan, share.problem, **settings)
     exact = plan_for(method=Exact())
-    if exact.temporary_bytes > limit:
+    if exact.temporary_bytes <= limit:
+        found = search(share.problem, plan_for, tried, rtol, norm, limit)
+        yield Outcome(share, found.plan, found.part, found.pieces, found.certificate, found.rounds)
+        return
+    if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:
         raise too_small(limit, exact)
-    found = search(share.problem, plan_for, tried, rtol, norm, limit)
-    return Outcome(share, found.plan, found.part, found.pieces, found.certificate, found.rounds)
+    for half in in_halves(share):
+        yield from find(half, settings, tried, rtol, norm, limit)
 
 
 def too_small(limit: float, plan: Plan) -> MemoryLimitError:
@@ -140,7 +166,7 @@ def with_not_finite(xp: Namespace, outcome: Outcome) -> Part:
 def in_order(xp: Namespace, rows: list[Array], arrays: tuple[Array, ...], problem: Problem) -> Array:
     """Put rows, numbered through all groups, in their order: (G, n_q, …)."""
     order = host.concat([host.reshape(x, (-1,)) for x in rows])
-    flat = xp.concat([xp.reshape(x, (-1, *x.shape[2:])) for x in arrays], axis=0)
+    flat = xp.concat([xp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])) for x in arrays], axis=0)
     place = invert_permutation(xp, xp.asarray(order, device=problem.device)[None, :])[0, :]
     return xp.reshape(xp.take(flat, place, axis=0), (problem.groups, problem.n_q, *flat.shape[1:]))
 
@@ -169,7 +195,9 @@ def certify_all(
         return None, 0.0
     started = time.perf_counter()
     # Shares whose keys nobody sees cost nothing.
-    cost = sum(expected_cost(one.share.problem, one.plan.options).total for one in outcomes if one.share.problem is not None)
+    costs = [(one.share.problem, one.plan.options) for one in outcomes if one.share.problem is not None]
+    cost = sum(expected_cost(some, options).total for some, options in costs)
+    row_cost = sum(expected_cost(some, Exact()).total for some, _ in costs) / problem.n_q
     out = assembled(problem, outcomes, finite=True).out
 
     def exact(rows: Array) -> Array:
@@ -177,7 +205,7 @@ def certify_all(
         order = host.argsort(host.asarray([group for one in whole for group in one.groups]))
         return take_groups(xp, xp.concat(parts, axis=0), order)
 
-    return certify(problem, out, exact, cost, share, settings["seed"]), time.perf_counter() - started
+    return certify(problem, out, exact, cost, row_cost, share, settings["seed"]), time.perf_counter() - started
 
 
 def take_groups(xp: Namespace, rows: Array, groups: Sequence[int]) -> Array:

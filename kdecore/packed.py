@@ -3,9 +3,12 @@
 from typing import Any
 
 from kdecore.attention import attention
-from kdecore.errors import DTypeError, OptionError, ShapeError
-from kdecore.namespaces import Array, accumulation_dtype, common_namespace, dtype_name, host, to_host
+from kdecore.errors import OptionError, ShapeError
+from kdecore.inputs import canonicalise
+from kdecore.namespaces import Array
+from kdecore.planning import make_plan
 from kdecore.report import Report
+from kdecore.shares import integers
 
 
 def packed_attention(
@@ -55,10 +58,12 @@ def packed_attention(
     """
     if refused := {"mask", "key_lengths"} & set(options):
         raise OptionError(f"{', '.join(sorted(refused))} can't be given to packed_attention: samples have their own lengths")
-    xp = common_namespace(q=q, k=k, v=v)
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if array.ndim < 2:
-            raise ShapeError(f"{name} must have at least 2 dimensions (…, total, d), got shape {tuple(array.shape)}")
+    # Raises for what doesn't fit, whatever the samples are.
+    problem = canonicalise(q, k, v, options.get("scale"))
+    make_plan(
+        problem, **{name: options[name] for name in ("method", "budget", "seed", "kernels", "threads") if name in options}
+    )
+    xp = problem.xp
     queries = _edges("cu_seqlens_q", cu_seqlens_q, int(q.shape[-2]))
     keys = _edges("cu_seqlens_k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, int(k.shape[-2]))
     if len(keys) != len(queries):
@@ -71,7 +76,7 @@ def packed_attention(
         one = q[..., rows, :]
         if rows.start == rows.stop or seen.start == seen.stop:
             # Zeros of the right shape and dtype, whatever else the arrays hold.
-            lse_dtype = accumulation_dtype(xp, dtype_name(q))
+            lse_dtype = problem.q.dtype
             shape = tuple(int(size) for size in one.shape[:-1])
             outs.append(xp.zeros((*shape, v.shape[-1]), dtype=v.dtype, device=v.device))
             lses.append(xp.full(shape, -xp.inf, dtype=lse_dtype, device=v.device))
@@ -91,9 +96,7 @@ def packed_attention(
 
 
 def _edges(name: str, given: Any, total: int) -> list[int]:
-    edges = to_host(given) if hasattr(given, "dtype") else host.asarray(given)
-    if edges.dtype.kind not in "iu":
-        raise DTypeError(f"{name} must hold integers, got {dtype_name(edges)}")
+    edges = integers(name, given)
     if edges.ndim != 1 or len(edges) < 2:
         raise ShapeError(f"{name} must have the shape (B + 1,) with B ≥ 1, got {edges.shape}")
     numbers = [int(edge) for edge in edges]

@@ -1,5 +1,6 @@
 """`make_plan`: what will be done, from shapes and options alone. Touches no array data."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from kdecore.options import (
     integer_at_least,
 )
 from kdecore.randomness import check_seed
+from kdecore.stretches import cut, inner_keys, remainder
+from kdecore.visibility import Visible
 
 # Costs fitted to times on two cores (bench/NOTES.md), in units of one dimension of one float32 key, evaluated for one query.
 EXP_DIMENSIONS = 20
@@ -110,6 +113,8 @@ LEVEL_BITS = 2
 too few queries to find similar ones among (bench/NOTES.md)."""
 LEVEL_RATIO = 1.5
 """A level has so many times the budget of the next one, whose queries see fewer keys."""
+LARGEST_FACTOR, ROUGHLY = 4.0, 0.05
+"""Budgets of levels are scaled by so much at most, and not where they are as good as right."""
 COMMON_SHARE = 0.25
 """Keys that all queries see are evaluated by themselves where they are this part of what a query sees in the mean."""
 
@@ -132,8 +137,9 @@ class Step(NamedTuple):
 def steps(problem: Problem, options: Options) -> tuple[Step, ...]:
     """Return how a problem whose queries see intervals of its keys is cut, and cut again; () for one tile.
 
-    Tiles of at most a quarter of the budget are exact; the rest of it is for the levels. Only T − 1 of T stretches of causal
-    attention have keys that all of their queries see: these get so much more, that the mean is the budget.
+    Tiles of at most a quarter of the budget are exact, after their own halves, where one sees all of the other; the rest of
+    the budget is for the levels. Only T − 1 of T stretches of causal attention have keys that all of their queries see:
+    these get so much more, that the mean is the budget.
     """
     visible = problem.visible
     assert visible is not None
@@ -150,13 +156,50 @@ def steps(problem: Problem, options: Options) -> tuple[Step, ...]:
     first, end = visible.inner
     if end - first > COMMON_SHARE * visible.pairs / problem.n_q:
         levels = [0, *levels]
+    tile_rows = -(-n_q >> bits)
     if not levels:
         return ()
     weights = [LEVEL_RATIO**-i for i in range(len(levels))]
-    rest = max(0, budget - (-(-n_q >> bits))) / sum(weights)
+    rest = max(0, budget - tile_rows) / sum(weights)
     seeing = [1.0 - 0.5**level if level else 1.0 for level in levels]
     budgets = [max(1, int(rest * weight / share)) for weight, share in zip(weights, seeing, strict=True)]
-    return tuple(Step(level, number) for level, number in zip(levels, budgets, strict=True))
+    halves = [Step(1, tile_rows)] if tile_rows >= LEAST_STRETCH else []
+    found = (*(Step(level, number) for level, number in zip(levels, budgets, strict=True)), *halves)
+    # Windows leave more or less to the levels than causal attention does.
+    of_levels = slots_of_levels(visible, problem.n_k, found)
+    chosen, exact = sum(of_levels[: len(levels)]), sum(of_levels[len(levels) :])
+    factor = min(LARGEST_FACTOR, max(0.0, problem.n_q * budget - exact) / max(1, chosen))
+    if abs(factor - 1.0) > ROUGHLY:
+        found = (*(Step(level, max(1, int(number * factor))) for level, number in found[: len(levels)]), *halves)
+    return found
+
+
+def slots_of_levels(visible: Visible, n_k: int, levels: tuple[Step, ...]) -> list[int]:
+    """Return how many slots each level evaluates for all queries, and in the end the tiles, as `kdecore.evaluate` cuts."""
+    known: dict[tuple[int, int, bytes, bytes], list[int]] = {}
+
+    def count(visible: Visible, n_k: int, depth: int) -> list[int]:
+        kind = depth, n_k, visible.first.tobytes(), visible.end.tobytes()
+        if kind in known:
+            return known[kind]
+        slots = [0] * (len(levels) + 1)
+        if depth == len(levels):
+            low, high = visible.outer
+            slots[depth] = len(visible.first) * (high - low)
+        else:
+            level, budget = levels[depth]
+            for queries in cut(len(visible.first), 1 << level):
+                seen = visible.rows(slice(*queries))
+                _, (first, end) = inner_keys(seen, n_k, level)
+                slots[depth] += (queries[1] - queries[0]) * min(end - first, budget)
+                rest = remainder(queries, seen, (first, end))
+                if rest.visible.pairs:
+                    left = sum(b - a for a, b in rest.keys)
+                    slots = [x + y for x, y in zip(slots, count(rest.visible, left, depth + 1), strict=True)]
+        known[kind] = slots
+        return slots
+
+    return count(visible, n_k, 0)
 
 
 def _element_cost(problem: Problem) -> float:
@@ -186,7 +229,7 @@ class Plan:
     temporary_bytes
         Upper bound of temporaries above inputs and results.
     piece
-        Which piece of the call this is, so that each draws random numbers of its own.
+        Path to the piece of the call that this plans, so that each draws random numbers of its own.
     """
 
     options: Options
@@ -197,16 +240,23 @@ class Plan:
     exact: Choice
     threads: int
     temporary_bytes: int
-    piece: int = 0
+    piece: tuple[int, ...] = ()
 
     @property
     def method(self) -> str:
         """Name of the method that will run."""
         return self.options.name
 
-    def stream(self, number: int) -> int:
-        """Return the random stream that this piece of the call uses for ``number``."""
-        return number + (self.piece % 2**11) * 2**20
+    def part(self, *numbers: int) -> "Plan":
+        """Return the plan of a piece of this piece."""
+        return replace(self, piece=(*self.piece, *numbers))
+
+    @property
+    def draw_seed(self) -> int:
+        """Seed of what this piece of the call draws: for each piece another."""
+        if not self.piece:
+            return self.seed
+        return int.from_bytes(hashlib.blake2b(repr((self.seed, self.piece)).encode(), digest_size=8).digest())
 
 
 def make_plan(
@@ -223,7 +273,8 @@ def make_plan(
     if budget is not None:
         budget = integer_at_least(1, "budget", budget)
     count = thread_count(None if threads is None else integer_at_least(1, "threads", threads))
-    gradient = needs_gradient(problem.q, problem.k, problem.v)
+    masks = [] if problem.mask is None else [problem.mask.values]
+    gradient = needs_gradient(problem.q, problem.k, problem.v, *masks)
     site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
     options, reason = _resolve_method(problem, method, budget, site, kernels)
     needed = dict.fromkeys(options.kernels)

@@ -84,9 +84,9 @@ class Report:
         return {name: plain(value) for name, value in asdict(self).items()}
 
     def _error(self) -> str:
-        if self.method == "exact":
-            return "exact up to rounding"
-        return "not asked for" if self.certificate is None else str(self.certificate)
+        if self.certificate is not None:
+            return str(self.certificate)
+        return "exact up to rounding" if self.method == "exact" else "not asked for"
 
     def __str__(self) -> str:
         groups, n_q, n_k, d, d_v = self.shape
@@ -99,7 +99,7 @@ class Report:
             ("error", self._error()),
             ("keys per query", f"{self.keys_per_query:.1f} of {n_k} (budget asked: {asked})"),
             ("problem", f"{groups} × {n_q} queries, d = {d}, d_v = {d_v}, {self.dtype}, {self.library} on {self.device}"),
-            *([("copied", f"{', '.join(self.copied)} (dtype or layout)")] if self.copied else []),
+            *([("copied", f"{', '.join(self.copied)} (dtype, layout or grouped heads)")] if self.copied else []),
             *((f"kernel {name}", choice) for name, choice in self.kernels.items()),
             ("temporaries planned", f"{self.temporary_bytes / 2**20:.1f} MiB"),
             *([("compile time", f"{self.compile_seconds * 1e3:.0f} ms")] if self.compile_seconds else []),
@@ -117,21 +117,23 @@ def make_report(
     certificate_seconds: float,
     seconds: float,
     compile_seconds: float,
+    norm: str = "frobenius",
 ) -> Report:
-    """Describe a finished call that took ``seconds``, of them ``compile_seconds`` to compile.
+    """Describe a finished call that took ``seconds``, of them ``compile_seconds`` to compile; ``norm`` is that of rtol.
 
-    Where groups were treated differently, it says what was done with those that took most.
+    Where groups were treated differently, it says what was done with those of an approximate method that took most.
     """
     rows = [len(one.share.groups) * (one.share.queries[1] - one.share.queries[0]) for one in outcomes]
     keys = [_keys_evaluated(piece) for one in outcomes for piece in one.pieces]
-    main = max(outcomes, key=lambda one: sum(map(_keys_evaluated, one.pieces))) if len(outcomes) > 1 else outcomes[0]
+    approximate = [one for one in outcomes if one.plan.method != "exact"] or outcomes
+    main = max(approximate, key=lambda one: sum(map(_keys_evaluated, one.pieces))) if len(outcomes) > 1 else outcomes[0]
     plan, reason = main.plan, main.plan.reason
     unlike = sum(count for one, count in zip(outcomes, rows, strict=True) if one.plan.options != plan.options)
     if unlike:
         reason = f"{reason}; otherwise for {unlike} of {sum(rows)} queries"
     bounded = [one.certificate for one in outcomes if one.certificate is not None]
     if bounded:
-        certificate = max(bounded, key=lambda one: one.frobenius_interval[1])
+        certificate = max(bounded, key=lambda one: one.upper(norm))
     return Report(
         method=plan.method,
         reason=reason,

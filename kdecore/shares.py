@@ -19,6 +19,7 @@ from kdecore.namespaces import (
     contiguous,
     dtype_name,
     host,
+    needs_gradient,
     quiet,
     take_along_rows,
     to_host,
@@ -26,7 +27,7 @@ from kdecore.namespaces import (
 )
 from kdecore.options import integer_at_least
 from kdecore.stretches import Span
-from kdecore.visibility import Mask, Visible, as_intervals, both, sliding
+from kdecore.visibility import Mask, Visible, as_intervals, both, hides, sliding
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def check_restrictions(
     if not isinstance(causal, bool | host.bool):
         raise OptionError(f"causal must be True or False, got {causal!r}")
     if window is not None:
+        if isinstance(window, bool):
+            raise OptionError(f"window must be an integer of at least 1 or None, got {window!r}")
         window = integer_at_least(1, "window", window)
     lengths = _check_lengths(problem, key_lengths)
     return Restrictions(bool(causal), window, lengths, None if mask is None else _check_mask(problem, mask, like))
@@ -87,9 +90,7 @@ def _check_lengths(problem: Problem, key_lengths: Any) -> Array:
     lead = (*problem.lead[:-1], problem.lead[-1] // problem.repeats) if problem.lead else ()
     if key_lengths is None:
         return host.full((problem.groups,), problem.n_k, dtype=host.int64)
-    lengths = to_host(key_lengths) if hasattr(key_lengths, "dtype") else host.asarray(key_lengths)
-    if lengths.dtype.kind not in "iu":
-        raise DTypeError(f"key_lengths must hold integers, got {dtype_name(lengths)}")
+    lengths = integers("key_lengths", key_lengths)
     if lengths.shape != lead[: lengths.ndim]:
         raise ShapeError(
             f"key_lengths must have the leading dimensions of k or the first of them, {lead}, got {lengths.shape}"
@@ -98,6 +99,17 @@ def _check_lengths(problem: Problem, key_lengths: Any) -> Array:
         raise OptionError(f"key_lengths must lie in 0 … n_k = {problem.n_k}, got {lengths.tolist()}")
     spread = host.reshape(host.astype(lengths, host.int64), (*lengths.shape, *(1,) * (len(lead) - lengths.ndim)))
     return host.reshape(host.broadcast_to(spread, lead), (-1,))
+
+
+def integers(name: str, given: Any) -> Array:
+    """Return integers as a NumPy array, whatever they come in, or raise `DTypeError` naming the argument."""
+    try:
+        found = to_host(given) if hasattr(given, "dtype") else host.asarray(given)
+    except (TypeError, ValueError):
+        raise DTypeError(f"{name} must hold integers in rows of one length, got {given!r}") from None
+    if found.size and found.dtype.kind not in "iu":
+        raise DTypeError(f"{name} must hold integers, got {dtype_name(found)}")
+    return host.astype(found, host.int64)
 
 
 def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
@@ -112,7 +124,7 @@ def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
         raise ShapeError(f"mask must be broadcastable to (…, n_q, n_k) = {whole}, got shape {tuple(mask.shape)}")
     count = math.prod(shape[:-2])
     matrix = host.broadcast_to(host.reshape(host.arange(count), shape[:-2]), problem.lead)
-    values = xp.reshape(without_gradient(mask), (count, *shape[-2:]))
+    values = xp.reshape(mask, (count, *shape[-2:]))
     return Mask(values, host.reshape(matrix, (problem.groups, problem.repeats)))
 
 
@@ -217,18 +229,22 @@ def mask_intervals(problem: Problem, mask: Mask) -> dict[tuple[int, ...], SeenCo
     """Return, for each row of ``mask.matrix``, what it says as intervals, or None where it can't be said so."""
     xp, values = problem.xp, mask.values
     rows = {tuple(row) for row in mask.matrix.tolist()}
-    if values.dtype != xp.bool:
-        if not bool(xp.all((values == 0) | (values == -xp.inf))):
-            return dict.fromkeys(rows)
-        values = values == 0
+    additive = values.dtype != xp.bool
+    if additive and needs_gradient(values):
+        return dict.fromkeys(rows)
     found: dict[int, SeenColumns | None] = {}
     for number in {number for row in rows for number in row}:
-        matrix = to_host(values[number, ...])
+        found[number] = None
+        seen_there = values[number, ...]
+        if additive:
+            seen_there = ~hides(xp, values[number, ...])
+            if bool(xp.any(seen_there & (values[number, ...] != 0))):
+                continue
+        matrix = to_host(seen_there)
         seen = host.broadcast_to(matrix, (matrix.shape[0], problem.n_k))
         columns = host.any(seen, axis=0)
         numbers = host.flatnonzero(columns)
-        inside = as_intervals(seen[:, columns])
-        found[number] = None
+        inside = as_intervals(seen if len(numbers) == problem.n_k else seen[:, columns])
         if inside is not None:
             positions = problem.n_q // problem.repeats
             edges = host.concat([numbers, host.asarray([problem.n_k])])

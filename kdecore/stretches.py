@@ -5,9 +5,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from kdecore.namespaces import Array, Namespace, spans
+from kdecore.visibility import Visible
 
 Span = tuple[int, int]
 """Numbers from the first to the one before the last."""
+
+
+LOSS = 2
 
 
 class Stretch(NamedTuple):
@@ -28,6 +32,56 @@ def whole_stretches(keys: Span, n: int, level: int) -> tuple[Stretch, Span]:
     return some, ((some.first * n) >> level, (some.end * n) >> level)
 
 
+def inner_keys(seen: Visible, n_k: int, level: int) -> tuple[Stretch | None, Span]:
+    """Return the keys that are to be chosen from, of those that all of some queries see; (0, 0) for none.
+
+    These are whole stretches of 2**level, which are returned too, where that leaves no more than `LOSS` keys for each query
+    to the next level: remainders are alike then, and what is prepared for all stretches can be used. Otherwise all keys.
+    """
+    keys = seen.inner
+    if keys[0] >= keys[1]:
+        return None, (0, 0)
+    some, inside = whole_stretches(keys, n_k, level)
+    if keys[1] - keys[0] - max(0, inside[1] - inside[0]) > LOSS * len(seen.first):
+        return None, keys
+    return (some, inside) if inside[0] < inside[1] else (None, (0, 0))
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What a level leaves of a stretch of queries to the next one.
+
+    Attributes
+    ----------
+    queries
+        These queries.
+    keys
+        The keys that some of them see, without those that all see and the method chose among: one span or two.
+    visible
+        What they see of these.
+    """
+
+    queries: Span
+    keys: tuple[Span, ...]
+    visible: Visible
+
+    @property
+    def kind(self) -> tuple[bytes, ...]:
+        """The same for what can be evaluated together."""
+        lengths = sum(end - first for first, end in self.keys)
+        return lengths.to_bytes(8), self.visible.first.tobytes(), self.visible.end.tobytes()
+
+
+def remainder(queries: Span, seen: Visible, keys: Span) -> Remainder:
+    """Return what is left of some queries besides keys that all of them see."""
+    low, high = seen.outer
+    first, end = keys
+    if first == end:
+        return Remainder(queries, ((low, high),), seen.within(low, high))
+    left = tuple(span for span in ((low, first), (end, high)) if span[0] < span[1])
+    return Remainder(queries, left, seen.within(low, high).without(first - low, end - low))
+
+
 def covers(some: list[Span], n: int) -> bool:
     """Return whether spans follow each other from 0 to n."""
     edges = [0, *(edge for span in some for edge in span), n]
@@ -44,7 +98,7 @@ def stacked(xp: Namespace, rows: Array, some: list[Span], parts: int) -> Array:
 def put_back(xp: Namespace, rows: Array, found: Array, some: list[Span]) -> Array:
     """Put what `stacked` took out of rows (G, n, …), and was changed, back in its place."""
     groups, n = rows.shape[:2]
-    found = xp.reshape(found, (groups, -1, *found.shape[2:]))
+    found = xp.reshape(found, (groups, found.shape[0] // max(1, groups) * found.shape[1], *found.shape[2:]))
     if covers(some, n):
         return found
     places = dict(zip(some, spans(int(found.shape[1]), some[0][1] - some[0][0]), strict=True))
@@ -63,8 +117,6 @@ class Described:
         Arrays (G, n_q, …), (G, n_k, …).
     groups
         Arrays (G, …).
-    parts
-        Groups that were one before they were cut.
     shared
         What doesn't change with the groups.
     """
@@ -72,7 +124,6 @@ class Described:
     queries: tuple[Array, ...]
     keys: tuple[Array, ...]
     groups: tuple[Array, ...] = ()
-    parts: int = 1
     shared: Any = None
 
     def stacked(self, xp: Namespace, queries: list[Span], keys: list[Span], parts: int) -> "Described":
@@ -81,6 +132,5 @@ class Described:
             tuple(stacked(xp, x, queries, parts) for x in self.queries),
             tuple(stacked(xp, x, keys, parts) for x in self.keys),
             tuple(xp.repeat(x, parts, axis=0) for x in self.groups),
-            self.parts * parts,
             self.shared,
         )

@@ -66,6 +66,7 @@ def normal(first: Array, end: Array) -> Visible:
 def sliding(n_q: int, n_k: int, causal: bool, window: int | None) -> Visible:
     """Return what causal attention and a sliding window let each query see, the last query aligned to the last key."""
     position = host.arange(n_q, dtype=host.int64) + (n_k - n_q)
+    window = None if window is None else min(window, n_q + n_k)
     none, every = host.zeros_like(position), host.full_like(position, n_k)
     end = position + 1 if causal else (every if window is None else position + window)
     first = none if window is None else position + 1 - window
@@ -90,6 +91,17 @@ def as_intervals(seen: Array) -> Visible | None:
     return normal(first, host.where(count > 0, end, first))
 
 
+def hides(xp: Namespace, bias: Array) -> Array:
+    """Return where a number added to a logit hides a key: −inf, and what stands for it in models.
+
+    These are the lowest number of the mask's dtype and its half, −1e9 and the like: below −1e8, or half that lowest number.
+    """
+    return bias <= max(float(xp.finfo(bias.dtype).min) / 2, HIDING)
+
+
+HIDING = -1e8
+
+
 @dataclass(frozen=True)
 class Mask:
     """A mask that is no interval: what is added to the logits, or which of them count.
@@ -97,7 +109,8 @@ class Mask:
     Attributes
     ----------
     values
-        (M, R, C) boolean, True for what is seen, or floats to be added; R is the number of positions or 1, C of keys or 1.
+        (M, R, C) boolean, True for what is seen, or floats to be added (see `hides`); R is the number of positions or 1, C
+        of keys or 1.
     matrix
         (G, r) NumPy int64: which of the M matrices each group has for each of the r query heads that share its keys.
     """
@@ -153,6 +166,6 @@ class Mask:
         place = row[..., None] * columns + column[:, :, None, :]
         found = xp.reshape(xp.take(xp.reshape(self.values, (-1,)), xp.reshape(place, (-1,))), place.shape)
         if found.dtype != xp.bool:
-            return xp.astype(found, dtype)
+            return xp.where(hides(xp, found), -xp.inf, xp.astype(found, dtype))
         zero = xp.zeros((1,), dtype=dtype, device=rows.device)
         return xp.where(found, zero, -xp.inf)

@@ -137,6 +137,10 @@ def test_packed_lengths_that_do_not_fit_are_refused(edges, words):
     x = np.zeros((2, 9, 3))
     with pytest.raises((ValueError, TypeError), match=words):
         packed_attention(x, x, x, edges)
+    with pytest.raises(ValueError, match="k must have q's last dimension"):
+        packed_attention(x, x[:, :, :2], x, [0, 9])
+    with pytest.raises(ValueError, match="method must be one of"):
+        packed_attention(x, x, x, [0, 9], [0, 9], method="bogus")
     with pytest.raises(ValueError, match="mask can't be given to packed_attention"):
         packed_attention(x, x, x, [0, 9], mask=np.ones((9, 9), bool))
     with pytest.raises(ValueError, match="cu_seqlens_k must have as many entries as cu_seqlens_q, 2, got 3"):

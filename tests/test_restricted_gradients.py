@@ -48,6 +48,20 @@ def test_gradients_flow_at_a_small_budget(ours, theirs, method):
         torch.testing.assert_close(v.grad.sum(dim=2), torch.full((2, 4, 5), 40.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_that_is_learned_has_a_gradient(method):
+    masks = [torch.zeros(40, 40, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for mask, call in zip(masks, (attention, sdpa), strict=True):
+        q, k, v = (x.detach() for x in inputs())
+        out = call(q, k, v, mask=mask, method=method, budget=40) if call is attention else call(q, k, v, attn_mask=mask)
+        (out * torch.linspace(-1, 1, 5, dtype=torch.float64)).sum().backward()
+    torch.testing.assert_close(masks[0].grad, masks[1].grad, rtol=1e-9, atol=1e-11)
+    q, k, v = (x.detach() for x in inputs())
+    masks[0].grad = None
+    attention(q, k, v, mask=masks[0], method=method, budget=15).sum().backward()
+    assert torch.isfinite(masks[0].grad).all()
+
+
 def test_a_row_without_keys_has_no_gradient():
     q, k, v = inputs()
     mask = torch.ones(40, 40, dtype=torch.bool)

@@ -66,7 +66,7 @@ def select(problem: Problem, plan: Plan) -> Selection:
 
     cumulative = xp.cumulative_sum(p, axis=1)
     points = xp.reshape(
-        uniform(xp, plan.seed, plan.stream(KEYS_STREAM), problem.groups * samples, device=problem.device), (-1, samples)
+        uniform(xp, plan.draw_seed, KEYS_STREAM, problem.groups * samples, device=problem.device), (-1, samples)
     )
     keys = searchsorted_rows(xp, cumulative, points * cumulative[:, -1:], side="right")
     keys = xp.clip(keys, 0, problem.n_k - 1)

@@ -132,9 +132,7 @@ def block_and_sample(problem: Problem, plan: Plan, prepared: Prepared, least_row
     own_start = own_windows(xp, queries, keys, blocks, own_size)
 
     count = problem.groups * (len(blocks.starts) - 1)
-    starts = xp.reshape(
-        uniform(xp, plan.seed, plan.stream(SAMPLES_STREAM), count, device=problem.device), (problem.groups, -1)
-    )
+    starts = xp.reshape(uniform(xp, plan.draw_seed, SAMPLES_STREAM, count, device=problem.device), (problem.groups, -1))
     # Since every weight is at least 1, this ceiling keeps every inclusion probability at or below 1 in every block.
     ceiling = (int(keys.order.shape[1]) - own_size) / samples
     capped = xp.minimum(prepared.weights, xp.asarray(ceiling, dtype=xp.float64, device=problem.device))

@@ -19,7 +19,16 @@ from dataclasses import dataclass, replace
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
-from kdecore.namespaces import Array, Namespace, cross_moment, host, invert_permutation, take_along_rows, without_gradient
+from kdecore.namespaces import (
+    Array,
+    Namespace,
+    contiguous,
+    cross_moment,
+    host,
+    invert_permutation,
+    take_along_rows,
+    without_gradient,
+)
 from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.randomness import SAMPLES_STREAM, uniform
@@ -54,13 +63,13 @@ class KeyTree:
     nodes
         Summaries of the tree's nodes, and the keys and values in its order.
     slope
-        (G, d, d_v): `first_order_term`.
+        (G, d, d_v): `first_order_term`, or None for none.
     """
 
     view: "View"
     order: Array
     nodes: TreeNodes
-    slope: Array
+    slope: Array | None
 
 
 @dataclass(frozen=True)
@@ -120,10 +129,10 @@ def prepare_in_order(problem: Problem, plan: Plan, level: int, described: Descri
     """Build trees that have the 2**level equal stretches of keys, and of queries, as nodes."""
     (of_queries,), (coordinates, sizes), (half_norm,) = described.queries, described.keys, described.groups
     order, nodes = grow(problem, plan, coordinates, sizes, half_norm, level)
-    slope = first_order_term(problem.xp, nodes, problem.n_k, described.parts)
     queries = order_queries(problem, plan, of_queries, level)
     blocks = equal_blocks(problem.xp, queries, problem.n_q)
-    return Prepared(KeyTree(described.shared, order, nodes, slope), of_queries, queries, blocks, None)
+    # No first-order term: one for all stretches would tell queries of keys that they don't see.
+    return Prepared(KeyTree(described.shared, order, nodes, None), of_queries, queries, blocks, None)
 
 
 def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int, number: int, keys: Stretch) -> Selection:
@@ -242,41 +251,38 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
     )
     if options.far_field == "sample":
         holder = None if own is None else holders(xp, blocks, prepared.order, prepared.keys.order, problem.repeats)
-        starts = uniform(
-            xp, plan.seed, plan.stream(SAMPLES_STREAM), math.prod(blocks.index.shape[:2]), device=problem.device
-        )
+        starts = uniform(xp, plan.draw_seed, SAMPLES_STREAM, math.prod(blocks.index.shape[:2]), device=problem.device)
         key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, node_count)
         position = xp.maximum(key_index - node_count, xp.zeros_like(key_index))
         return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), log_weight)
-    return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=nodes.values, slope=prepared.keys.slope)
+    values = nodes.values if prepared.keys.slope is not None else contiguous(nodes.values[:, :, :-1])
+    return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=values, slope=prepared.keys.slope)
 
 
-def first_order_term(xp: Namespace, nodes: TreeNodes, n: int, parts: int = 1) -> Array:
+def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     """Return `DAMPING` times what the mean value of a node of unit spread gains for each unit of a query (derived).
 
     A node's mean value leaves out that keys of larger logits weigh more: to first order its values' mean under attention is
     v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
     spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
-    most, which leaves less of them within; and less of what may be chance. So many ``parts`` groups
-    share one. Returns (G, d, d_v), in O(G / parts · `MOMENT_ROWS` d d_v).
+    most, which leaves less of them within; and less of what may be chance. Returns (G, d, d_v), in
+    O(G `MOMENT_ROWS` d d_v).
     """
     count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
     # An odd step meets all places of a leaf.
-    step = max(1, n * parts // MOMENT_ROWS) | 1
+    step = max(1, n // MOMENT_ROWS) | 1
     position = host.arange(0, n, step)
     leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
     of_row, of_leaf = (xp.asarray(x, device=nodes.keys.device) for x in (count + position, leaf))
     keys, values = (xp.take(x, of_row, axis=1) - xp.take(x, of_leaf, axis=1) for x in (nodes.keys, nodes.values))
-    together = int(keys.shape[0]) // parts
-    keys, values = (xp.reshape(x, (together, -1, x.shape[2])) for x in (keys, values[:, :, :-1]))
+    values = values[:, :, :-1]
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))
     covariance = cross_moment(xp, keys, values)
     # Of rows that have nothing to do with each other, this much is left by chance.
     signal, noise = xp.sum(covariance * covariance, axis=(1, 2))[:, None, None], size * value_size / rows
     certain = xp.where(signal > noise, 1.0 - noise / xp.where(signal > 0, signal, 1.0), 0.0)
-    slope = DAMPING * certain * covariance / xp.where(size > 0, size, 1.0)
-    return xp.repeat(slope, parts, axis=0) if parts > 1 else slope
+    return DAMPING * certain * covariance / xp.where(size > 0, size, 1.0)
 
 
 def draw(

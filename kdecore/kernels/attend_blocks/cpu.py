@@ -106,6 +106,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
     before, shifts, inverses = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
     tops = np.empty(panels * lanes, q.dtype)
     rows_out, kept = np.empty(lanes * d_v, q.dtype), np.empty(panels * lanes, q.dtype)
+    again = np.empty(panels * lanes, np.bool_)
     places = np.arange(lanes)
     # Chunks are added up in float64, so that float32 errors do not grow with the number of keys.
     sums = np.zeros(panels * columns * lanes, np.float64)
@@ -118,7 +119,9 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
         # Lanes beyond the block repeat its last query.
         filled = round_up(count, lanes)
         for r in range(filled):
-            query_rows[r] = query_index[block, begin + min(r, count - 1)]
+            at = begin + r
+            query_rows[r] = query_index[block, min(at, begin + count - 1)]
+            again[r] = r >= count or (at > 0 and query_index[block, at] == query_index[block, at - 1])
             added_rows[r] = (block if added.shape[0] > 1 else 0) * rows + begin + min(r, count - 1)
             prefetch(flat_q, query_rows[r] * d, d)
         for lane in range(0, filled, lanes):
@@ -168,10 +171,10 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
                 if used == slots:
                     for i in range(lanes):
                         totals[lane + i] = chunk_totals[i]
-                    finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kept, lse)
+                    finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kept, lse)
                     if merging:
                         store_queries(chunk_sums, places, 0, d_v, inverses, rows_out)
-                        add_rows(rows_out, kept, query_rows, lane, count, d_v, flat_out)
+                        add_rows(rows_out, kept, query_rows, lane, again, d_v, flat_out)
                     else:
                         store_queries(chunk_sums, query_rows, lane, d_v, inverses, flat_out)
                 else:
@@ -180,10 +183,10 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
             for lane in range(0, filled, lanes):
                 for t in range(columns * lanes):
                     chunk_sums[t] = sums[lane * columns + t]
-                finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kept, lse)
+                finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kept, lse)
                 if merging:
                     store_queries(chunk_sums, places, 0, d_v, inverses, rows_out)
-                    add_rows(rows_out, kept, query_rows, lane, count, d_v, flat_out)
+                    add_rows(rows_out, kept, query_rows, lane, again, d_v, flat_out)
                 else:
                     store_queries(chunk_sums, query_rows, lane, d_v, inverses, flat_out)
 
@@ -218,10 +221,10 @@ def add_bias(bias, rows, lane, slots, start, used, square, logits):
 
 
 @kernel()
-def finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kept, lse):
+def finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kept, lse):
     """Write lse, what a panel's sums are multiplied by, and, merging, what the rows of out are kept times.
 
-    The first ``count`` queries of a task count; one that comes again is not merged again.
+    Lanes that hold a query ``again`` are not merged again.
     """
     lanes = inverses.shape[0]
     for i in range(lanes):
@@ -229,13 +232,12 @@ def finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kep
         total = totals[r]
         inverses[i] = 1.0 / total if total != 0 else 1.0
         found = (tops[r] + np.log2(total)) * LN2 if total != 0 else -np.inf
+        if again[r]:
+            continue
         if not merging:
-            if r < count:
-                lse[query_rows[r]] = found
+            lse[query_rows[r]] = found
             continue
         kept[r] = 1.0
-        if r >= count or (r > 0 and query_rows[r] == query_rows[r - 1]):
-            continue
         old = lse[query_rows[r]]
         top = max(old, found)
         if top > -np.inf or top != top:
@@ -247,10 +249,10 @@ def finish_queries(tops, totals, query_rows, lane, count, merging, inverses, kep
 
 
 @kernel()
-def add_rows(rows, kept, query_rows, lane, count, d_v, out):
+def add_rows(rows, kept, query_rows, lane, again, d_v, out):
     """Merge a panel's rows into those of out."""
-    for r in range(lane, min(count, lane + rows.shape[0] // d_v)):
-        if r > 0 and query_rows[r] == query_rows[r - 1]:
+    for r in range(lane, lane + VECTOR_BYTES // out.itemsize):
+        if again[r]:
             continue
         source, target = np.uintp((r - lane) * d_v), np.uintp(query_rows[r] * d_v)
         for t in range(np.uintp(d_v)):
