@@ -82,7 +82,7 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep
     assert share.problem is not None
     plan = plan_for(share.problem)
     # Other groups and queries of a call draw other numbers.
-    place = (share.groups[0], share.queries[0])
+    place = (share.groups[0] if share.groups else 0, share.queries[0])
     plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=() if place == (0, 0) else place)
     if plan.temporary_bytes <= limit:
         pieces: list[Piece] = []

@@ -124,6 +124,8 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
             again[r] = r >= count or (at > 0 and query_index[block, at] == query_index[block, at - 1])
             added_rows[r] = (block if added.shape[0] > 1 else 0) * rows + begin + min(r, count - 1)
             prefetch(flat_q, query_rows[r] * d, d)
+            if merging:
+                prefetch(flat_out, query_rows[r] * d_v, d_v)
         for lane in range(0, filled, lanes):
             load_queries(flat_q, query_rows, lane, d, factor, queries)
         tops[:] = -np.inf
