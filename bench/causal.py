@@ -92,10 +92,9 @@ def padding() -> Figures:
     return figures
 
 
-def one_by_one(call: Callable[..., Any], q: Any, k: Any, v: Any, lengths: list[int]) -> None:
-    """Call once for each sample, without its padding."""
-    for sample, length in enumerate(lengths):
-        call(q[sample], k[sample, :, :length], v[sample, :, :length])
+def one_by_one(call: Callable[..., Any], q: Any, k: Any, v: Any, lengths: list[int]) -> Any:
+    """Call once for each sample, without its padding, and put the results together."""
+    return np.stack([call(q[i], k[i, :, :length], v[i, :, :length]) for i, length in enumerate(lengths)])
 
 
 def grouped_heads() -> Figures:

@@ -150,6 +150,9 @@ def assembled(problem: Problem, outcomes: list[Outcome], *, finite: bool) -> Par
     parts = [one.part if finite or one.share.apart is None else with_not_finite(xp, one) for one in outcomes]
     if len(parts) == 1:
         return parts[0]
+    groups = [group for one in outcomes for group in one.share.groups]
+    if groups == list(range(problem.groups)) and all(one.share.queries == (0, problem.n_q) for one in outcomes):
+        return Part(xp.concat([part.out for part in parts], axis=0), xp.concat([part.lse for part in parts], axis=0))
     rows = [
         host.asarray(one.share.groups, dtype=host.int64)[:, None] * problem.n_q + host.arange(*one.share.queries)
         for one in outcomes

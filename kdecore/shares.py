@@ -131,45 +131,63 @@ def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
 def shares(problem: Problem, restrictions: Restrictions) -> list[Share]:
     """Cut a problem into shares: every group is in one of them, with all of its queries.
 
-    O(G n_k (d + d_v)) to look for numbers that are not finite, and a pass over the mask if there is one.
+    O(G n_k (d + d_v)) to look for numbers that are not finite among the keys that are seen, and a pass over the mask if
+    there is one.
     """
-    bad = not_finite(problem)
+    return [part for one in seen_alike(problem, restrictions) for part in finite_apart(one)]
+
+
+def seen_alike(problem: Problem, restrictions: Restrictions) -> list[Share]:
+    """Put groups together whose queries see the same intervals of as many keys, and leave out keys that none sees."""
     everything = tuple(range(problem.groups))
     lengths, mask = restrictions.lengths, restrictions.mask
-    whole = bad is None and mask is None and not restrictions.causal and restrictions.window is None
+    whole = mask is None and not restrictions.causal and restrictions.window is None
     if not everything or (whole and bool(host.all(lengths == problem.n_k))):
         return [Share(everything, (0, problem.n_q), problem)]
     positions = problem.n_q // problem.repeats
     seen = sliding(positions, problem.n_k, restrictions.causal, restrictions.window)
     intervals = {} if mask is None else mask_intervals(problem, mask)
-    kinds: dict[tuple[bytes, ...], tuple[list[int], list[Array], Visible, Array, Visible, bool]] = {}
+    kinds: dict[tuple[bytes, ...], tuple[list[int], list[Array], Visible, bool]] = {}
     for group in everything:
         found = intervals.get(tuple(mask.matrix[group].tolist())) if mask is not None else None
         masked = mask is not None and found is None
-        visible, columns = seen, host.arange(int(lengths[group]))
+        visible, keys = seen, host.arange(int(lengths[group]))
         if found is not None:
-            visible, columns = both(seen, found.visible), columns[found.columns[: len(columns)]]
-        spoilt = columns[:0] if bad is None else columns[bad[group, : int(lengths[group])][columns]]
-        keys = columns if bad is None else host.setdiff1d(columns, spoilt)
-        of_keys, of_spoilt = (repeated(visible.among(x), problem.repeats) for x in (keys, spoilt))
+            visible, keys = both(seen, found.visible), keys[found.columns[: len(keys)]]
+        of_keys = repeated(visible.among(keys), problem.repeats)
         if not masked:
-            # Keys that no query sees.
             low, high = of_keys.outer
             keys, of_keys = keys[low:high], of_keys.within(low, high)
         same_keys = keys.tobytes() if masked else len(keys).to_bytes(8)
-        kind = (same_keys, of_keys.first.tobytes(), of_keys.end.tobytes(), spoilt.tobytes(), bytes(masked))
-        entry = kinds.setdefault(kind, ([], [], of_keys, spoilt, of_spoilt, masked))
+        kind = (same_keys, of_keys.first.tobytes(), of_keys.end.tobytes(), bytes(masked))
+        entry = kinds.setdefault(kind, ([], [], of_keys, masked))
         entry[0].append(group)
         entry[1].append(keys)
     return [
-        Share(
-            tuple(groups),
-            (0, problem.n_q),
-            part_of(problem, groups, keys, of_keys, mask if masked else None),
-            part_of(problem, groups, [spoilt] * len(groups), of_spoilt, mask if masked else None),
-        )
-        for groups, keys, of_keys, spoilt, of_spoilt, masked in kinds.values()
+        Share(tuple(groups), (0, problem.n_q), part_of(problem, groups, keys, visible, mask if masked else None))
+        for groups, keys, visible, masked in kinds.values()
     ]
+
+
+def finite_apart(share: Share) -> list[Share]:
+    """Cut a share into those whose keys that are not finite are the same ones, and set these apart."""
+    problem = share.problem
+    bad = None if problem is None else not_finite(problem)
+    if problem is None or bad is None:
+        return [share]
+    everything = Visible(host.zeros((problem.n_q,), dtype=host.int64), host.full((problem.n_q,), problem.n_k))
+    visible = everything if problem.visible is None else problem.visible
+    kinds: dict[bytes, list[int]] = {}
+    for group in range(problem.groups):
+        kinds.setdefault(bad[group].tobytes(), []).append(group)
+    parts = []
+    for some in kinds.values():
+        finite, apart = (
+            part_of(problem, some, [keys] * len(some), visible.among(keys), problem.mask)
+            for keys in (host.flatnonzero(~bad[some[0]]), host.flatnonzero(bad[some[0]]))
+        )
+        parts.append(Share(tuple(share.groups[group] for group in some), share.queries, finite, apart))
+    return parts
 
 
 def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Visible, mask: Mask | None) -> Problem | None:
@@ -179,8 +197,8 @@ def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Vis
         return None
 
     def some_groups(x: Array) -> Array:
-        if groups == list(range(problem.groups)):
-            return x
+        if groups == list(range(groups[0], groups[-1] + 1)):
+            return x[groups[0] : groups[-1] + 1, ...]
         return xp.take(x, xp.asarray(groups, dtype=xp.int64, device=problem.device), axis=0)
 
     count = len(keys[0])
@@ -198,10 +216,9 @@ def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Vis
     sees_all = bool(host.all(visible.first == 0)) and bool(host.all(visible.end == count))
     if mask is not None:
         mask = mask.groups(host.asarray(groups)).keys(xp, keys[0])
-    copied = [
-        name for name in "qkv" if name in problem.copied or {"q": q, "k": k, "v": v}[name] is not getattr(problem, name)
-    ]
-    return replace(problem, q=q, k=k, v=v, visible=None if sees_all else visible, mask=mask, copied=tuple(copied))
+    # Of each group the first keys, or some: either is a copy, unless they are all.
+    copied = {*problem.copied, *(("k", "v") if count < problem.n_k else ())}
+    return replace(problem, q=q, k=k, v=v, visible=None if sees_all else visible, mask=mask, copied=tuple(sorted(copied)))
 
 
 def repeated(visible: Visible, times: int) -> Visible:

@@ -85,9 +85,7 @@ def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int,
         begin, stop = (some.first * n) >> level, (some.end * n) >> level
         # In every group the same number; taken by place, which is several times as fast as by a mask.
         (inside,) = xp.nonzero(xp.reshape((order >= begin) & (order < stop), (-1,)))
-        return [
-            xp.reshape(xp.take(xp.reshape(x, (-1,)), inside), (problem.groups, stop - begin)) for x in (order, *those)
-        ]
+        return [xp.reshape(xp.take(xp.reshape(x, (-1,)), inside), (problem.groups, stop - begin)) for x in (order, *those)]
 
     own = Stretch(number, number + 1)
     queries = left(prepared.queries.order, problem.n_q, own, prepared.queries.codes)
