@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from kdecore.evaluate import evaluate
 from kdecore.inputs import canonicalise
 from kdecore.metrics import errors
 from kdecore.namespaces import host
+from kdecore.outcomes import assembled, run
 from kdecore.planning import make_plan
-from kdecore.shares import check_restrictions, shares
+from kdecore.shares import check_restrictions, in_halves, shares
 from tests import oracles
 from tests.conftest import BACKENDS
 from tests.features import FEATURES, METHODS
@@ -191,6 +193,94 @@ def test_a_query_that_fills_up_a_block_is_merged_once(rng, method, threads):
         call = {"method": method, "budget": budget, "causal": True}
         found = attention(q, k, v, threads=threads, kernels="numba-cpu", **call)
         assert_close(found, attention(q, k, v, kernels="array-api", **call), ulps=4096)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_query_whose_chosen_keys_are_all_hidden_is_evaluated_exactly(backend, rng, method):
+    """Every query sees two keys of 200, far apart; lists of 5 rarely hold one."""
+    q, k, v = rng.standard_normal((3, 2, 200, 6))
+    seen = np.zeros((2, 200, 200), bool)
+    for group, row in np.ndindex(2, 200):
+        seen[group, row, rng.choice(200, 2, replace=False)] = True
+    call = {"method": method, "budget": 5, "mask": backend.array(seen), "return_lse": True}
+    out, lse = (backend.numpy(x) for x in attention(*backend.arrays(q, k, v), **call))
+    truth, _ = oracles.masked_attention(q, k, v, np.where(seen, 0.0, -np.inf))
+    assert np.isfinite(lse).all()
+    assert (np.abs(out - truth).max(axis=-1) < 1e-10).mean() > 0.8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_hides_what_is_not_finite(backend, rng, method):
+    q, k, v = rng.standard_normal((3, 1, 120, 6))
+    seen = rng.random((1, 120, 120)) < 0.7
+    k[0, 17, 0], v[0, 50, 1] = np.nan, np.inf
+    out = backend.numpy(attention(*backend.arrays(q, k, v), method=method, budget=40, mask=backend.array(seen)))
+    np.testing.assert_array_equal(np.isnan(out[0]).all(axis=1), seen[0, :, 17])
+    rows = ~seen[0, :, 17]
+    np.testing.assert_array_equal(np.isposinf(out[0, rows, 1]), seen[0, rows, 50])
+    assert np.isfinite(np.delete(out[0, rows], 1, axis=1)).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_infinite_value_is_seen_however_small_its_weight(rng, method):
+    """Its logit lies 4,000 below the largest, and its weight is no number of the dtype."""
+    q, k, v = np.ones((1, 100, 1)), np.zeros((1, 100, 1)), rng.standard_normal((1, 100, 2))
+    k[0, 5], v[0, 30, 0] = 4e3, -np.inf
+    out = attention(q, k, v, method=method, budget=20)
+    assert np.isneginf(out[0, :, 0]).all()
+    assert np.isfinite(out[0, :, 1]).all()
+
+
+def test_a_query_that_is_not_finite_and_sees_no_key_gives_nothing(rng):
+    q, k, v = rng.standard_normal((1, 50, 4)), *rng.standard_normal((2, 1, 40, 4))
+    q[0, 3] = q[0, 20] = np.nan
+    out, lse = attention(q, k, v, causal=True, return_lse=True)
+    assert (out[0, 3] == 0).all()
+    assert np.isneginf(lse[0, 3])
+    assert np.isnan(out[0, 20]).all()
+
+
+@pytest.mark.parametrize("restriction", ["causal", "mask", "not finite", "plain"])
+def test_halves_of_a_share_are_the_share(rng, restriction):
+    """Of groups, and of the queries of a single group."""
+    for groups in (3, 1):
+        q, k, v = rng.standard_normal((3, groups, 77, 5))
+        options = {"causal": {"causal": True}, "mask": {"mask": rng.random((groups, 77, 77)) < 0.5}}.get(restriction, {})
+        if restriction == "not finite":
+            k[:, 9, 2] = np.inf
+        problem = canonicalise(q, k, v)
+        found = check_restrictions(problem, options.get("causal", False), None, None, options.get("mask"), q)
+        (whole,) = shares(problem, found)
+        plan_for = partial(make_plan, method="exact")
+        halves = [outcome for half in in_halves(whole) for outcome in run(half, plan_for, np.inf, keep=False)]
+        assert len(halves) == 2
+        with np.errstate(all="ignore"):
+            part = assembled(problem, halves, finite=False)
+            expected = attention(q, k, v, method="exact", **options)
+        assert_close(np.nan_to_num(part.out), np.nan_to_num(expected))
+        np.testing.assert_array_equal(np.isfinite(part.out), np.isfinite(expected))
+
+
+def test_rows_of_a_certificate_are_paid_by_what_they_see(rng):
+    q, k, v = rng.standard_normal((3, 1, 6000, 8), dtype=np.float32)
+    call = {"method": "treecode", "budget": 256, "return_report": True, "certificate": 2.0}
+    _, report = attention(q, k, v, key_lengths=[3000], **call)
+    _, alone = attention(q, k[:, :3000], v[:, :3000], **call)
+    assert report.certificate.rows == alone.certificate.rows > 32
+
+
+@pytest.mark.parametrize("lengths", [[15000, 8000], [8000, 15000]])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_the_report_has_the_certificate_of_largest_limit(rng, lengths, norm):
+    centres = rng.standard_normal((2, 1, 60, 24))
+    q, k, v = (
+        (centres[:, 0][:, rng.integers(0, 60, 16000)] + 0.3 * rng.standard_normal((2, 16000, 24))).astype(np.float32)
+        for _ in range(3)
+    )
+    _, report = attention(0.5 * q, k, v + 2, rtol=0.2, rtol_norm=norm, key_lengths=lengths, return_report=True)
+    kept = [one.upper for one in report.rounds if one.step == "certified" and one.upper <= 0.2]
+    assert len(kept) == 2
+    assert report.certificate.upper(norm) == max(kept)
 
 
 WEIGHING = {"causal": FEATURES["`causal=True`, n_q = n_k"], "window": FEATURES["`causal=True, window=`"]}

@@ -10,6 +10,7 @@ import pytest
 from kdecore.errors import KernelUnavailable, OptionError
 from kdecore.kernels import registry
 from kdecore.kernels.registry import KERNELS, Implementation, Site, choose
+from kdecore.kernels.threads import team
 from kdecore.namespaces import host
 from tests import oracles
 from tests.implementations import implementations, run
@@ -322,6 +323,24 @@ def test_attend_blocks_with_a_bias_merges_with_what_was_before(backend, rng, imp
         )
     assert_close(backend.numpy(found.out), expected[0], dtype=dtype, ulps=256)
     assert_close(backend.numpy(found.lse), expected[1], dtype=dtype, ulps=256)
+
+
+@pytest.mark.parametrize("b", [97, 145, 193, 1025])
+@pytest.mark.parametrize("threads", [1, 8])
+def test_attend_blocks_merges_a_query_that_fills_up_a_block_once(rng, b, threads):
+    """Also where the row that comes again is the first of a task, another thread's perhaps."""
+    q, k, v = (rng.standard_normal((2 * b - 1, 6)) for _ in range(3))
+    index = np.concatenate([np.arange(2 * b - 1), [2 * b - 2]]).reshape(2, b)
+    lists, weights = rng.integers(0, 2 * b - 1, (2, 2, 30)), np.zeros((2, 30))
+    found = []
+    for implementation in registry.KERNELS["attend_blocks"]:
+        part = None
+        for one in lists:
+            with team(threads):
+                part = implementation.function(host, q, k, v, index, one, weights, 0.3, None, part)
+        found.append(part)
+    assert_close(found[0].out, found[1].out)
+    assert_close(found[0].lse, found[1].lse)
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
