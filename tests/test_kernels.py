@@ -329,9 +329,9 @@ def test_attend_blocks_with_a_bias_merges_with_what_was_before(backend, rng, imp
 @pytest.mark.parametrize("threads", [1, 8])
 def test_attend_blocks_merges_a_query_that_fills_up_a_block_once(rng, b, threads):
     """Also where the row that comes again is the first of a task, another thread's perhaps."""
-    q, k, v = (rng.standard_normal((2 * b - 1, 6)) for _ in range(3))
+    q, k, v = (rng.standard_normal((2 * b - 1, 6), dtype=np.float32) for _ in range(3))
     index = np.concatenate([np.arange(2 * b - 1), [2 * b - 2]]).reshape(2, b)
-    lists, weights = rng.integers(0, 2 * b - 1, (2, 2, 30)), np.zeros((2, 30))
+    lists, weights = rng.integers(0, 2 * b - 1, (2, 2, 30)), np.zeros((2, 30), np.float32)
     found = []
     for implementation in registry.KERNELS["attend_blocks"]:
         part = None
@@ -339,8 +339,8 @@ def test_attend_blocks_merges_a_query_that_fills_up_a_block_once(rng, b, threads
             with team(threads):
                 part = implementation.function(host, q, k, v, index, one, weights, 0.3, None, part)
         found.append(part)
-    assert_close(found[0].out, found[1].out)
-    assert_close(found[0].lse, found[1].lse)
+    assert_close(found[0].out, found[1].out, dtype="float32")
+    assert_close(found[0].lse, found[1].lse, dtype="float32")
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
