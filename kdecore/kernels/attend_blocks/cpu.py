@@ -103,11 +103,10 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
     logits = np.empty(chunk * lanes, q.dtype)
     chunk_sums = np.zeros(columns * lanes, q.dtype)
     chunk_totals = np.empty(lanes, q.dtype)
-    before, shifts, inverses = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
+    before, shifts = np.empty(lanes, q.dtype), np.empty(lanes, q.dtype)
     tops = np.empty(panels * lanes, q.dtype)
-    rows_out, kept = np.empty(lanes * d_v, q.dtype), np.empty(panels * lanes, q.dtype)
     again = np.empty(panels * lanes, np.bool_)
-    places = np.arange(lanes)
+    work = (np.empty(lanes, q.dtype), np.empty(lanes * d_v, q.dtype), np.empty(panels * lanes, q.dtype), np.arange(lanes))
     # Chunks are added up in float64, so that float32 errors do not grow with the number of keys.
     sums = np.zeros(panels * columns * lanes, np.float64)
     totals = np.empty(panels * lanes, np.float64)
@@ -173,24 +172,14 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
                 if used == slots:
                     for i in range(lanes):
                         totals[lane + i] = chunk_totals[i]
-                    finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kept, lse)
-                    if merging:
-                        store_queries(chunk_sums, places, 0, d_v, inverses, rows_out)
-                        add_rows(rows_out, kept, query_rows, lane, again, d_v, flat_out)
-                    else:
-                        store_queries(chunk_sums, query_rows, lane, d_v, inverses, flat_out)
+                    write_panel(chunk_sums, tops, totals, query_rows, lane, again, merging, d_v, work, lse, flat_out)
                 else:
                     add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, columns, start == 0)
         if chunk < slots:
             for lane in range(0, filled, lanes):
                 for t in range(columns * lanes):
                     chunk_sums[t] = sums[lane * columns + t]
-                finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kept, lse)
-                if merging:
-                    store_queries(chunk_sums, places, 0, d_v, inverses, rows_out)
-                    add_rows(rows_out, kept, query_rows, lane, again, d_v, flat_out)
-                else:
-                    store_queries(chunk_sums, query_rows, lane, d_v, inverses, flat_out)
+                write_panel(chunk_sums, tops, totals, query_rows, lane, again, merging, d_v, work, lse, flat_out)
 
 
 @kernel()
@@ -220,6 +209,18 @@ def add_bias(bias, rows, lane, slots, start, used, square, logits):
         for t in range(squares, used):
             extra = bias[rows[lane + r] * slots + start + t] * unit
             logits[t * lanes + r] = logits[t * lanes + r] + extra if extra > -np.inf else -np.inf
+
+
+@kernel()
+def write_panel(panel, tops, totals, query_rows, lane, again, merging, d_v, work, lse, out):
+    """Write the results of a panel of queries, or merge them with what lse and out hold."""
+    inverses, rows, kept, places = work
+    finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kept, lse)
+    if merging:
+        store_queries(panel, places, 0, d_v, inverses, rows)
+        add_rows(rows, kept, query_rows, lane, again, d_v, out)
+    else:
+        store_queries(panel, query_rows, lane, d_v, inverses, out)
 
 
 @kernel()
