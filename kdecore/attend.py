@@ -17,9 +17,11 @@ def attend(problem: Problem, plan: Plan, selection: Selection, before: Part | No
     """
     xp = problem.xp
     if selection.blocks is None or selection.key_index is None:
+        part: Part
         if problem.mask is not None:
-            return attend_masked(problem, plan)
-        part: Part = plan.kernels["attend_dense"].function(xp, problem.q, problem.k, problem.v, problem.scale)
+            part = attend_masked(problem, plan)
+        else:
+            part = plan.kernels["attend_dense"].function(xp, problem.q, problem.k, problem.v, problem.scale)
         return part if before is None else merge(xp, before, part)
 
     keys = problem.k if selection.keys is None else selection.keys

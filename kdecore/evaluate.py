@@ -100,7 +100,7 @@ def by_stretches(
         if pieces is not None:
             pieces.append(Piece(problem, selection))
         part = attend(problem, plan, selection, part)
-    alike: dict[tuple[bytes, ...], list[Remainder]] = {}
+    alike: dict[tuple[int, bytes, bytes], list[Remainder]] = {}
     for one in remainders:
         alike.setdefault(one.kind, []).append(one)
     for number, some in enumerate(alike.values()):
@@ -186,10 +186,8 @@ def tiles(problem: Problem) -> list[Selection]:
             continue
         selection = every_key(problem, (part.start, part.stop), (first, end))
         if seen.inner != (first, end):
-            key = host.arange(first, end)[None, :]
-            hidden = (key < seen.first[:, None]) | (key >= seen.end[:, None])
-            bias = host.where(hidden, -host.inf, 0.0)[None, ...]
-            selection = replace(selection, bias=problem.xp.asarray(bias, dtype=problem.q.dtype, device=problem.device))
+            bias = problem.xp.asarray(seen.bias(first, end), dtype=problem.q.dtype, device=problem.device)
+            selection = replace(selection, bias=bias)
         selections.append(selection)
     return selections
 

@@ -12,16 +12,30 @@ from functools import partial, reduce
 from kdecore.attend import mask_bias
 from kdecore.inputs import Problem
 from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, quiet, spans, without_gradient
+from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, host, quiet, spans, to_host, without_gradient
+
+
+def surely_finite(xp: Namespace, array: Array) -> bool:
+    """Return whether all numbers are finite; False where so many large ones only add up to infinity. One reading."""
+    with quiet():
+        return math.isfinite(float(xp.sum(without_gradient(array))))
+
+
+def not_finite_keys(problem: Problem) -> Array | None:
+    """Return which keys, or their values, hold a number that is not finite, NumPy bool (G, n_k); None for none."""
+    xp = problem.xp
+    if surely_finite(xp, problem.k) and surely_finite(xp, problem.v):
+        return None
+    k, v = without_gradient(problem.k), without_gradient(problem.v)
+    bad = to_host(~(xp.all(xp.isfinite(k), axis=-1) & xp.all(xp.isfinite(v), axis=-1)))
+    return bad if bool(host.any(bad)) else None
 
 
 def finite_queries(problem: Problem) -> tuple[Problem, Array | None]:
     """Return a problem with 0 for queries that are not finite, and which these are, bool (G, n_q); None for none."""
     xp = problem.xp
-    with quiet():
-        # A sum is enough to see that all is well, and reads the array once.
-        if math.isfinite(float(xp.sum(without_gradient(problem.q)))):
-            return problem, None
+    if surely_finite(xp, problem.q):
+        return problem, None
     bad = ~xp.all(xp.isfinite(problem.q), axis=-1)
     return replace(problem, q=xp.where(bad[..., None], 0.0, problem.q)), bad
 
@@ -81,13 +95,12 @@ def tile(problem: Problem, row: slice, key: slice) -> Part:
 def hidden(problem: Problem, row: slice, key: slice) -> Array:
     """Return what intervals and mask add to the logits of some queries and keys: (1 or G, rows, keys)."""
     xp, device = problem.xp, problem.device
-    rows, keys = (xp.arange(part.start, part.stop, dtype=xp.int64, device=device) for part in (row, key))
     if problem.mask is not None:
+        rows, keys = (xp.arange(part.start, part.stop, dtype=xp.int64, device=device) for part in (row, key))
         spread = (problem.groups, 1)
         index = (xp.broadcast_to(x, (*spread, x.shape[0])) for x in (rows, keys))
         return mask_bias(problem, *index)[:, 0, ...]
-    bias = xp.zeros((rows.shape[0], keys.shape[0]), dtype=problem.q.dtype, device=device)
-    if problem.visible is not None:
-        first, end = (xp.asarray(x[row], device=device)[:, None] for x in (problem.visible.first, problem.visible.end))
-        bias = xp.where((keys >= first) & (keys < end), bias, -xp.inf)
-    return bias[None, ...]
+    if problem.visible is None:
+        return xp.zeros((1, row.stop - row.start, key.stop - key.start), dtype=problem.q.dtype, device=device)
+    bias = problem.visible.rows(row).bias(key.start, key.stop)
+    return xp.asarray(bias, dtype=problem.q.dtype, device=device)

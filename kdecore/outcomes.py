@@ -139,8 +139,7 @@ def too_small(limit: float, plan: Plan) -> MemoryLimitError:
 
 def unseen(problem: Problem, share: Share, plan: Plan) -> Outcome:
     """Return the outcome of a share that sees no key."""
-    none = replace(problem, q=problem.q[: len(share.groups), ...])
-    part = nothing(replace(none, k=problem.k[: len(share.groups), ...]))
+    part = nothing(replace(problem, q=problem.q[: len(share.groups), ...]))
     return Outcome(share, replace(plan, reason="no query sees a key"), part, [])
 
 

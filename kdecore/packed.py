@@ -76,10 +76,9 @@ def packed_attention(
         one = q[..., rows, :]
         if rows.start == rows.stop or seen.start == seen.stop:
             # Zeros of the right shape and dtype, whatever else the arrays hold.
-            lse_dtype = problem.q.dtype
             shape = tuple(int(size) for size in one.shape[:-1])
             outs.append(xp.zeros((*shape, v.shape[-1]), dtype=v.dtype, device=v.device))
-            lses.append(xp.full(shape, -xp.inf, dtype=lse_dtype, device=v.device))
+            lses.append(xp.full(shape, -xp.inf, dtype=problem.q.dtype, device=v.device))
             reports.append(None)
             continue
         found = attention(one, k[..., seen, :], v[..., seen, :], causal=causal, **{**options, "return_lse": True})

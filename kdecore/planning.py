@@ -107,7 +107,9 @@ MASK_TILE = 2 * TILE_ELEMENTS
 EXACT_STRETCH = 512
 """Queries in a stretch of exact attention, no more than the keys that they see."""
 LEAST_STRETCH = 32
+"""But so many at least; and a tile of so many is evaluated in halves."""
 TILE_SHARE = 4
+"""A tile has at most one in so many of the budget's keys."""
 LEVEL_BITS = 2
 """A level cuts into 2**2 stretches, for approximate methods: of fewer there are too many levels to share the budget, of more
 too few queries to find similar ones among (bench/NOTES.md)."""
@@ -308,9 +310,8 @@ def _resolve_method(
     if options.budget is not None and options.budget >= _most_seen(problem):
         return Exact(), f"a budget of {options.budget} covers all {_most_seen(problem)} keys"
     if problem.visible is not None and isinstance(options, KDEformer):
-        return replace(
-            options, normaliser="sampled"
-        ), "asked for by name; pieces of intervals are merged: sampled denominators"
+        options = replace(options, normaliser="sampled")
+        return options, "asked for by name; pieces of intervals are merged: sampled denominators"
     return options, "asked for by name"
 
 

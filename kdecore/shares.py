@@ -20,11 +20,11 @@ from kdecore.namespaces import (
     dtype_name,
     host,
     needs_gradient,
-    quiet,
     take_along_rows,
     to_host,
     without_gradient,
 )
+from kdecore.nonfinite import not_finite_keys
 from kdecore.options import integer_at_least
 from kdecore.stretches import Span
 from kdecore.visibility import Mask, Visible, as_intervals, both, hides, sliding
@@ -147,7 +147,7 @@ def seen_alike(problem: Problem, restrictions: Restrictions) -> list[Share]:
     positions = problem.n_q // problem.repeats
     seen = sliding(positions, problem.n_k, restrictions.causal, restrictions.window)
     intervals = {} if mask is None else mask_intervals(problem, mask)
-    kinds: dict[tuple[bytes, ...], tuple[list[int], list[Array], Visible, bool]] = {}
+    kinds: dict[tuple[object, ...], tuple[list[int], list[Array], Visible, bool]] = {}
     for group in everything:
         found = intervals.get(tuple(mask.matrix[group].tolist())) if mask is not None else None
         masked = mask is not None and found is None
@@ -158,8 +158,8 @@ def seen_alike(problem: Problem, restrictions: Restrictions) -> list[Share]:
         if not masked:
             low, high = of_keys.outer
             keys, of_keys = keys[low:high], of_keys.within(low, high)
-        same_keys = keys.tobytes() if masked else len(keys).to_bytes(8)
-        kind = (same_keys, of_keys.first.tobytes(), of_keys.end.tobytes(), bytes(masked))
+        # A mask goes by the numbers of keys, which must be the same then; otherwise as many will do.
+        kind = (masked, keys.tobytes() if masked else len(keys), of_keys.first.tobytes(), of_keys.end.tobytes())
         entry = kinds.setdefault(kind, ([], [], of_keys, masked))
         entry[0].append(group)
         entry[1].append(keys)
@@ -172,7 +172,7 @@ def seen_alike(problem: Problem, restrictions: Restrictions) -> list[Share]:
 def finite_apart(share: Share) -> list[Share]:
     """Cut a share into those whose keys that are not finite are the same ones, and set these apart."""
     problem = share.problem
-    bad = None if problem is None else not_finite(problem)
+    bad = None if problem is None else not_finite_keys(problem)
     if problem is None or bad is None:
         return [share]
     everything = Visible(host.zeros((problem.n_q,), dtype=host.int64), host.full((problem.n_q,), problem.n_k))
@@ -282,18 +282,6 @@ def _same(a: SeenColumns | None, b: SeenColumns | None) -> bool:
         return False
     pairs = ((a.visible.first, b.visible.first), (a.visible.end, b.visible.end), (a.columns, b.columns))
     return all(bool(host.all(x == y)) for x, y in pairs)
-
-
-def not_finite(problem: Problem) -> Array | None:
-    """Return which keys, or their values, hold a number that is not finite, NumPy bool (G, n_k); None for none."""
-    xp = problem.xp
-    k, v = without_gradient(problem.k), without_gradient(problem.v)
-    # Sums are enough to see that all is well, and read the arrays once.
-    with quiet():
-        if all(math.isfinite(float(xp.sum(x))) for x in (k, v)):
-            return None
-    bad = to_host(~(xp.all(xp.isfinite(k), axis=-1) & xp.all(xp.isfinite(v), axis=-1)))
-    return bad if bool(host.any(bad)) else None
 
 
 def check_finite_inputs(**arrays: Array) -> None:

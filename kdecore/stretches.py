@@ -10,8 +10,8 @@ from kdecore.visibility import Visible
 Span = tuple[int, int]
 """Numbers from the first to the one before the last."""
 
-
 LOSS = 2
+"""Keys for each query that are left to the next level, at most, so that stretches are whole."""
 
 
 class Stretch(NamedTuple):
@@ -66,10 +66,10 @@ class Remainder:
     visible: Visible
 
     @property
-    def kind(self) -> tuple[bytes, ...]:
+    def kind(self) -> tuple[int, bytes, bytes]:
         """The same for what can be evaluated together."""
-        lengths = sum(end - first for first, end in self.keys)
-        return lengths.to_bytes(8), self.visible.first.tobytes(), self.visible.end.tobytes()
+        count = sum(end - first for first, end in self.keys)
+        return count, self.visible.first.tobytes(), self.visible.end.tobytes()
 
 
 def remainder(queries: Span, seen: Visible, keys: Span) -> Remainder:

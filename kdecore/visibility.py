@@ -39,6 +39,11 @@ class Visible:
             return 0, 0
         return int(host.min(self.first[seeing])), int(host.max(self.end[seeing]))
 
+    def bias(self, first: int, end: int) -> Array:
+        """Return 0 where a query sees a key of first … end − 1, and −inf where not: NumPy float64 (1, n_q, end − first)."""
+        key = host.arange(first, end)[None, :]
+        return host.where((key >= self.first[:, None]) & (key < self.end[:, None]), 0.0, -host.inf)[None, ...]
+
     def rows(self, index: Array | slice) -> "Visible":
         """Return the same for some of the queries."""
         return Visible(self.first[index], self.end[index])
@@ -91,15 +96,16 @@ def as_intervals(seen: Array) -> Visible | None:
     return normal(first, host.where(count > 0, end, first))
 
 
+HIDING = -1e8
+"""Numbers of a mask hide keys from here on, whatever its dtype."""
+
+
 def hides(xp: Namespace, bias: Array) -> Array:
     """Return where a number added to a logit hides a key: −inf, and what stands for it in models.
 
     These are the lowest number of the mask's dtype and its half, −1e9 and the like: below −1e8, or half that lowest number.
     """
     return bias <= max(float(xp.finfo(bias.dtype).min) / 2, HIDING)
-
-
-HIDING = -1e8
 
 
 @dataclass(frozen=True)
