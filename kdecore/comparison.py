@@ -299,7 +299,7 @@ def reference(case: Case, rows: Array | None) -> Array:
 def exact_baseline() -> tuple[str, Callable[[Array, Array, Array, float], Array]]:
     """Return what one would otherwise call, as a label and a function of (q, k, v, scale)."""
     if library_problem("torch") is None:
-        return "exact (torch SDPA)", load_adapter("torch").scaled_dot_product_attention
+        return "exact (torch SDPA)", load_adapter("torch").exact_attention
     return "exact (kdecore)", lambda q, k, v, scale: attention(q, k, v, method="exact", scale=scale)
 
 

@@ -11,7 +11,7 @@ from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
-from kdecore.namespaces import Array, needs_gradient, without_gradient
+from kdecore.namespaces import Array, gradient_mode, without_gradient
 from kdecore.nonfinite import merge_not_finite
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, integer_at_least
 from kdecore.outcomes import run_all
@@ -240,7 +240,7 @@ class KeyIndex:
 
     def _plan(self, problem: Problem, options: Options) -> Plan:
         # Steps of decoding are all alike, and planning one takes as long as a fifth of it.
-        key = problem.n_q, problem.n_k, options, needs_gradient(problem.q, problem.k, problem.v)
+        key = problem.n_q, problem.n_k, options, gradient_mode(problem.q, problem.k, problem.v)
         plan = self._plans.get(key)
         if plan is None:
             plan = make_plan(problem, method=options, **self._settings)

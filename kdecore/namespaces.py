@@ -47,6 +47,7 @@ __all__ = [
     "first_places",
     "from_host",
     "from_host_like",
+    "gradient_mode",
     "host",
     "host_memory",
     "host_view",
@@ -54,7 +55,6 @@ __all__ = [
     "is_contiguous",
     "namespace_name",
     "namespace_of",
-    "needs_gradient",
     "quiet",
     "row_norms",
     "searchsorted_integers",
@@ -181,13 +181,13 @@ def without_gradient(array: Array) -> Array:
     return array.detach() if hasattr(array, "detach") else array
 
 
-def needs_gradient(*arrays: Array) -> bool:
-    """Return whether a library with automatic differentiation is to record what is done with any of the arrays."""
+def gradient_mode(*arrays: Array) -> str:
+    """Return ``"reverse"`` or ``"forward"`` where the library differentiates what is done with the arrays, else ""."""
     if namespace_name(namespace_of(arrays[0])) != "torch":
-        return False
+        return ""
     from kdecore_adapters import torch_adapter
 
-    return torch_adapter.records_gradients(*arrays)
+    return torch_adapter.gradient_mode(*arrays)
 
 
 def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:

@@ -8,7 +8,7 @@ from kdecore.errors import OptionError
 from kdecore.inputs import Problem
 from kdecore.kernels.registry import Choice, Site, choose
 from kdecore.kernels.threads import thread_count
-from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, host, needs_gradient
+from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, gradient_mode, host
 from kdecore.options import (
     DEFAULT_BUDGET,
     DEFAULT_HASHES,
@@ -78,19 +78,31 @@ class Cost:
         return self.prepare + self.evaluate
 
 
-def exact_row_cost(problem: Problem) -> float:
+class Sizes(NamedTuple):
+    """What of a problem costs follow from, where every query sees all keys; as in `Problem`."""
+
+    groups: int
+    n_q: int
+    n_k: int
+    d: int
+    d_v: int
+    input_dtype: str
+    visible: Visible | None = None
+
+
+def exact_row_cost(problem: Problem | Sizes) -> float:
     """Return what exact attention of one query is expected to take."""
     return _element_cost(problem) * problem.n_k * (problem.d + problem.d_v + EXP_DIMENSIONS)
 
 
-def expected_cost(problem: Problem, options: Options) -> Cost:
+def expected_cost(problem: Problem | Sizes, options: Options) -> Cost:
     """Return what a method is expected to take; kdeformer, which has no model, counts as exact."""
     visible = problem.visible
     if options.name not in COST_MODELS or options.budget is None:
         seen = 1.0 if visible is None else visible.pairs / (problem.n_q * problem.n_k)
         return Cost(0.0, problem.groups * problem.n_q * exact_row_cost(problem) * seen)
     # Each level orders all rows again.
-    times = 1 if visible is None else len(steps(problem, options))
+    times = 1 if isinstance(problem, Sizes) or visible is None else len(steps(problem, options))
     model, size = COST_MODELS[options.name], _element_cost(problem)
     key = size * (problem.d + problem.d_v + EXP_DIMENSIONS)
     row = size * (problem.d + problem.d_v) * model.row_dimension + model.row
@@ -204,7 +216,12 @@ def slots_of_levels(visible: Visible, n_k: int, levels: tuple[Step, ...]) -> lis
     return count(visible, n_k, 0)
 
 
-def _element_cost(problem: Problem) -> float:
+def exact_over_treecode(problem: Problem | Sizes, budget: int) -> float:
+    """Return how many times as long as the treecode's of a budget exact attention is expected to take."""
+    return expected_cost(problem, Exact()).total / expected_cost(problem, Treecode().resolve(budget)).total
+
+
+def _element_cost(problem: Problem | Sizes) -> float:
     return 2.0 if ACCUMULATION[problem.input_dtype] == "float64" else 1.0
 
 
@@ -276,14 +293,14 @@ def make_plan(
         budget = integer_at_least(1, "budget", budget)
     count = thread_count(None if threads is None else integer_at_least(1, "threads", threads))
     masks = [] if problem.mask is None else [problem.mask.values]
-    gradient = needs_gradient(problem.q, problem.k, problem.v, *masks)
+    gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
     site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
     options, reason = _resolve_method(problem, method, budget, site, kernels)
     needed = dict.fromkeys(options.kernels)
     if problem.visible is not None or problem.mask is not None:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
     chosen = {name: choose(name, site, kernels) for name in needed}
-    exact = choose("attend_dense", replace(site, gradient=False), kernels)
+    exact = choose("attend_dense", replace(site, gradient=""), kernels)
     return Plan(options, reason, budget, seed, chosen, exact, count, _temporary_bytes(problem, options, chosen, count))
 
 
@@ -336,7 +353,7 @@ def _masked_method(problem: Problem, method: str | Options, options: Options | N
 def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> tuple[Options, str]:
     if budget >= _most_seen(problem):
         return Exact(), f"auto: a budget of {budget} covers all {_most_seen(problem)} keys"
-    ratio = expected_cost(problem, Exact()).total / expected_cost(problem, Treecode().resolve(budget)).total
+    ratio = exact_over_treecode(problem, budget)
     if ratio <= 1.0:
         return Exact(), f"auto: below the crossover, exact is expected to take {ratio:.2g} × treecode's time"
     if (found := choose("open_tree", site, kernels)).target == "array-api":

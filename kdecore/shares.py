@@ -18,8 +18,8 @@ from kdecore.namespaces import (
     common_namespace,
     contiguous,
     dtype_name,
+    gradient_mode,
     host,
-    needs_gradient,
     take_along_rows,
     to_host,
     without_gradient,
@@ -247,7 +247,7 @@ def mask_intervals(problem: Problem, mask: Mask) -> dict[tuple[int, ...], SeenCo
     xp, values = problem.xp, mask.values
     rows = {tuple(row) for row in mask.matrix.tolist()}
     additive = values.dtype != xp.bool
-    if additive and needs_gradient(values):
+    if additive and gradient_mode(values):
         return dict.fromkeys(rows)
     found: dict[int, SeenColumns | None] = {}
     for number in {number for row in rows for number in row}:

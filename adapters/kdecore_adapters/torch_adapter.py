@@ -1,9 +1,24 @@
-"""PyTorch: the functions that every adapter has, and its exact attention."""
+"""PyTorch: the functions that every adapter has, and attention as PyTorch's own function has it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from kdecore.errors import OptionError
+from kdecore.namespaces import ACCUMULATION
+from kdecore.options import DEFAULT_BUDGET
+from kdecore.planning import Sizes, exact_over_treecode
+from kdecore_adapters.torch_operator import collect_reports, estimate
+
+__all__ = ["collect_reports", "scaled_dot_product_attention"]
+
+LEAST_BUDGET = 64
+"""With a tolerance, estimates from so few keys are looked at."""
 
 
 def version() -> str:
@@ -27,12 +42,12 @@ def threads() -> int | None:
     return torch.get_num_threads()
 
 
-def records_gradients(*tensors: Any) -> bool:
-    """Return whether PyTorch is recording what is done with any of the tensors, for either mode of differentiation."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return True
+def gradient_mode(*tensors: Any) -> str:
+    """Return ``"forward"`` or ``"reverse"`` where PyTorch differentiates what is done with any of the tensors, else ""."""
     unpack: Any = torch.autograd.forward_ad.unpack_dual
-    return any(unpack(tensor).tangent is not None for tensor in tensors)
+    if any(unpack(tensor).tangent is not None for tensor in tensors):
+        return "forward"
+    return "reverse" if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) else ""
 
 
 def to_numpy(array: Any) -> Any:
@@ -57,7 +72,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def scaled_dot_product_attention(q: Any, k: Any, v: Any, scale: float) -> Any:
+def exact_attention(q: Any, k: Any, v: Any, scale: float) -> Any:
     """Return exact attention by PyTorch's fused kernels, what one would otherwise call; without gradients.
 
     Parameters
@@ -80,10 +95,136 @@ def scaled_dot_product_attention(q: Any, k: Any, v: Any, scale: float) -> Any:
 
     # The fused kernels want (batch, heads, n, d) and d_v = d; zero columns change neither logits nor the other values.
     def fused_form(x: Any) -> Any:
-        padded = torch.nn.functional.pad(x, (0, max(d, d_v) - x.shape[-1])) if d != d_v else x
+        padded = functional.pad(x, (0, max(d, d_v) - x.shape[-1])) if d != d_v else x
         return padded.reshape(1, -1, *padded.shape[-2:])
 
     with torch.no_grad():
-        out = torch.nn.functional.scaled_dot_product_attention(fused_form(q), fused_form(k), fused_form(v), scale=scale)
+        out = functional.scaled_dot_product_attention(fused_form(q), fused_form(k), fused_form(v), scale=scale)
         out = out[..., :d_v].reshape(*lead, q.shape[-2], d_v)
     return to_numpy(out) if from_host else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **kdecore_options: Any,
+) -> Tensor:
+    """Return attention as `torch.nn.functional.scaled_dot_product_attention` does, estimated where that pays.
+
+    A call that is left to PyTorch (see `left_to_torch`) is PyTorch's own. Works under torch.compile without graph breaks,
+    torch.export, torch.func.vmap and grad, and autocast, which makes the result of the dtype that PyTorch's would have.
+
+    Parameters
+    ----------
+    query, key, value
+        (…, n_q, d), (…, n_k, d), (…, n_k, d_v) of float16, bfloat16, float32 or float64; leading dimensions are broadcast.
+    attn_mask
+        As PyTorch's: boolean, True for what is seen, or added to the logits; its gradient is recorded. See
+        `kdecore.attention` for which masks cost nothing.
+    dropout_p
+        0 where attention is estimated.
+    is_causal
+        Query i sees the keys j ≤ i: aligned to the first key and query, as PyTorch has it, unlike
+        ``kdecore.attention(causal=True)``. The same for n_q = n_k.
+    scale
+        Factor on ⟨q, k⟩; 1/√d if None.
+    enable_gqa
+        Whether key and value may have fewer heads, a divisor of the query's.
+    **kdecore_options
+        method, budget, rtol, seed (below 2**63) and other options of `kdecore.attention`.
+
+    Returns
+    -------
+    Tensor
+        (…, n_q, d_v). Its gradients take another evaluation, with the same seed; nothing but the inputs is kept for them.
+
+    Raises
+    ------
+    OptionError
+        dropout_p is not 0 where attention is estimated; attn_mask together with is_causal; unknown options.
+    KdecoreError
+        What else `kdecore.attention` raises.
+    """
+    if isinstance(attn_mask, CausalBias):
+        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        is_causal, attn_mask = is_causal or not lower_right, None
+    else:
+        lower_right = False
+    if is_causal and attn_mask is not None:
+        raise OptionError("attn_mask must be None with is_causal=True")
+    if left_to_torch(query, key, value, kdecore_options):
+        mask = CausalBias(CausalVariant.LOWER_RIGHT, query.shape[-2], key.shape[-2]) if lower_right else attn_mask
+        return functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if dropout_p > 0.0:
+        raise OptionError(f"dropout_p must be 0 where attention is estimated, got {dropout_p}")
+    query, key, value = _broadcast(query, key, value, enable_gqa)
+    n_q, n_k = query.shape[-2], key.shape[-2]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+        return estimate(query, key, value, attn_mask, causal, scale, kdecore_options)
+
+    if not is_causal or n_q == n_k:
+        return attend(query, key, value, is_causal or lower_right)
+    if n_q < n_k:
+        return attend(query, key[..., :n_q, :], value[..., :n_q, :], True)
+    parts = attend(query[..., :n_k, :], key, value, True), attend(query[..., n_k:, :], key, value, False)
+    return torch.cat(parts, dim=-2)
+
+
+def left_to_torch(
+    query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any], min_keys: int = 0, min_queries: int = 0
+) -> str:
+    """Return why a call is left to PyTorch's own attention; "" where it is not.
+
+    From shapes and options alone: nothing waits for a device, and torch.compile sees integers only.
+
+    Parameters
+    ----------
+    query, key, value
+        As in `scaled_dot_product_attention`.
+    options
+        Of kdecore: with a method's name that method runs whatever it takes; with ``"auto"``, the default, one does where it
+        is expected to be faster.
+    min_keys, min_queries
+        Shorter inputs are left to PyTorch.
+    """
+    if query.is_nested or key.is_nested:
+        return "nested tensors"
+    dtype = str(query.dtype).removeprefix("torch.")
+    if dtype not in ACCUMULATION:
+        return f"dtype {dtype}"
+    n_q, n_k = query.shape[-2], key.shape[-2]
+    if n_k < min_keys:
+        return f"fewer than {min_keys} keys"
+    if n_q < min_queries:
+        return f"fewer than {min_queries} queries"
+    if options.get("method", "auto") != "auto":
+        return ""
+    if query.device.type != "cpu":
+        return f"no crossover is measured on {query.device.type}: name a method"
+    budget = LEAST_BUDGET if options.get("rtol") is not None else options.get("budget") or DEFAULT_BUDGET
+    if n_k <= budget:
+        return "no more keys than the budget"
+    groups = 1
+    for size in query.shape[:-2]:
+        groups = groups * size
+    sizes = Sizes(groups, n_q, n_k, query.shape[-1], value.shape[-1], dtype)
+    return (
+        "" if groups * n_q > 0 and exact_over_treecode(sizes, budget) > 1.0 else "exact attention is expected to be faster"
+    )
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Broadcast leading dimensions, but for the heads where key and value may have fewer."""
+    own = 3 if enable_gqa else 2
+    lead = torch.broadcast_shapes(*(x.shape[:-own] for x in (query, key, value)))
+    query, key, value = (x.expand(*lead, *x.shape[-own:]) for x in (query, key, value))
+    return query, key, value

@@ -7,6 +7,7 @@ passed over go into the plan and the report. An implementation asked for by name
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from kdecore.errors import KernelUnavailable, OptionError
@@ -37,13 +38,13 @@ class Site:
     dtype
         Accumulation dtype, ``"float32"`` or ``"float64"``.
     gradient
-        Whether q, k or v is recorded for automatic differentiation.
+        ``"reverse"`` or ``"forward"`` where q, k or v is recorded for automatic differentiation, else "".
     """
 
     library: str
     device: str
     dtype: str
-    gradient: bool = False
+    gradient: str = ""
 
 
 def _anywhere(site: Site) -> str | None:
@@ -60,6 +61,12 @@ def _host_floats(site: Site) -> str | None:
     if site.gradient:
         return "records no gradients"
     return _host_constants(site)
+
+
+def _recorded_tensors(site: Site) -> str | None:
+    if site.library != "torch" or site.gradient != "reverse":
+        return "for PyTorch tensors whose gradients are recorded"
+    return None
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,18 @@ def _implementations(
     return (Implementation("numba-cpu", cpu, unsupported), Implementation("array-api", reference))
 
 
+def _with_gradient(name: str, found: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
+    """Put the kernel of that name that knows its gradient before the last implementation."""
+
+    @wraps(found[-1].function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        from kdecore_adapters import torch_gradients
+
+        return getattr(torch_gradients, name)(*args, **kwargs)
+
+    return (*found[:-1], Implementation("torch-autograd", recorded, _recorded_tensors), found[-1])
+
+
 KERNELS: dict[str, tuple[Implementation, ...]] = {
     "row_norms": _implementations(row_norms.reference.row_norms, row_norms.cpu.row_norms, _host_constants),
     "hash_codes": _implementations(hash_codes.reference.hash_codes, hash_codes.cpu.hash_codes, _host_constants),
@@ -108,8 +127,14 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
         node_summaries.reference.node_summaries, node_summaries.cpu.node_summaries, _host_floats
     ),
     "open_tree": _implementations(open_tree.reference.open_tree, open_tree.cpu.open_tree, _host_constants),
-    "attend_blocks": _implementations(attend_blocks.reference.attend_blocks, attend_blocks.cpu.attend_blocks, _host_floats),
-    "attend_dense": _implementations(attend_dense.reference.attend_dense, attend_dense.cpu.attend_dense, _host_floats),
+    "attend_blocks": _with_gradient(
+        "attend_blocks",
+        _implementations(attend_blocks.reference.attend_blocks, attend_blocks.cpu.attend_blocks, _host_floats),
+    ),
+    "attend_dense": _with_gradient(
+        "attend_dense",
+        _implementations(attend_dense.reference.attend_dense, attend_dense.cpu.attend_dense, _host_floats),
+    ),
 }
 """Kernel name → its implementations, fastest first; the last one, ``"array-api"``, runs everywhere."""
 

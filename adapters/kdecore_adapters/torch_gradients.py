@@ -1,0 +1,175 @@
+"""PyTorch: gradients of the attention kernels, from what they kept: inputs, chosen keys, results and log-sum-exp.
+
+Forward the fastest kernel runs. Backward the logits are made again, tile by tile, from the rows gathered for a block, as in
+FlashAttention (Dao et al. 2022): with P = exp(logits − lse) and ∂ for the gradient of what follows,
+
+    ∂logits = P ∘ (∂out vᵀ − (Σ ∂out ∘ out − ∂lse))    ∂v = Pᵀ ∂out    ∂q = scale · ∂logits k    ∂k = scale · ∂logitsᵀ q
+
+Which keys were chosen, and how they were weighted, are constants.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from kdecore.kernels.registry import Site, choose
+from kdecore.merge import Part, merge
+from kdecore.namespaces import Namespace, namespace_of, spans
+
+TILE_LOGITS = 2**20
+"""Logits, or copied numbers, of a tile: measured best on two cores (bench/NOTES.md)."""
+DENSE_ROWS = 256
+"""Queries in a tile of exact attention."""
+
+Tensor = torch.Tensor
+
+
+def attend_blocks(
+    xp: Namespace,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_index: Tensor,
+    key_index: Tensor,
+    log_weight: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    before: Part | None = None,
+) -> Part:
+    """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`, recorded for gradients in q, k, v and bias."""
+    part = Part(*_Blocks.apply(q, k, v, query_index, key_index, log_weight, scale, bias))
+    return part if before is None else merge(xp, before, part)
+
+
+def attend_dense(xp: Namespace, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
+    """Follow `kdecore.kernels.attend_dense.contract.AttendDense`, recorded for gradients in q, k and v."""
+    return Part(*_Dense.apply(q, k, v, scale))
+
+
+def _unrecorded(kernel: str, tensor: Tensor) -> Callable[..., Any]:
+    """Return the kernel that runs where nothing is recorded."""
+    return choose(kernel, Site("torch", str(tensor.device), str(tensor.dtype).removeprefix("torch."))).function
+
+
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_index: Tensor,
+        key_index: Tensor,
+        log_weight: Tensor,
+        scale: float,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        kernel = _unrecorded("attend_blocks", q)
+        found = kernel(namespace_of(q), q, k, v, query_index, key_index, log_weight, scale, bias)
+        return found.out, found.lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale, bias = inputs
+        ctx.save_for_backward(*tensors, bias, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, query_index, key_index, log_weight, bias, out, lse = ctx.saved_tensors
+        lse, change = _of_rows(out, lse, grad_out, grad_lse)
+        of_bias = None if bias is None or not ctx.needs_input_grad[7] else torch.zeros_like(bias)
+        of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
+        d, d_v = k.shape[1], v.shape[1]
+        for block, row in _tiles(len(query_index), query_index.shape[1], key_index.shape[1], max(d, d_v)):
+            rows, keys = query_index[block, row], key_index[block].reshape(-1)
+            grad = grad_out[rows]
+            # A row that is there again doesn't count again.
+            again = rows == query_index[block, row.start - 1 : row.stop - 1] if row.start else _repeated(rows)
+            grad = grad.masked_fill(again[..., None], 0.0)
+            added = log_weight[block, None, :]
+            if bias is not None:
+                added = added + (bias[:, row] if len(bias) == 1 else bias[block, row])
+            shape = (len(rows), -1)
+            of_rows, of_keys, of_values, of_logits = _of_tile(
+                q[rows] * ctx.scale,
+                k.index_select(0, keys).view(*shape, d),
+                v.index_select(0, keys).view(*shape, d_v),
+                added,
+                lse[rows],
+                grad,
+                change[rows].masked_fill(again, 0.0),
+            )
+            of_q.index_add_(0, rows.reshape(-1), of_rows.reshape(-1, d), alpha=ctx.scale)
+            of_k.index_add_(0, keys, of_keys.reshape(-1, d))
+            of_v.index_add_(0, keys, of_values.reshape(-1, d_v))
+            if of_bias is not None:
+                target = of_bias[:, row] if len(of_bias) == 1 else of_bias[block, row]
+                target += of_logits.sum(0, keepdim=True) if len(of_bias) == 1 else of_logits
+        return of_q, of_k, of_v, None, None, None, None, of_bias
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        found = _unrecorded("attend_dense", q)(namespace_of(q), q, k, v, scale)
+        return found.out, found.lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        lse, change = _of_rows(out, lse, grad_out, grad_lse)
+        of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
+        keys_step = max(1, min(k.shape[1], TILE_LOGITS // DENSE_ROWS))
+        for group, row in _tiles(len(q), q.shape[1], keys_step, max(q.shape[2], v.shape[2])):
+            queries = q[group, row] * ctx.scale
+            for key in spans(k.shape[1], keys_step):
+                of_rows, of_keys, of_values, _ = _of_tile(
+                    queries, k[group, key], v[group, key], None, lse[group, row], grad_out[group, row], change[group, row]
+                )
+                of_q[group, row].add_(of_rows, alpha=ctx.scale)
+                of_k[group, key].add_(of_keys)
+                of_v[group, key].add_(of_values)
+        return of_q, of_k, of_v, None
+
+
+def _of_rows(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return lse and Σ ∂out ∘ out − ∂lse; +∞ and 0 where a row has no keys: its weights are 0, and merging made ∂lse NaN."""
+    empty = lse == -math.inf
+    return lse.masked_fill(empty, math.inf), ((grad_out * out).sum(-1) - grad_lse).masked_fill(empty, 0.0)
+
+
+def _repeated(rows: Tensor) -> Tensor:
+    """Return where rows (N, b) repeat the one before them."""
+    same = torch.zeros_like(rows, dtype=torch.bool)
+    same[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    return same
+
+
+def _tiles(blocks: int, rows: int, slots: int, width: int) -> Iterator[tuple[slice, slice]]:
+    """Cut blocks of so many rows and slots into tiles."""
+    rows_step = min(rows, max(1, TILE_LOGITS // slots))
+    blocks_step = max(1, TILE_LOGITS // (slots * max(rows_step, width)))
+    for block in spans(blocks, blocks_step):
+        for row in spans(rows, max(1, rows_step)):
+            yield block, row
+
+
+def _of_tile(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, lse: Tensor, grad_out: Tensor, change: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of scaled queries (N, b, d), keys (N, s, d), values (N, s, d_v) and logits (N, b, s)."""
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    weights = torch.bmm(q, keys) if added is None else torch.baddbmm(added, q, keys)
+    weights.sub_(lse[..., None]).exp_()
+    of_values = torch.bmm(weights.transpose(1, 2), grad_out)
+    of_logits = torch.bmm(grad_out, values).sub_(change[..., None]).mul_(weights)
+    return torch.bmm(of_logits, k), torch.bmm(of_logits.transpose(1, 2), q), of_values, of_logits

@@ -1,0 +1,214 @@
+"""PyTorch: `kdecore.attention` as an operator, which torch.compile, torch.export and torch.func take as one step.
+
+Between forward and backward the operator keeps its inputs, nothing else: backward evaluates again, with the same seed and so
+from the same keys, and records it (as in activation checkpointing, Chen et al. 2016).
+"""
+
+import json
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdecore.attention import attention
+from kdecore.errors import OptionError
+from kdecore.options import METHODS, Options
+from kdecore.report import Report
+
+OPTIONS = (
+    "method",
+    "budget",
+    "rtol",
+    "rtol_norm",
+    "window",
+    "key_lengths",
+    "kernels",
+    "threads",
+    "certificate",
+    "check_finite",
+    "max_memory",
+)
+"""Options of `kdecore.attention` that calls through PyTorch take, beside the seed."""
+LARGEST_SEED = 2**63 - 1
+
+_reports: ContextVar[list[Report] | None] = ContextVar("reports", default=None)
+
+
+@contextmanager
+def collect_reports() -> Iterator[list[Report]]:
+    """Collect the `Report` of every call of the operator in this context, with a certificate of its error."""
+    found: list[Report] = []
+    token = _reports.set(found)
+    try:
+        yield found
+    finally:
+        _reports.reset(token)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def encoded(options: dict[str, Any]) -> str:
+    """Return options, checked by name, as text, which an operator can be given."""
+    for name in options:
+        if name not in OPTIONS:
+            raise OptionError(f"options must be of {', '.join(('seed', *OPTIONS))}, got {name!r}")
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Options):
+            return {"name": value.name, **asdict(value)}
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    return json.dumps({name: plain(value) for name, value in options.items()})
+
+
+def decoded(text: str) -> dict[str, Any]:
+    """Return the options that `encoded` wrote."""
+    options: dict[str, Any] = json.loads(text)
+    if isinstance(method := options.get("method"), dict):
+        options["method"] = METHODS[method.pop("name")](**method)
+    return options
+
+
+def estimate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Call the operator; tensors are cast first as autocast would for PyTorch's own attention.
+
+    Parameters
+    ----------
+    query, key, value, mask, causal, scale
+        As in `kdecore.attention`: the last query is aligned to the last key.
+    options
+        Others of `OPTIONS`, and ``seed``, at most `LARGEST_SEED`.
+    """
+    options = dict(options)
+    seed = options.pop("seed", 0)
+    if not isinstance(seed, torch.SymInt):
+        seed = operator.index(seed)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise OptionError(f"seed must be an integer in [0, 2**63), got {seed}")
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
+    found: Tensor = attend(query, key, value, mask, causal, scale, seed, encoded(options))
+    return found
+
+
+@torch.library.custom_op("kdecore::attention", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    seed: int,
+    options: str,
+) -> Tensor:
+    """Return `kdecore.attention`, (…, n_q, d_v)."""
+    settings: dict[str, Any] = {"mask": mask, "causal": causal, "scale": scale, "seed": seed, **decoded(options)}
+    reports = _reports.get()
+    with torch.autocast(query.device.type, enabled=False):
+        out = attention(query, key, value, **settings, return_report=reports is not None)
+    if reports is not None:
+        out, report = out
+        reports.append(report)
+    found: Tensor = out.contiguous()
+    return found
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool, scale: Any, seed: int, options: str) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Record gradients within an operator, which PyTorch runs beneath automatic differentiation."""
+    autograd = ("AutogradFunctionality", "ADInplaceOrView")
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for name in autograd:
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, name))
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
+    with guard, torch.enable_grad():
+        yield
+
+
+@torch.library.custom_op("kdecore::attention_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    of_mask: bool,
+    causal: bool,
+    scale: float | None,
+    seed: int,
+    options: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value and, ``of_mask``, mask; else an empty tensor for that."""
+    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    if of_mask:
+        assert mask is not None
+        mask = mask.detach().requires_grad_()
+        inputs.append(mask)
+    settings: dict[str, Any] = {"causal": causal, "scale": scale, "seed": seed, **decoded(options)}
+    with _recording(), torch.autocast(query.device.type, enabled=False):
+        out = attention(*inputs[:3], mask=mask, **settings)
+        found = [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
+    return found[0], found[1], found[2], found[3] if of_mask else query.new_empty(0)
+
+
+@attend_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, of_mask: bool, *rest: Any) -> tuple[Tensor, ...]:
+    found = [query, key, value, *([mask] if of_mask else [])]
+    empty = [x.new_empty(x.shape) for x in found]
+    return tuple(empty if of_mask else [*empty, query.new_empty(0)])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.causal, ctx.scale, ctx.seed, ctx.options = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    of_mask = bool(ctx.needs_input_grad[3])
+    found = attend_backward(grad, *ctx.saved_tensors, of_mask, ctx.causal, ctx.scale, ctx.seed, ctx.options)
+    return *found[:3], found[3] if of_mask else None, None, None, None, None
+
+
+attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _batched(size: int, lead: int, x: Tensor, dim: int | None) -> Tensor:
+    """Put the dimension that is mapped over first, and then so many leading dimensions; others are repeated."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.reshape(size, *(1,) * (lead - (x.ndim - 3)), *x.shape[1:])
+
+
+def _map_inputs(info: Any, in_dims: Any, tensors: tuple[Any, ...]) -> list[Tensor | None]:
+    lead = max(x.ndim - 2 - (dim is not None) for x, dim in zip(tensors, in_dims, strict=True) if x is not None)
+    return [None if x is None else _batched(info.batch_size, lead, x, dim) for x, dim in zip(tensors, in_dims, strict=True)]
+
+
+@attend.register_vmap
+def _(info: Any, in_dims: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any) -> tuple[Tensor, int]:
+    return attend(*_map_inputs(info, in_dims[:4], (query, key, value, mask)), *rest), 0
+
+
+@attend_backward.register_vmap
+def _(info: Any, in_dims: Any, grad: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any) -> tuple[Any, Any]:
+    found = attend_backward(*_map_inputs(info, in_dims[:5], (grad, query, key, value, mask)), *rest)
+    return found, (0, 0, 0, 0 if rest[0] else None)

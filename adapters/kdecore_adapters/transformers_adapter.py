@@ -1,0 +1,161 @@
+"""Hugging Face transformers: ``attn_implementation="kdecore"``, for every model that takes its attention from there.
+
+Masks stay as small as they can: causal and padded batches need what padding hides, (batch, 1, 1, n_k), and no n_q × n_k
+array; any other mask is the boolean one that transformers makes for PyTorch's attention.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from kdecore.errors import OptionError
+from kdecore_adapters.torch_adapter import left_to_torch, scaled_dot_product_attention
+from kdecore_adapters.torch_modules import MIN_KEYS, MIN_QUERIES, Count, both_masks
+from kdecore_adapters.torch_operator import encoded, estimate
+
+UNKNOWN = ("softcap", "s_aux", "head_mask")
+"""Arguments of models' attention functions that would change the result, and aren't known here."""
+
+
+def register(
+    name: str = "kdecore",
+    *,
+    layers: Mapping[int, Mapping[str, Any]] | None = None,
+    min_keys: int = MIN_KEYS,
+    **kdecore_options: Any,
+) -> Counter[Count]:
+    """Make an attention implementation known to transformers, to be asked for by name.
+
+    ``AutoModel.from_pretrained(…, attn_implementation="kdecore")`` or ``model.set_attn_implementation("kdecore")``. Called
+    again with a name, it replaces what was known by that name, for models that run already too; several names may stand
+    for several sets of options. Weights and saved models stay as they are.
+
+    Parameters
+    ----------
+    name
+        What to ask for.
+    layers
+        Number of a layer → options that replace others there.
+    min_keys
+        Calls with fewer keys are left to PyTorch's attention, as ``attn_implementation="sdpa"`` would call it.
+    **kdecore_options
+        method, budget, rtol, seed and other options of `kdecore.attention`.
+
+    Returns
+    -------
+    Counter
+        `Count` (layer, outcome) → calls, kept up to date: ``"estimated"``, or why a call was left to PyTorch.
+
+    Raises
+    ------
+    OptionError
+        Unknown options, or a name that transformers itself has.
+
+    Notes
+    -----
+    Causal decoders with a cache, grouped heads, left and right padding, sliding windows and packed sequences work as with
+    ``"sdpa"``. Steps of decoding, of fewer than `MIN_QUERIES` queries, are left to PyTorch.
+    """
+    if name in ("eager", "sdpa", "flex_attention") or name.startswith("flash_attention"):
+        raise OptionError(f"name must not be one that transformers has, got {name!r}")
+    layers = layers or {}
+    for options in (kdecore_options, *layers.values()):
+        encoded({key: value for key, value in options.items() if key != "seed"})
+    counts: Counter[Count] = Counter()
+    chosen = {number: {**kdecore_options, **own} for number, own in layers.items()}
+    AttentionInterface.register(name, partial(attend, chosen, kdecore_options, min_keys, counts))
+    AttentionMaskInterface.register(name, mask)
+    return counts
+
+
+def attend(
+    layers: Mapping[int, Mapping[str, Any]],
+    options: Mapping[str, Any],
+    min_keys: int,
+    counts: Counter[Count],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Follow transformers' attention functions: tensors (batch, heads, n, d) → (batch, n_q, heads, d_v), and no weights."""
+    for argument in UNKNOWN:
+        if kwargs.get(argument) is not None:
+            raise OptionError(f'{argument} must be None with this attention; try attn_implementation="eager"')
+    number = getattr(module, "layer_idx", None)
+    own = dict(layers.get(number, options) if number is not None else options)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
+    reason = left_to_torch(query, key, value, own, min_keys, MIN_QUERIES)
+    reason = reason or ("dropout" if dropout > 0.0 else "")
+    reason = reason or ("position bias" if kwargs.get("position_bias") is not None else "")
+    counts[Count("" if number is None else f"layer {number}", reason or "estimated")] += 1
+    small = _hides_padding_only(attention_mask, query)
+    if reason:
+        if small and causal:
+            attention_mask = both_masks(attention_mask, _causal(query, key))
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    if small:
+        out = estimate(query, key, value, attention_mask, causal, scaling, own)
+    else:
+        causal = causal and attention_mask is None
+        out = scaled_dot_product_attention(
+            query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True, **own
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _hides_padding_only(attention_mask: Tensor | None, query: Tensor) -> bool:
+    """Return whether a mask is one of `mask`'s small ones, beside which causal attention still hides keys."""
+    return attention_mask is not None and attention_mask.shape[-2] == 1 and query.shape[2] > 1
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    n_q, n_k = query.shape[2], key.shape[2]
+    return torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Return (batch, 1, 1, n_k), True for what is no padding, where that and `attend` say all; else as for ``"sdpa"``."""
+    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    plain = mask_function is bidirectional_mask_function or (mask_function is causal_mask_function and aligned)
+    fits = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == kv_offset + kv_length
+    if plain and fits and q_length > 1:
+        assert attention_mask is not None
+        seen = attention_mask[:, kv_offset:].bool()
+        skip = kwargs.get("allow_is_causal_skip", True) or mask_function is bidirectional_mask_function
+        if not (skip and q_length == kv_length and bool(seen.all())):
+            return seen[:, None, None, :]
+    found: Tensor | None = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+    return found

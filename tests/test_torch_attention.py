@@ -1,0 +1,268 @@
+"""Attention as PyTorch's own function has it: masks, alignment, heads, and what surrounds a call."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+import kdecore
+from kdecore_adapters import torch_adapter
+from kdecore_adapters.torch_adapter import collect_reports, left_to_torch, scaled_dot_product_attention
+from kdecore_adapters.torch_operator import decoded, encoded
+
+ESTIMATED = {"method": "sortlsh", "budget": 20, "seed": 3}
+
+
+def tensors(*shapes, dtype=torch.float64, grad=False):
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(rng.standard_normal(shape)).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+def same(n_q=30, n_k=30, heads_k=4, **more):
+    return tensors((2, 4, n_q, 6), (2, heads_k, n_k, 6), (2, heads_k, n_k, 6), **more)
+
+
+MASKS = {
+    "boolean": lambda: torch.rand(30, 30, generator=torch.manual_seed(0)) < 0.7,
+    "added": lambda: torch.randn(2, 1, 30, 30, dtype=torch.float64, generator=torch.manual_seed(0)),
+    "padding": lambda: (torch.arange(30) < torch.tensor([[20], [30]]))[:, None, None, :],
+    "lower right": lambda: causal_lower_right(30, 30),
+    "upper left": lambda: causal_upper_left(30, 30),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("method", ["sortlsh", "treecode"])
+def test_masks_mean_what_they_mean_to_pytorch(mask, method):
+    q, k, v = same()
+    found = scaled_dot_product_attention(q, k, v, mask(), method=method, budget=30)
+    expected = functional.scaled_dot_product_attention(q, k, v, mask())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias:UserWarning")  # of PyTorch, at making one
+@pytest.mark.parametrize(("n_q", "n_k"), [(30, 30), (12, 30), (30, 12), (1, 30)])
+@pytest.mark.parametrize("mask", ["is_causal", "lower right", "upper left"])
+def test_causal_is_aligned_as_pytorch_aligns_it(n_q, n_k, mask):
+    arrays = same(n_q, n_k)
+    if mask == "is_causal":
+        call = {"is_causal": True}
+        expected = functional.scaled_dot_product_attention(*arrays, **call)
+    else:
+        corner = {"lower right": causal_lower_right, "upper left": causal_upper_left}[mask]
+        call = {"attn_mask": corner(n_q, n_k)}
+        seen = torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q if mask == "lower right" else 0)
+        expected = functional.scaled_dot_product_attention(*arrays, attn_mask=seen)
+    found = scaled_dot_product_attention(*arrays, method="treecode", budget=30, **call)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+SHAPES = {
+    "one head": [(30, 6), (20, 6), (20, 5)],
+    "no heads": [(2, 30, 6), (2, 20, 6), (2, 20, 5)],
+    "one batch of keys": [(2, 4, 30, 6), (1, 4, 20, 6), (1, 4, 20, 5)],
+    "keys for all heads": [(2, 4, 30, 6), (2, 1, 20, 6), (2, 1, 20, 5)],
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_leading_dimensions_are_broadcast(shapes):
+    arrays = tensors(*shapes)
+    found = scaled_dot_product_attention(*arrays, method="sortlsh", budget=20, scale=0.3)
+    torch.testing.assert_close(found, functional.scaled_dot_product_attention(*arrays, scale=0.3), rtol=1e-9, atol=1e-9)
+
+
+def test_grouped_heads_are_those_of_pytorch():
+    arrays = tensors((2, 4, 30, 6), (1, 2, 20, 6), (1, 2, 20, 5))
+    found = scaled_dot_product_attention(*arrays, method="sortlsh", budget=20, enable_gqa=True)
+    expected = functional.scaled_dot_product_attention(*(x.expand(2, *x.shape[1:]) for x in arrays), enable_gqa=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises((kdecore.ShapeError, RuntimeError)):
+        scaled_dot_product_attention(*arrays, method="sortlsh", budget=20)
+
+
+def test_options_are_those_of_the_function():
+    q, k, v = same(40, 40)
+    options = {"method": kdecore.SortLSH(block_size=5, num_samples=7, num_hashes=3), "seed": 5}
+    found = scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    torch.testing.assert_close(found, kdecore.attention(q, k, v, causal=True, **options), rtol=0, atol=0)
+    lengths = torch.tensor([40, 25])
+    found = scaled_dot_product_attention(q, k, v, key_lengths=lengths, **ESTIMATED)
+    torch.testing.assert_close(found, kdecore.attention(q, k, v, key_lengths=lengths, **ESTIMATED), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "method", ["treecode", kdecore.Treecode(far_field="sample"), kdecore.KDEformer(eps=0.5), kdecore.Exact()]
+)
+def test_options_survive_being_text(method):
+    assert decoded(encoded({"method": method, "budget": 7})) == {"method": method, "budget": 7}
+
+
+WRONG = {
+    "mask and causal": {"attn_mask": torch.ones(30, 30, dtype=torch.bool), "is_causal": True},
+    "dropout": {"dropout_p": 0.1},
+    "unknown option": {"bugdet": 3},
+    "negative seed": {"seed": -1},
+    "large seed": {"seed": 2**63},
+    "unknown method": {"method": "magic"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_errors_name_the_argument(wrong):
+    name = {"bugdet": "bugdet", "attn_mask": "attn_mask"}.get(next(iter(wrong)), next(iter(wrong)))
+    with pytest.raises(kdecore.OptionError, match=name):
+        scaled_dot_product_attention(*same(), **{**ESTIMATED, **wrong})
+
+
+# What is left to PyTorch
+
+
+def test_short_calls_are_pytorchs_own():
+    arrays = same(dtype=torch.float32)
+    torch.manual_seed(0)
+    found = scaled_dot_product_attention(*arrays, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(found, functional.scaled_dot_product_attention(*arrays, dropout_p=0.5))
+
+
+def empty(*shape, **more):
+    return torch.empty(shape, device="meta", **more)
+
+
+def reason(n_q, n_k, options=None, dtype=torch.float32, **more):
+    q, k = empty(1, 4, n_q, 64, dtype=dtype), empty(1, 4, n_k, 64, dtype=dtype)
+    return left_to_torch(q, k, k, options or {"method": "treecode"}, **more)
+
+
+def test_reasons_for_leaving_calls_to_pytorch():
+    assert reason(50_000, 50_000) == ""
+    assert reason(50, 50) == ""
+    assert reason(50, 50, min_keys=51) == "fewer than 51 keys"
+    assert reason(50, 500, min_keys=51, min_queries=51) == "fewer than 51 queries"
+    assert reason(50, 50, dtype=torch.complex64) == "dtype complex64"
+    assert "meta" in reason(50_000, 50_000, {"method": "auto"})
+    nested = torch.nested.nested_tensor([torch.ones(2, 4, 8), torch.ones(2, 5, 8)], layout=torch.jagged)
+    assert left_to_torch(nested, nested, nested, {}) == "nested tensors"
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "estimated"), [(100, 100, False), (16_384, 16_384, True), (1, 16_384, False)])
+@pytest.mark.parametrize("options", [{}, {"method": "auto", "budget": 256}, {"rtol": 0.1}])
+def test_auto_estimates_where_that_is_expected_to_be_faster(n_q, n_k, estimated, options):
+    q, k = (torch.empty(()).expand(1, 4, n, 64) for n in (n_q, n_k))
+    assert (left_to_torch(q, k, k, options) == "") == estimated
+
+
+# What surrounds a call
+
+
+def test_torch_compile_makes_one_graph():
+    arrays = same(50, 50, grad=True)
+
+    def double(q, k, v, seed):
+        return 2 * scaled_dot_product_attention(q * 1.0, k, v, is_causal=True, **{**ESTIMATED, "seed": seed})
+
+    compiled = torch.compile(double, fullgraph=True, backend="aot_eager")
+    for seed in (1, 2, 3):
+        found, expected = compiled(*arrays, seed), double(*arrays, seed)
+        assert torch.equal(found, expected)
+        for x, y in zip(*(torch.autograd.grad(out.sum(), arrays) for out in (found, expected)), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_torch_compile_takes_any_length():
+    explained = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = torch.compile(lambda q, k, v: scaled_dot_product_attention(q, k, v, **ESTIMATED), backend=explained, dynamic=True)
+    for n in (30, 45, 61, 80):
+        arrays = same(n, n)
+        assert torch.equal(call(*arrays), scaled_dot_product_attention(*arrays, **ESTIMATED))
+    # Once for the first call, and once for lengths that are any number.
+    assert explained.frame_count <= 2
+
+
+class Layer(torch.nn.Module):
+    def forward(self, q, k, v):
+        return scaled_dot_product_attention(q, k, v, **ESTIMATED)
+
+
+def test_torch_export_keeps_lengths_open():
+    n, m = torch.export.Dim("n", min=2), torch.export.Dim("m", min=2)
+    shapes = {"q": {2: n}, "k": {2: m}, "v": {2: m}}
+    exported = torch.export.export(Layer(), tuple(same(30, 40)), dynamic_shapes=shapes).module()
+    arrays = same(50, 60)
+    assert torch.equal(exported(*arrays), Layer()(*arrays))
+
+
+def test_the_operator_keeps_pytorchs_rules():
+    call = (*same(25, 25, grad=True), None, False, None, 0, encoded({"method": "sortlsh", "budget": 9}))
+    found = torch.library.opcheck(torch.ops.kdecore.attention.default, call)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dims", [(1, 1, 1, None), (0, None, None, None), (0, 0, 0, 0), (None, None, None, 0)])
+def test_vmap_adds_a_leading_dimension(dims):
+    shapes = [(3, 2, 30, 6), (3, 2, 20, 6), (3, 2, 20, 5), (3, 30, 20)]
+    arrays = []
+    for x, shape, dim in zip(tensors(*shapes), shapes, dims, strict=True):
+        whole = x if len(shape) == 4 else x > 0
+        arrays.append(whole[0] if dim is None else whole.movedim(0, dim))
+
+    def call(q, k, v, mask):
+        return scaled_dot_product_attention(q, k, v, mask, method="treecode", budget=20)
+
+    found = torch.func.vmap(call, in_dims=dims)(*arrays)
+    for i in range(3):
+        one = call(*(x if dim is None else x.select(dim, i) for x, dim in zip(arrays, dims, strict=True)))
+        torch.testing.assert_close(found[i], one, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_flow_through_vmap():
+    q, k, v, mask = tensors((3, 30, 6), (20, 6), (3, 20, 5), (3, 30, 20), grad=True)
+
+    def both(attend):
+        out = torch.func.vmap(attend, in_dims=(0, None, 0, 0))(q, k, v, mask)
+        return torch.autograd.grad((out * torch.linspace(-1, 1, 5, dtype=out.dtype)).sum(), (q, k, v, mask))
+
+    found = both(lambda *x: scaled_dot_product_attention(*x, method="treecode", budget=20))
+    expected = both(lambda q, k, v, mask: (q @ k.mT / 6**0.5 + mask).softmax(-1) @ v)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_decides_the_results_dtype_and_nothing_inside():
+    q, k, v = same(dtype=torch.float32, grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scaled_dot_product_attention(q, k, v, **ESTIMATED)
+        assert found.dtype == functional.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+    found.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+    expected = kdecore.attention(*(x.detach().bfloat16() for x in (q, k, v)), **ESTIMATED)
+    assert torch.equal(found, expected)
+
+
+def test_reports_of_calls_are_collected_compiled_ones_too():
+    arrays = same(60, 60)
+    compiled = torch.compile(lambda *x: scaled_dot_product_attention(*x, **ESTIMATED), backend="aot_eager")
+    with collect_reports() as reports:
+        scaled_dot_product_attention(*arrays, **ESTIMATED)
+        compiled(*arrays)
+        with collect_reports() as inner:
+            scaled_dot_product_attention(*arrays, method="treecode", budget=30)
+    scaled_dot_product_attention(*arrays, **ESTIMATED)
+    assert [report.method for report in reports] == ["sortlsh", "sortlsh"]
+    assert [report.method for report in inner] == ["treecode"]
+    assert reports[0].certificate.frobenius > 0
+
+
+def test_no_random_state_is_touched():
+    before = torch.get_rng_state()
+    q, k, v = same(grad=True)
+    scaled_dot_product_attention(q, k, v, **ESTIMATED).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_exact_attention_is_pytorchs():
+    q, k, v = tensors((3, 20, 4), (3, 25, 4), (3, 25, 7))
+    found = torch_adapter.exact_attention(q, k, v, 0.4)
+    torch.testing.assert_close(found, functional.scaled_dot_product_attention(q, k, v, scale=0.4))

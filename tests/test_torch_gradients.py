@@ -1,0 +1,214 @@
+"""Gradients of estimates: of the kernels that know theirs, and of the operator that evaluates again."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import kdecore
+from kdecore.attend import attend
+from kdecore.evaluate import SELECT
+from kdecore.inputs import canonicalise
+from kdecore.methods import treecode
+from kdecore.planning import make_plan
+from kdecore_adapters import torch_gradients
+from kdecore_adapters.torch_adapter import scaled_dot_product_attention
+from tests.features import METHODS
+
+
+def tensors(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(rng.standard_normal(shape)).requires_grad_() for shape in shapes]
+
+
+ESTIMATES = {
+    "exact": kdecore.Exact(),
+    "sortlsh": kdecore.SortLSH(block_size=4, num_samples=6),
+    "hyper": kdecore.Hyper(block_size=4, num_samples=6),
+    "kdeformer": kdecore.KDEformer(num_samples=9),
+    "kdeformer, sampled": kdecore.KDEformer(num_samples=9, normaliser="sampled"),
+    "treecode": kdecore.Treecode(num_slots=11, block_size=4),
+    "treecode, sampled": kdecore.Treecode(num_slots=11, block_size=4, far_field="sample"),
+}
+
+
+@pytest.mark.parametrize("options", ESTIMATES.values(), ids=ESTIMATES)
+def test_gradcheck_with_what_was_chosen_held_fixed(options):
+    """The means of tree nodes, and the first-order term, are functions of keys and values; lists and weights constants."""
+    q, k, v = tensors((2, 13, 3), (2, 29, 3), (2, 29, 4))
+    problem = canonicalise(q, k, v)
+    plan = make_plan(problem, method=options)
+    chosen = SELECT[plan.method](problem.without_gradient(), make_plan(problem.without_gradient(), method=options))
+    if isinstance(options, kdecore.Treecode) and options.far_field == "mean":
+        fixed = problem.without_gradient()
+        moment = treecode.second_moment(problem.xp, fixed.q)
+        view, coordinates, sizes = treecode.described_keys(fixed, plan, moment)
+
+    def estimate(q, k, v):
+        found, selection = replace(problem, q=q, k=k, v=v), chosen
+        if chosen.keys is not None:
+            _, nodes = treecode.grow(found, plan, coordinates, sizes, view.half_norm)
+            slope = treecode.first_order_term(problem.xp, nodes, found.n_k)
+            selection = replace(chosen, keys=nodes.keys, values=nodes.values, slope=slope)
+        part = attend(found, plan, selection)
+        return part.out, part.lse
+
+    assert torch.autograd.gradcheck(estimate, (q, k, v))
+
+
+@pytest.mark.parametrize("biased", ["for each block", "for all", ""])
+@pytest.mark.parametrize("tile", [2**20, 40])
+def test_gradcheck_of_blocks_with_hidden_slots_repeated_queries_and_tiles(monkeypatch, biased, tile):
+    monkeypatch.setattr(torch_gradients, "TILE_LOGITS", tile)
+    q, k, v = tensors((13, 3), (9, 3), (9, 2))
+    rows = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+    if not biased:
+        rows = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 6], [7, 8, 9, 9]])
+    keys = torch.tensor([[0, 1, 2, 3, 4], [8, 7, 6, 6, 6], [1, 3, 5, 7, 0]])
+    weight = torch.zeros(3, 5, dtype=torch.float64)
+    weight[1, 3:] = -torch.inf
+    weight[2, 0] = 0.7
+    shape = {"for each block": (3, 4, 5), "for all": (1, 4, 5)}.get(biased)
+    bias = None if shape is None else tensors(shape, seed=1)[0]
+    hidden = torch.zeros(shape or 0, dtype=torch.bool)
+    if shape is not None:
+        hidden[:, 2, 1:] = True
+        hidden[0, 1] = True
+
+    def call(q, k, v, bias=None):
+        bias = None if bias is None else bias.masked_fill(hidden, -torch.inf)
+        found = torch_gradients.attend_blocks(kdecore.namespaces.namespace_of(q), q, k, v, rows, keys, weight, 0.8, bias)
+        # Query 12 is in no block, and others see nothing where all their slots are hidden: their lse has no gradient.
+        return found.out, found.lse[torch.isfinite(found.lse)]
+
+    assert torch.autograd.gradcheck(call, (q, k, v) if bias is None else (q, k, v, bias))
+
+
+@pytest.mark.parametrize("tile", [2**20, 1000])
+def test_gradcheck_of_exact_attention_in_tiles(monkeypatch, tile):
+    monkeypatch.setattr(torch_gradients, "TILE_LOGITS", tile)
+    monkeypatch.setattr(torch_gradients, "DENSE_ROWS", 128)
+    xp = kdecore.namespaces.namespace_of(torch.ones(1))
+    q, k, v = tensors((2, 7, 3), (2, 20, 3), (2, 20, 4))
+    assert torch.autograd.gradcheck(lambda *x: tuple(vars(torch_gradients.attend_dense(xp, *x, 0.7)).values()), (q, k, v))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", [{}, {"is_causal": True}, {"enable_gqa": True}])
+def test_the_operators_gradients_at_a_full_budget_are_pytorchs(method, call):
+    heads = 2 if "enable_gqa" in call else 4
+    arrays = tensors((2, 4, 40, 6), (2, heads, 40, 6), (2, heads, 40, 6))
+    weights = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad((out * weights).sum(), arrays)
+        for out in (
+            scaled_dot_product_attention(*arrays, method=method, budget=40, **call),
+            functional.scaled_dot_product_attention(*arrays, **call),
+        )
+    )
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", [{}, {"causal": True}, {"mask": torch.ones(60, 60, dtype=torch.float64).tril(9) * 0.5}])
+def test_the_operator_evaluates_what_it_evaluated_again(method, call):
+    """Its gradients are those of a recorded call, and those of the array-API kernels, which PyTorch records step by step."""
+    arrays = tensors((2, 60, 6), (2, 60, 6), (2, 60, 5))
+    options = {"method": method, "budget": 16, "seed": 7}
+    torch_call = {{"causal": "is_causal", "mask": "attn_mask"}[name]: value for name, value in call.items()}
+    first, second, third = (
+        torch.autograd.grad((out**2).sum(), arrays)
+        for out in (
+            scaled_dot_product_attention(*arrays, **torch_call, **options),
+            kdecore.attention(*arrays, **call, **options),
+            kdecore.attention(*arrays, **call, **options, kernels="array-api"),
+        )
+    )
+    for x, *others in zip(first, second, third, strict=True):
+        for y in others:
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
+
+
+def test_a_learned_mask_gets_its_gradient_through_the_operator():
+    q, k, v, mask, again = tensors((2, 40, 6), (2, 40, 6), (2, 40, 5), (40, 40), (40, 40))
+    with torch.no_grad():
+        again.copy_(mask)
+    (scaled_dot_product_attention(q, k, v, mask, method="sortlsh", budget=40) ** 2).sum().backward()
+    (functional.scaled_dot_product_attention(q, k, v, again) ** 2).sum().backward()
+    torch.testing.assert_close(mask.grad, again.grad, rtol=1e-9, atol=1e-10)
+
+
+UNBIASED = {name: ESTIMATES[name] for name in ("sortlsh", "hyper", "treecode, sampled")}
+
+
+@pytest.mark.parametrize("options", UNBIASED.values(), ids=UNBIASED)
+def test_gradients_of_sampled_sums_are_unbiased(options):
+    """Of numerators and denominators, which are unbiased; a quotient's isn't. Twelve directions: false alarm below 1e-4."""
+    q, k, v = tensors((24, 3), (40, 3), (40, 3))
+    rng = np.random.default_rng(1)
+    above, below = torch.from_numpy(rng.standard_normal((24, 3))), torch.from_numpy(rng.standard_normal(24))
+    directions = [[torch.from_numpy(rng.standard_normal(x.shape)) for x in (q, k, v)] for _ in range(12)]
+
+    def slopes(**call):
+        out, lse = kdecore.attention(q, k, v, return_lse=True, **call)
+        sums = torch.exp(lse)
+        found = torch.autograd.grad((above * sums[:, None] * out).sum() + (below * sums).sum(), (q, k, v))
+        return [float(sum((x * y).sum() for x, y in zip(found, some, strict=True))) for some in directions]
+
+    drawn = np.array([slopes(method=options, seed=seed) for seed in range(300)])
+    z = (drawn.mean(axis=0) - slopes(method="exact")) / (drawn.std(axis=0, ddof=1) / np.sqrt(300))
+    assert np.abs(z).max() < 4.5
+    assert (drawn.std(axis=0) > 0).all()
+
+
+def kept_bytes(call):
+    """Return the bytes that PyTorch keeps for a backward pass of a call, each memory once."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = call()
+    return sum(kept.values()), out
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_kept_for_the_backward_pass_is_small(method, causal):
+    """The operator keeps its inputs. A recorded call keeps lists and rows, O(n · budget): n × n is 16 times more."""
+    arrays = [x.float().detach().requires_grad_() for x in tensors(*[(1, 2, 2048, 8)] * 3)]
+    inputs = sum(x.untyped_storage().nbytes() for x in arrays)
+    options = {"method": method, "budget": 128}
+    kept, _ = kept_bytes(lambda: scaled_dot_product_attention(*arrays, is_causal=causal, **options))
+    assert kept <= inputs
+    if method != "kdeformer":
+        kept, _ = kept_bytes(lambda: kdecore.attention(*arrays, causal=causal, **options))
+        assert kept < 2 * 2048 * 4 * 128 + 16 * inputs
+
+
+def test_second_derivatives_are_refused_and_left_to_the_array_api():
+    q, k, v = tensors((2, 30, 4), (2, 30, 4), (2, 30, 4))
+    for call in (scaled_dot_product_attention, kdecore.attention):
+        (slope,) = torch.autograd.grad((call(q, k, v, method="sortlsh", budget=9) ** 2).sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"once_differentiable|no autograd formula"):
+            slope.sum().backward()
+    out = kdecore.attention(q, k, v, method="sortlsh", budget=9, kernels="array-api")
+    (slope,) = torch.autograd.grad((out**2).sum(), q, create_graph=True)
+    slope.sum().backward()
+    assert torch.isfinite(k.grad).all()
+
+
+@pytest.mark.parametrize("method", ["sortlsh", "exact"])
+def test_forward_mode_takes_the_array_api(method):
+    """Results are means of values: a step of 1 in all values is a step of 1 in all results."""
+    q, k, v = (x.detach() for x in tensors((2, 30, 4), (2, 30, 4), (2, 30, 4)))
+    forward = torch.autograd.forward_ad
+    with forward.dual_level():
+        out = kdecore.attention(q, k, forward.make_dual(v, torch.ones_like(v)), method=method, budget=9)
+        found = forward.unpack_dual(out).tangent
+    torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-12, atol=1e-12)
