@@ -10,6 +10,7 @@ import kdecore
 from bench import glove_full, peers
 from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.figures import Figure, Figures
+from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
 from kdecore.inputs import canonicalise
 from kdecore.kernels import attend_blocks
@@ -348,6 +349,9 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         causal_error,
         padding,
         grouped_heads,
+        training_speed,
+        adapter_overhead,
+        minilm,
     )
 }
 """Measure name → function."""

@@ -18,6 +18,7 @@ from kdecore.namespaces import (
     common_namespace,
     contiguous,
     dtype_name,
+    from_host,
     gradient_mode,
     host,
     take_along_rows,
@@ -340,7 +341,7 @@ def single(problem: Problem, group: int, rows: Sequence[int]) -> Problem:
     """Return some queries of one group, NumPy int64, with what they see."""
     one = _groups_of(problem, slice(group, group + 1))
     xp = problem.xp
-    index = xp.asarray(rows, dtype=xp.int64, device=problem.device)
+    index = from_host(xp, host.asarray(rows), dtype=xp.int64, device=problem.device)
     visible = None if one.visible is None else one.visible.rows(rows)
     mask = None if one.mask is None else one.mask.rows(xp, rows)
     return replace(one, q=xp.take(one.q, index, axis=1), visible=visible, mask=mask)

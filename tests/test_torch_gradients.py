@@ -95,6 +95,21 @@ def test_gradcheck_of_exact_attention_in_tiles(monkeypatch, tile):
     assert torch.autograd.gradcheck(lambda *x: tuple(vars(torch_gradients.attend_dense(xp, *x, 0.7)).values()), (q, k, v))
 
 
+@pytest.mark.parametrize(("n", "size"), [(1, 1.0), (5, 1.0), (29, 1.0), (29, 0.01), (64, 5.0)])
+def test_gradcheck_of_tree_nodes(n, size):
+    """Of keys so far from each other that their spread is frozen, and of others."""
+    xp = kdecore.namespaces.namespace_of(torch.ones(1))
+    k, v, coordinates = tensors((2, n, 3), (2, n, 2), (2, n, 2))
+    order = torch.stack([torch.randperm(n, generator=torch.manual_seed(i)) for i in range(2)])
+    fixed = (coordinates.detach(), torch.ones(2, n, dtype=torch.float64), order, 4, torch.tensor([0.5, 2.0]).double())
+
+    def nodes(k, v):
+        found = torch_gradients.node_summaries(xp, 3.0 + k * size, v, *fixed)
+        return found.keys, found.values
+
+    assert torch.autograd.gradcheck(nodes, (k, v))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("call", [{}, {"is_causal": True}, {"enable_gqa": True}])
 def test_the_operators_gradients_at_a_full_budget_are_pytorchs(method, call):
@@ -203,6 +218,7 @@ def test_second_derivatives_are_refused_and_left_to_the_array_api():
     assert torch.isfinite(k.grad).all()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of PyTorch's own forward mode
 @pytest.mark.parametrize("method", ["sortlsh", "exact"])
 def test_forward_mode_takes_the_array_api(method):
     """Results are means of values: a step of 1 in all values is a step of 1 in all results."""

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from kdecore import Treecode, attention
 from kdecore.errors import OptionError
 from kdecore.inputs import canonicalise
+from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.registry import KERNELS
 from kdecore.methods import SELECT, treecode
-from kdecore.namespaces import host
+from kdecore.namespaces import host, namespace_of
 from kdecore.planning import make_plan
 from kdecore.tree import bounds, depth, node_count
 from tests import oracles, strategies
@@ -64,6 +65,14 @@ def test_equal_rows_keep_their_order(implementation):
     np.testing.assert_array_equal(found[0], np.arange(77))
 
 
+def summaries(implementation, *arguments):
+    """Call node_summaries on NumPy arrays, or on tensors where it is for these."""
+    if implementation.target != "torch-autograd":
+        return implementation.function(host, *arguments)
+    tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in arguments]
+    return TreeNodes(*(x.numpy() for x in implementation.function(namespace_of(tensors[0]), *tensors)))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 77, 700, 1300])
 @pytest.mark.parametrize("leaf_size", [2, 4])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -73,7 +82,7 @@ def test_node_summaries(rng, implementation, n, leaf_size, dtype):
     arrays = [x.astype(dtype) for x in (k, v, coordinates, rng.random((2, n)))]
     order = rng.permuted(np.tile(np.arange(n), (2, 1)), axis=1)
     half_norm = np.asarray([0.01, 0.9], dtype=dtype)
-    found = implementation.function(host, *arrays, order, leaf_size, half_norm)
+    found = summaries(implementation, *arrays, order, leaf_size, half_norm)
     nodes = node_count(n, leaf_size)
     assert found.keys.shape == (2, nodes + n, 4)
     assert found.values.shape == (2, nodes + n, 3 + 1)

@@ -118,7 +118,9 @@ def scaled_dot_product_attention(
     """Return attention as `torch.nn.functional.scaled_dot_product_attention` does, estimated where that pays.
 
     A call that is left to PyTorch (see `left_to_torch`) is PyTorch's own. Works under torch.compile without graph breaks,
-    torch.export, torch.func.vmap and grad, and autocast, which makes the result of the dtype that PyTorch's would have.
+    torch.export, torch.func.vmap, and autocast, which makes the result of the dtype that PyTorch's would have.
+    torch.func.grad does not work with operators like this one; backward() and torch.autograd.grad do, once: second
+    derivatives need ``kdecore.attention(…, kernels="array-api")``.
 
     Parameters
     ----------
@@ -151,13 +153,12 @@ def scaled_dot_product_attention(
     KdecoreError
         What else `kdecore.attention` raises.
     """
-    if isinstance(attn_mask, CausalBias):
-        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
-        is_causal, attn_mask = is_causal or not lower_right, None
-    else:
-        lower_right = False
     if is_causal and attn_mask is not None:
         raise OptionError("attn_mask must be None with is_causal=True")
+    lower_right = False
+    if isinstance(attn_mask, CausalBias):
+        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        is_causal, attn_mask = not lower_right, None
     if left_to_torch(query, key, value, kdecore_options):
         mask = CausalBias(CausalVariant.LOWER_RIGHT, query.shape[-2], key.shape[-2]) if lower_right else attn_mask
         return functional.scaled_dot_product_attention(
@@ -165,7 +166,7 @@ def scaled_dot_product_attention(
         )
     if dropout_p > 0.0:
         raise OptionError(f"dropout_p must be 0 where attention is estimated, got {dropout_p}")
-    query, key, value = _broadcast(query, key, value, enable_gqa)
+    query, key, value = broadcast(query, key, value, enable_gqa)
     n_q, n_k = query.shape[-2], key.shape[-2]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
@@ -222,9 +223,20 @@ def left_to_torch(
     )
 
 
-def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Broadcast leading dimensions, but for the heads where key and value may have fewer."""
     own = 3 if enable_gqa else 2
     lead = torch.broadcast_shapes(*(x.shape[:-own] for x in (query, key, value)))
     query, key, value = (x.expand(*lead, *x.shape[-own:]) for x in (query, key, value))
     return query, key, value
+
+
+def both_masks(a: Tensor | None, b: Tensor) -> Tensor:
+    """Return what two masks do together, of which each is True for what is seen or added to the logits."""
+    if a is None:
+        return b
+    if a.dtype == b.dtype == torch.bool:
+        return a & b
+    dtype = a.dtype if b.dtype == torch.bool else b.dtype
+    a, b = (torch.zeros_like(x, dtype=dtype).masked_fill(~x, -torch.inf) if x.dtype == torch.bool else x for x in (a, b))
+    return a + b

@@ -5,7 +5,8 @@ FlashAttention (Dao et al. 2022): with P = exp(logits − lse) and ∂ for the g
 
     ∂logits = P ∘ (∂out vᵀ − (Σ ∂out ∘ out − ∂lse))    ∂v = Pᵀ ∂out    ∂q = scale · ∂logits k    ∂k = scale · ∂logitsᵀ q
 
-Which keys were chosen, and how they were weighted, are constants.
+Which keys were chosen, and how they were weighted, are constants. The means of tree nodes, which stand for keys and values,
+are not: their gradients go down the tree to the rows in them.
 """
 
 import math
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from kdecore.kernels.jit import kernel
+from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.registry import Site, choose
 from kdecore.merge import Part, merge
-from kdecore.namespaces import Namespace, namespace_of, spans
+from kdecore.namespaces import Namespace, host, namespace_of, spans
+from kdecore.tree import bounds, depth
 
 TILE_LOGITS = 2**20
 """Logits, or copied numbers, of a tile: measured best on two cores (bench/NOTES.md)."""
@@ -47,6 +51,20 @@ def attend_blocks(
 def attend_dense(xp: Namespace, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
     """Follow `kdecore.kernels.attend_dense.contract.AttendDense`, recorded for gradients in q, k and v."""
     return Part(*_Dense.apply(q, k, v, scale))
+
+
+def node_summaries(
+    xp: Namespace,
+    k: Tensor,
+    v: Tensor,
+    coordinates: Tensor,
+    sizes: Tensor,
+    order: Tensor,
+    leaf_size: int,
+    half_norm: Tensor,
+) -> TreeNodes:
+    """Follow `kdecore.kernels.node_summaries.contract.NodeSummaries`; its keys and values are recorded for gradients."""
+    return TreeNodes(*_Nodes.apply(k, v, coordinates, sizes, order, leaf_size, half_norm))
 
 
 def _unrecorded(kernel: str, tensor: Tensor) -> Callable[..., Any]:
@@ -102,9 +120,9 @@ class _Blocks(torch.autograd.Function):
                 grad,
                 change[rows].masked_fill(again, 0.0),
             )
-            of_q.index_add_(0, rows.reshape(-1), of_rows.reshape(-1, d), alpha=ctx.scale)
-            of_k.index_add_(0, keys, of_keys.reshape(-1, d))
-            of_v.index_add_(0, keys, of_values.reshape(-1, d_v))
+            add_rows(of_q, rows.reshape(-1), of_rows.reshape(-1, d), ctx.scale)
+            add_rows(of_k, keys, of_keys.reshape(-1, d))
+            add_rows(of_v, keys, of_values.reshape(-1, d_v))
             if of_bias is not None:
                 target = of_bias[:, row] if len(of_bias) == 1 else of_bias[block, row]
                 target += of_logits.sum(0, keepdim=True) if len(of_bias) == 1 else of_logits
@@ -141,10 +159,73 @@ class _Dense(torch.autograd.Function):
         return of_q, of_k, of_v, None
 
 
+class _Nodes(torch.autograd.Function):
+    @staticmethod
+    def forward(k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = _unrecorded("node_summaries", k)(namespace_of(k), k, v, *rest)
+        return tuple(found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, _, _, _, order, ctx.leaf_size, half_norm = inputs
+        keys, values, spread, variances, sizes = output
+        ctx.save_for_backward(order, half_norm, keys, values[..., -1], spread)
+        ctx.mark_non_differentiable(spread, variances, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_keys: Tensor, of_values: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        order, half_norm, keys, last, spread = ctx.saved_tensors
+        groups, n = order.shape
+        levels = [host.diff(bounds(n, level)) for level in range(depth(n, ctx.leaf_size) + 1)]
+        counts = torch.from_numpy(host.concat(levels)).to(keys)
+        nodes, d = len(counts), keys.shape[2]
+        frozen = half_norm[:, None] * spread > counts.log()
+        of_spread = of_values[:, :nodes, -1] * torch.where(frozen, last[:, :nodes] / (2.0 * spread), 1.0)
+        # A key's spread round its node's mean has the slope 2 (k − mean) / count, in which the mean may be taken from any
+        # centre: near the keys, so that little cancels.
+        centred = keys - keys[:, :1]
+        of_means = of_keys[:, :nodes] - 2.0 * of_spread[..., None] * centred[:, :nodes]
+        shares = torch.cat([of_means, of_values[:, :nodes, :-1], of_spread[..., None]], dim=-1) / counts[:, None]
+        found, start = shares[:, :1], 1
+        for level in levels[1:]:
+            found = found.repeat_interleave(2, dim=1) + shares[:, start : start + len(level)]
+            start += len(level)
+        found = found.repeat_interleave(torch.from_numpy(levels[-1]).to(order.device), dim=1, output_size=n)
+        of_k = of_keys[:, nodes:] + found[..., :d] + 2.0 * found[..., -1:] * centred[:, nodes:]
+        of_v = of_values[:, nodes:, :-1] + found[..., d:-1]
+        row = (order + n * torch.arange(groups, device=order.device)[:, None]).reshape(-1)
+
+        def in_place(ordered: Tensor) -> Tensor:
+            rows = torch.empty(groups * n, ordered.shape[2], dtype=ordered.dtype, device=ordered.device)
+            rows[row] = ordered.reshape(groups * n, -1)
+            return rows.reshape(ordered.shape)
+
+        return in_place(of_k), in_place(of_v), None, None, None, None, None
+
+
 def _of_rows(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Return lse and Σ ∂out ∘ out − ∂lse; +∞ and 0 where a row has no keys: its weights are 0, and merging made ∂lse NaN."""
     empty = lse == -math.inf
     return lse.masked_fill(empty, math.inf), ((grad_out * out).sum(-1) - grad_lse).masked_fill(empty, 0.0)
+
+
+def add_rows(target: Tensor, index: Tensor, rows: Tensor, factor: float = 1.0) -> None:
+    """Add ``factor`` times rows (m, w) to the rows ``index`` (m,) of target (n, w), one after another."""
+    if target.device.type == "cpu":
+        # PyTorch sorts the index first, which takes ten times as long as adding.
+        _add_rows_on_host(target.numpy(), index.numpy(), rows.numpy(), factor)
+    else:
+        target.index_add_(0, index, rows, alpha=factor)
+
+
+@kernel()
+def _add_rows_on_host(target: Any, index: Any, rows: Any, factor: float) -> None:
+    scale = target.dtype.type(factor)
+    for i in range(index.shape[0]):
+        row = index[i]
+        for t in range(target.shape[1]):
+            target[row, t] += scale * rows[i, t]
 
 
 def _repeated(rows: Tensor) -> Tensor:

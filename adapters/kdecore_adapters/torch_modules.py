@@ -18,13 +18,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from kdecore.errors import OptionError
-from kdecore_adapters.torch_adapter import left_to_torch, scaled_dot_product_attention
-from kdecore_adapters.torch_operator import encoded, estimate
+from kdecore_adapters.torch_adapter import both_masks, left_to_torch, scaled_dot_product_attention
+from kdecore_adapters.torch_operator import checked, estimate
 
 MIN_KEYS = 1024
 """Calls with fewer keys are left to PyTorch where nothing else is asked for."""
 MIN_QUERIES = 32
 """Fewer queries, as in decoding, take longer to choose keys for than to evaluate exactly."""
+TAKEN = "kdecore"
+"""What is counted for a call that kdecore took: its report says which method ran, and exact may have been the cheapest."""
 
 
 class KDEAttention(nn.MultiheadAttention):
@@ -67,10 +69,18 @@ class KDEAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, kdim=kdim, vdim=vdim, batch_first=batch_first, device=device, dtype=dtype
         )
-        _check(kdecore_options)
-        self.kdecore_options = kdecore_options
+        self.kdecore_options = checked(kdecore_options)
+
+    def _reset_parameters(self) -> None:
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
         # PyTorch's encoder layers have a fast path round forward, for modules whose projections are one matrix.
         self._qkv_same_embed_dim = False
+
+    def extra_repr(self) -> str:
+        """Return the sizes and options, for ``print``."""
+        options = "".join(f", {name}={value!r}" for name, value in self.kdecore_options.items())
+        return f"{self.embed_dim}, {self.num_heads}{options}"
 
     def forward(
         self,
@@ -160,24 +170,6 @@ def _seen(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype == torch.bool else mask
 
 
-def both_masks(a: Tensor | None, b: Tensor) -> Tensor:
-    """Return what two masks do together, of which each is True for what is seen or added to the logits."""
-    if a is None:
-        return b
-    if a.dtype == b.dtype == torch.bool:
-        return a & b
-    floating = a if b.dtype == torch.bool else b
-    a, b = (
-        torch.zeros_like(x, dtype=floating.dtype).masked_fill(~x, -torch.inf) if x.dtype == torch.bool else x for x in (a, b)
-    )
-    return a + b
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    """Raise for unknown options."""
-    encoded({name: value for name, value in options.items() if name != "seed"})
-
-
 class Count(NamedTuple):
     """Calls of one layer that had the same fate."""
 
@@ -201,8 +193,8 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     Attributes
     ----------
     counts
-        `Count` (layer, outcome) → calls. The outcome is ``"estimated"``, or why a call was left to PyTorch; the layer's name
-        is known to `replace_attention` only.
+        `Count` (layer, outcome) → calls. The outcome is `TAKEN`, or why a call was left to PyTorch; the layer's name is
+        known to `replace_attention` only. Calls of compiled code are not counted.
 
     Examples
     --------
@@ -212,15 +204,14 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     >>> with reroute(method="sortlsh", budget=128) as rerouted:
     ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     >>> print(rerouted)
-    estimated: 1
+    kdecore: 1
     """
 
     def __init__(self, *, min_keys: int = MIN_KEYS, **kdecore_options: Any) -> None:
         super().__init__()
-        _check(kdecore_options)
         self.min_keys = min_keys
         self.counts: Counter[Count] = Counter()
-        self._options = kdecore_options
+        self._options = checked(kdecore_options)
         # The body of PyTorch's function, but calling this attention, and not looking for modes like this one.
         scope = {
             **vars(functional),
@@ -241,9 +232,10 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
         if func is functional.scaled_dot_product_attention:
             return self.attend(*args, **(kwargs or {}))
         if func is functional.multi_head_attention_forward:
-            if not torch.compiler.is_compiling():
+            if (kwargs or {}).get("need_weights", True):
+                self.count("attention weights are asked for")
+            elif not torch.compiler.is_compiling():
                 return self._multi_head(*args, **(kwargs or {}))
-            self.counts[Count(self.layer()[0], "MultiheadAttention in torch.compile: build with KDEAttention")] += 1
         return func(*args, **(kwargs or {}))
 
     def attend(
@@ -258,11 +250,11 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
         enable_gqa: bool = False,
     ) -> Tensor:
         """Call kdecore's attention or PyTorch's, with the arguments of PyTorch's."""
-        name, options = self.layer()
+        _, options = self.layer()
         reason = left_to_torch(query, key, value, options, self.min_keys, MIN_QUERIES) or (
             "dropout" if dropout_p > 0.0 else ""
         )
-        self.counts[Count(name, reason or "estimated")] += 1
+        self.count(reason or TAKEN)
         if reason:
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -271,8 +263,20 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **options
         )
 
+    def count(self, outcome: str) -> None:
+        """Count a call of the layer that is running; not in compiled code, which would be compiled again for each number."""
+        if not torch.compiler.is_compiling():
+            self.counts[Count(self.layer()[0], outcome)] += 1
+
     def __str__(self) -> str:
         return "\n".join(f"{f'{layer} ' if layer else ''}{outcome}: {n}" for (layer, outcome), n in self.counts.items())
+
+
+class _Running(local):
+    """Modules of a model that are running in this thread, the innermost last: names and options."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[str, Mapping[str, Any]]] = []
 
 
 class Replacement(reroute):
@@ -284,45 +288,50 @@ class Replacement(reroute):
         super().__init__(min_keys=min_keys, **options)
         names = [name for name, _ in model.named_modules()]
         for pattern, own in layers.items():
-            _check(own)
+            checked({**options, **own})
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise OptionError(
                     f"layers must name modules of the model, got {pattern!r}; it has {', '.join(names[1:9])}, …"
                 )
         self._layers = layers
-        self._running = local()
+        self._running = _Running()
         self._hooks = [hook for name, module in model.named_modules() for hook in self._watch(name, module)]
 
     def _watch(self, name: str, module: nn.Module) -> tuple[Any, Any]:
         own = {key: value for pattern, o in self._layers.items() if fnmatchcase(name, pattern) for key, value in o.items()}
 
         def enter(*_: Any) -> None:
-            stack = self._stack()
+            if not name:
+                # The whole model: what a KeyboardInterrupt left, after which PyTorch calls no hooks.
+                self._leave(0)
+            stack = self._running.stack
             if not stack:
                 self.__enter__()
             outer = stack[-1][1] if stack else self._options
             stack.append((name, {**outer, **own}))
 
         def leave(*_: Any) -> None:
-            stack = self._stack()
-            stack.pop()
-            if not stack:
-                self.__exit__(None, None, None)
+            # Of a module that another hook kept from being entered there is nothing to leave.
+            entered = [i for i, (running, _) in enumerate(self._running.stack) if running == name]
+            if entered:
+                self._leave(entered[-1])
 
         return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
 
-    def _stack(self) -> list[tuple[str, Mapping[str, Any]]]:
-        if not hasattr(self._running, "stack"):
-            self._running.stack = []
-        found: list[tuple[str, Mapping[str, Any]]] = self._running.stack
-        return found
+    def _leave(self, depth: int) -> None:
+        """Leave all modules but the first ``depth`` that are running."""
+        stack = self._running.stack
+        if stack and depth == 0:
+            self.__exit__(None, None, None)
+        del stack[depth:]
 
     def layer(self) -> tuple[str, Mapping[str, Any]]:
         """Return the name of the layer that is running, and its options."""
-        return self._stack()[-1]
+        return self._running.stack[-1]
 
     def restore(self) -> None:
         """Leave the model's attention to PyTorch again."""
+        self._leave(0)
         for hook in self._hooks:
             hook.remove()
 
@@ -337,7 +346,7 @@ def replace_attention(
     """Estimate a model's attention where that pays, whenever the model or a part of it is called.
 
     Works for every model that calls PyTorch's scaled_dot_product_attention or `torch.nn.MultiheadAttention`. The model keeps
-    its modules and parameters: it gets hooks, which `Replacement.restore` takes away.
+    its modules and parameters: it gets hooks, which `Replacement.restore` takes away. Copy or pickle a model before.
 
     Parameters
     ----------
@@ -359,5 +368,12 @@ def replace_attention(
     ------
     OptionError
         Unknown options, or layers that the model hasn't.
+
+    Notes
+    -----
+    Activation checkpointing of a module works. Of a function inside a module's forward it doesn't, since no hook runs when
+    it is called again: put ``with reroute(…)`` round forward and backward instead. `torch.nn.TransformerEncoder` must be
+    made with ``enable_nested_tensor=False``. In torch.compile `torch.nn.MultiheadAttention` is left to PyTorch: build with
+    `KDEAttention`. After a KeyboardInterrupt call `Replacement.restore`, or the model once more.
     """
     return Replacement(model, layers or {}, min_keys, kdecore_options)

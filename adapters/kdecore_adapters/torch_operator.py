@@ -6,7 +6,7 @@ from the same keys, and records it (as in activation checkpointing, Chen et al. 
 
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -65,6 +65,14 @@ def encoded(options: dict[str, Any]) -> str:
     return json.dumps({name: plain(value) for name, value in options.items()})
 
 
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options, or raise what a call with them would raise, whatever its arrays; lengths depend on these."""
+    row = torch.zeros(1, 2)
+    estimate(row, row, row, None, False, None, {name: x for name, x in options.items() if name != "key_lengths"})
+    encoded({name: x for name, x in options.items() if name != "seed"})
+    return dict(options)
+
+
 def decoded(text: str) -> dict[str, Any]:
     """Return the options that `encoded` wrote."""
     options: dict[str, Any] = json.loads(text)
@@ -80,7 +88,7 @@ def estimate(
     mask: Tensor | None,
     causal: bool,
     scale: float | None,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> Tensor:
     """Call the operator; tensors are cast first as autocast would for PyTorch's own attention.
 

@@ -16,12 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from kdecore.errors import OptionError
-from kdecore_adapters.torch_adapter import left_to_torch, scaled_dot_product_attention
-from kdecore_adapters.torch_modules import MIN_KEYS, MIN_QUERIES, Count, both_masks
-from kdecore_adapters.torch_operator import encoded, estimate
+from kdecore_adapters.torch_adapter import both_masks, broadcast, left_to_torch, scaled_dot_product_attention
+from kdecore_adapters.torch_modules import MIN_KEYS, MIN_QUERIES, TAKEN, Count
+from kdecore_adapters.torch_operator import checked, estimate
 
 UNKNOWN = ("softcap", "s_aux", "head_mask")
 """Arguments of models' attention functions that would change the result, and aren't known here."""
+CAUSAL_TOO = torch.int8
+"""Dtype of a mask (batch, 1, 1, n_k), 0 for padding, beside which attention is causal, aligned to the last key; no model
+makes such a mask itself."""
 
 
 def register(
@@ -51,7 +54,8 @@ def register(
     Returns
     -------
     Counter
-        `Count` (layer, outcome) → calls, kept up to date: ``"estimated"``, or why a call was left to PyTorch.
+        `Count` (layer, outcome) → calls, kept up to date: `TAKEN`, or why a call was left to PyTorch. Calls of compiled
+        code are not counted.
 
     Raises
     ------
@@ -63,13 +67,15 @@ def register(
     Causal decoders with a cache, grouped heads, left and right padding, sliding windows and packed sequences work as with
     ``"sdpa"``. Steps of decoding, of fewer than `MIN_QUERIES` queries, are left to PyTorch.
     """
-    if name in ("eager", "sdpa", "flex_attention") or name.startswith("flash_attention"):
+    if name in ("eager", "sdpa", "flex_attention") or name.startswith(("flash_attention", "paged|")):
         raise OptionError(f"name must not be one that transformers has, got {name!r}")
     layers = layers or {}
-    for options in (kdecore_options, *layers.values()):
-        encoded({key: value for key, value in options.items() if key != "seed"})
+    for number in layers:
+        if not isinstance(number, int) or number < 0:
+            raise OptionError(f"layers must be numbered from 0, got {number!r}")
+    checked(kdecore_options)
     counts: Counter[Count] = Counter()
-    chosen = {number: {**kdecore_options, **own} for number, own in layers.items()}
+    chosen = {number: checked({**kdecore_options, **own}) for number, own in layers.items()}
     AttentionInterface.register(name, partial(attend, chosen, kdecore_options, min_keys, counts))
     AttentionMaskInterface.register(name, mask)
     return counts
@@ -96,36 +102,31 @@ def attend(
             raise OptionError(f'{argument} must be None with this attention; try attn_implementation="eager"')
     number = getattr(module, "layer_idx", None)
     own = dict(layers.get(number, options) if number is not None else options)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
     reason = left_to_torch(query, key, value, own, min_keys, MIN_QUERIES)
     reason = reason or ("dropout" if dropout > 0.0 else "")
     reason = reason or ("position bias" if kwargs.get("position_bias") is not None else "")
-    counts[Count("" if number is None else f"layer {number}", reason or "estimated")] += 1
-    small = _hides_padding_only(attention_mask, query)
+    if not torch.compiler.is_compiling():
+        counts[Count("" if number is None else f"layer {number}", reason or TAKEN)] += 1
+    padded = attention_mask is not None and attention_mask.dtype == CAUSAL_TOO
+    if attention_mask is not None and padded:
+        attention_mask = attention_mask.bool()
     if reason:
-        if small and causal:
-            attention_mask = both_masks(attention_mask, _causal(query, key))
+        if padded:
+            n_q, n_k = query.shape[2], key.shape[2]
+            seen = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
+            attention_mask = both_masks(attention_mask, seen)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    if small:
-        out = estimate(query, key, value, attention_mask, causal, scaling, own)
+    if padded:
+        out = estimate(*broadcast(query, key, value, True), attention_mask, True, scaling, own)
     else:
-        causal = causal and attention_mask is None
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        causal = causal and attention_mask is None and query.shape[2] > 1
         out = scaled_dot_product_attention(
             query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True, **own
         )
     return out.transpose(1, 2).contiguous(), None
-
-
-def _hides_padding_only(attention_mask: Tensor | None, query: Tensor) -> bool:
-    """Return whether a mask is one of `mask`'s small ones, beside which causal attention still hides keys."""
-    return attention_mask is not None and attention_mask.shape[-2] == 1 and query.shape[2] > 1
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    n_q, n_k = query.shape[2], key.shape[2]
-    return torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
 
 
 def mask(
@@ -138,16 +139,20 @@ def mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return (batch, 1, 1, n_k), True for what is no padding, where that and `attend` say all; else as for ``"sdpa"``."""
+    """Return (batch, 1, 1, n_k), True for what is no padding, where that says all, or it and being causal; else as for sdpa.
+
+    A causal one is `CAUSAL_TOO`. Where a model says that it will add to the mask, it gets the whole one.
+    """
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
-    plain = mask_function is bidirectional_mask_function or (mask_function is causal_mask_function and aligned)
+    causal = mask_function is causal_mask_function and aligned and kwargs.get("allow_is_causal_skip", True)
+    both_ways = mask_function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip", False)
     fits = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == kv_offset + kv_length
-    if plain and fits and q_length > 1:
+    if (causal or both_ways) and fits and q_length > 1:
         assert attention_mask is not None
-        seen = attention_mask[:, kv_offset:].bool()
-        skip = kwargs.get("allow_is_causal_skip", True) or mask_function is bidirectional_mask_function
-        if not (skip and q_length == kv_length and bool(seen.all())):
-            return seen[:, None, None, :]
+        seen = attention_mask[:, None, None, kv_offset:]
+        # Compiled code can't look whether anything is hidden.
+        if torch.compiler.is_compiling() or q_length != kv_length or not bool(seen.all()):
+            return seen.to(CAUSAL_TOO if causal else torch.bool)
     found: Tensor | None = sdpa_mask(
         batch_size,
         q_length,

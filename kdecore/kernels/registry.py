@@ -123,8 +123,9 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_constants),
     "project_rows": _implementations(project_rows.reference.project_rows, project_rows.cpu.project_rows, _host_floats),
     "tree_order": _implementations(tree_order.reference.tree_order, tree_order.cpu.tree_order, _host_constants),
-    "node_summaries": _implementations(
-        node_summaries.reference.node_summaries, node_summaries.cpu.node_summaries, _host_floats
+    "node_summaries": _with_gradient(
+        "node_summaries",
+        _implementations(node_summaries.reference.node_summaries, node_summaries.cpu.node_summaries, _host_floats),
     ),
     "open_tree": _implementations(open_tree.reference.open_tree, open_tree.cpu.open_tree, _host_constants),
     "attend_blocks": _with_gradient(
