@@ -80,7 +80,7 @@ class Recipe:
     decay: float = 0.05
     clip: float = 1.0
     spread: float = 0.5
-    method: str = "sortlsh"
+    method: str = "treecode"
     budget: int = 128
     test_images: int = 5000
     curve_images: int = 500
