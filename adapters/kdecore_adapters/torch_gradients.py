@@ -23,8 +23,9 @@ from kdecore.merge import Part, merge
 from kdecore.namespaces import Namespace, host, namespace_of, spans
 from kdecore.tree import bounds, depth
 
-TILE_LOGITS = 2**20
-"""Logits, or copied numbers, of a tile: measured best on two cores (bench/NOTES.md)."""
+TILE_LOGITS, TILE_COPIES = 2**18, 2**19
+"""Logits of a tile, and numbers of its keys or values, at most: larger ones take more memory than exact backward passes,
+smaller ones longer (bench/NOTES.md)."""
 DENSE_ROWS = 256
 """Queries in a tile of exact attention."""
 
@@ -91,13 +92,13 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, ctx.scale, bias = inputs
-        ctx.save_for_backward(*tensors, bias, *output)
+        ctx.save_for_backward(*tensors, bias, output[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, query_index, key_index, log_weight, bias, out, lse = ctx.saved_tensors
-        lse, change = _of_rows(out, lse, grad_out, grad_lse)
+        q, k, v, query_index, key_index, log_weight, bias, lse = ctx.saved_tensors
+        lse, grad_lse = _of_rows(lse, grad_lse)
         of_bias = None if bias is None or not ctx.needs_input_grad[7] else torch.zeros_like(bias)
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
         d, d_v = k.shape[1], v.shape[1]
@@ -118,7 +119,7 @@ class _Blocks(torch.autograd.Function):
                 added,
                 lse[rows],
                 grad,
-                change[rows].masked_fill(again, 0.0),
+                grad_lse[rows].masked_fill(again, 0.0),
             )
             add_rows(of_q, rows.reshape(-1), of_rows.reshape(-1, d), ctx.scale)
             add_rows(of_k, keys, of_keys.reshape(-1, d))
@@ -144,14 +145,22 @@ class _Dense(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        lse, change = _of_rows(out, lse, grad_out, grad_lse)
+        lse, grad_lse = _of_rows(lse, grad_lse)
+        change = (grad_out * out).sum(-1) - grad_lse
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
         keys_step = max(1, min(k.shape[1], TILE_LOGITS // DENSE_ROWS))
         for group, row in _tiles(len(q), q.shape[1], keys_step, max(q.shape[2], v.shape[2])):
             queries = q[group, row] * ctx.scale
             for key in spans(k.shape[1], keys_step):
                 of_rows, of_keys, of_values, _ = _of_tile(
-                    queries, k[group, key], v[group, key], None, lse[group, row], grad_out[group, row], change[group, row]
+                    queries,
+                    k[group, key],
+                    v[group, key],
+                    None,
+                    lse[group, row],
+                    grad_out[group, row],
+                    None,
+                    change[group, row],
                 )
                 of_q[group, row].add_(of_rows, alpha=ctx.scale)
                 of_k[group, key].add_(of_keys)
@@ -204,10 +213,10 @@ class _Nodes(torch.autograd.Function):
         return in_place(of_k), in_place(of_v), None, None, None, None, None
 
 
-def _of_rows(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return lse and Σ ∂out ∘ out − ∂lse; +∞ and 0 where a row has no keys: its weights are 0, and merging made ∂lse NaN."""
+def _of_rows(lse: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return lse and ∂lse; +∞ and 0 where a row has no keys: its weights are 0, and merging made ∂lse NaN."""
     empty = lse == -math.inf
-    return lse.masked_fill(empty, math.inf), ((grad_out * out).sum(-1) - grad_lse).masked_fill(empty, 0.0)
+    return lse.masked_fill(empty, math.inf), grad_lse.masked_fill(empty, 0.0)
 
 
 def add_rows(target: Tensor, index: Tensor, rows: Tensor, factor: float = 1.0) -> None:
@@ -238,19 +247,33 @@ def _repeated(rows: Tensor) -> Tensor:
 def _tiles(blocks: int, rows: int, slots: int, width: int) -> Iterator[tuple[slice, slice]]:
     """Cut blocks of so many rows and slots into tiles."""
     rows_step = min(rows, max(1, TILE_LOGITS // slots))
-    blocks_step = max(1, TILE_LOGITS // (slots * max(rows_step, width)))
+    blocks_step = max(1, min(TILE_LOGITS // (slots * rows_step), TILE_COPIES // (slots * width)))
     for block in spans(blocks, blocks_step):
         for row in spans(rows, max(1, rows_step)):
             yield block, row
 
 
 def _of_tile(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, lse: Tensor, grad_out: Tensor, change: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    added: Tensor | None,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    change: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of scaled queries (N, b, d), keys (N, s, d), values (N, s, d_v) and logits (N, b, s)."""
+    """Return the gradients of scaled queries (N, b, d), keys (N, s, d), values (N, s, d_v) and logits (N, b, s).
+
+    ``change``, Σ ∂out ∘ out − ∂lse, is made from ``grad_lse`` where a tile has all keys of its rows: out isn't needed then.
+    """
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     weights = torch.bmm(q, keys) if added is None else torch.baddbmm(added, q, keys)
     weights.sub_(lse[..., None]).exp_()
     of_values = torch.bmm(weights.transpose(1, 2), grad_out)
-    of_logits = torch.bmm(grad_out, values).sub_(change[..., None]).mul_(weights)
+    of_logits = torch.bmm(grad_out, values)
+    if change is None:
+        assert grad_lse is not None
+        change = torch.linalg.vecdot(weights, of_logits) - grad_lse
+    of_logits.sub_(change[..., None]).mul_(weights)
     return torch.bmm(of_logits, k), torch.bmm(of_logits.transpose(1, 2), q), of_values, of_logits

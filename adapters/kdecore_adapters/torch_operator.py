@@ -174,8 +174,9 @@ def attend_backward(
         inputs.append(mask)
     settings: dict[str, Any] = {"causal": causal, "scale": scale, "seed": seed, **decoded(options)}
     with _recording(), torch.autocast(query.device.type, enabled=False):
-        out = attention(*inputs[:3], mask=mask, **settings)
-        found = [x.contiguous() for x in torch.autograd.grad(out, inputs, grad)]
+        # The result itself isn't kept while it is differentiated.
+        edge = torch.autograd.graph.get_gradient_edge(attention(*inputs[:3], mask=mask, **settings))
+        found = [x.contiguous() for x in torch.autograd.grad((edge,), inputs, (grad,))]
     return found[0], found[1], found[2], found[3] if of_mask else query.new_empty(0)
 
 
