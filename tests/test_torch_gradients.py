@@ -228,3 +228,11 @@ def test_forward_mode_takes_the_array_api(method):
         out = kdecore.attention(q, k, forward.make_dual(v, torch.ones_like(v)), method=method, budget=9)
         found = forward.unpack_dual(out).tangent
     torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("q", "k"), [((2, 0, 4), (2, 30, 4)), ((0, 5, 4), (0, 30, 4))])
+def test_nothing_has_no_gradient(q, k):
+    arrays = tensors(q, k, k)
+    scaled_dot_product_attention(*arrays, method="sortlsh", budget=9).sum().backward()
+    for x in arrays:
+        assert (x.grad == 0).all()

@@ -246,10 +246,10 @@ def _repeated(rows: Tensor) -> Tensor:
 
 def _tiles(blocks: int, rows: int, slots: int, width: int) -> Iterator[tuple[slice, slice]]:
     """Cut blocks of so many rows and slots into tiles."""
-    rows_step = min(rows, max(1, TILE_LOGITS // slots))
+    rows_step = max(1, min(rows, TILE_LOGITS // slots))
     blocks_step = max(1, min(TILE_LOGITS // (slots * rows_step), TILE_COPIES // (slots * width)))
     for block in spans(blocks, blocks_step):
-        for row in spans(rows, max(1, rows_step)):
+        for row in spans(rows, rows_step):
             yield block, row
 
 

@@ -65,7 +65,8 @@ def register(
     Notes
     -----
     Causal decoders with a cache, grouped heads, left and right padding, sliding windows and packed sequences work as with
-    ``"sdpa"``. Steps of decoding, of fewer than `MIN_QUERIES` queries, are left to PyTorch.
+    ``"sdpa"``. Steps of decoding, of fewer than `MIN_QUERIES` queries, and attention with a position bias (T5) are left to
+    PyTorch.
     """
     if name in ("eager", "sdpa", "flex_attention") or name.startswith(("flash_attention", "paged|")):
         raise OptionError(f"name must not be one that transformers has, got {name!r}")
