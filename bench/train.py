@@ -14,6 +14,7 @@ import argparse
 import gzip
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -366,6 +367,12 @@ def known_runs(path: Path, recipe: Recipe) -> list[dict[str, Any]]:
     return runs
 
 
+def readable(record: dict[str, Any]) -> str:
+    """Return JSON with lists of numbers on one line each."""
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    return re.sub(r"\[[-\d.,e\s]+\]", lambda found: " ".join(found.group().split()), text)
+
+
 def main() -> int:
     """Run the command line; return 1 where a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__)
@@ -403,7 +410,7 @@ def main() -> int:
                 "figures": {label: asdict(figure) for label, figure in figures.items()},
                 "runs": runs,
             }
-            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(readable(record), encoding="utf-8")
     plot(recipe, runs, path.with_suffix(".png"))
     print(table(runs, figures))
     return 1 if any(figure.met is False for figure in figures.values()) else 0

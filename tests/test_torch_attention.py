@@ -1,5 +1,7 @@
 """Attention as PyTorch's own function has it: masks, alignment, heads, and what surrounds a call."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 import kdecore
 from kdecore_adapters import torch_adapter
 from kdecore_adapters.torch_adapter import collect_reports, left_to_torch, scaled_dot_product_attention
-from kdecore_adapters.torch_operator import decoded, encoded
+from kdecore_adapters.torch_operator import OPTIONS, checked, decoded, encoded
 
 ESTIMATED = {"method": "sortlsh", "budget": 20, "seed": 3}
 
@@ -99,6 +101,11 @@ def test_options_survive_being_text(method):
     assert decoded(encoded({"method": method, "budget": 7})) == {"method": method, "budget": 7}
 
 
+def test_every_option_of_the_function_is_one_or_has_a_place_of_its_own():
+    own = {"q", "k", "v", "mask", "causal", "scale", "seed", "return_lse", "return_report"}
+    assert {*OPTIONS, *own} == set(inspect.signature(kdecore.attention).parameters)
+
+
 WRONG = {
     "mask and causal": {"attn_mask": torch.ones(30, 30, dtype=torch.bool), "is_causal": True},
     "dropout": {"dropout_p": 0.1},
@@ -114,6 +121,19 @@ def test_errors_name_the_argument(wrong):
     name = {"bugdet": "bugdet", "attn_mask": "attn_mask"}.get(next(iter(wrong)), next(iter(wrong)))
     with pytest.raises(kdecore.OptionError, match=name):
         scaled_dot_product_attention(*same(), **{**ESTIMATED, **wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"budget": 0}, {"method": "magic"}, {"rtol": 0.1, "budget": 3}, {"seed": -1}, {"bugdet": 3}]
+)
+def test_options_are_tried_before_they_are_kept(wrong):
+    with pytest.raises(kdecore.OptionError):
+        checked(wrong)
+
+
+def test_options_that_depend_on_arrays_are_kept():
+    for options in ({"max_memory": 1}, {"key_lengths": [3, 4]}, {"kernels": "numba-cpu", "threads": 1}):
+        assert checked(options) == options
 
 
 # What is left to PyTorch
@@ -217,12 +237,17 @@ def test_vmap_adds_a_leading_dimension(dims):
         torch.testing.assert_close(found[i], one, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_flow_through_vmap():
-    q, k, v, mask = tensors((3, 30, 6), (20, 6), (3, 20, 5), (3, 30, 20), grad=True)
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("shapes", [((3, 30, 6), (20, 6), (3, 20, 5)), ((3, 2, 30, 6), (2, 20, 6), (3, 2, 20, 5))])
+def test_gradients_flow_through_vmap(learned, shapes):
+    """The mask has no dimension of heads, which q, k and v may have."""
+    *arrays, mask = tensors(*shapes, (3, 30, 20), grad=True)
+    mask.requires_grad_(learned)
+    wanted = [*arrays, mask] if learned else arrays
 
     def both(attend):
-        out = torch.func.vmap(attend, in_dims=(0, None, 0, 0))(q, k, v, mask)
-        return torch.autograd.grad((out * torch.linspace(-1, 1, 5, dtype=out.dtype)).sum(), (q, k, v, mask))
+        out = torch.func.vmap(attend, in_dims=(0, None, 0, 0))(*arrays, mask)
+        return torch.autograd.grad((out * torch.linspace(-1, 1, 5, dtype=out.dtype)).sum(), wanted)
 
     found = both(lambda *x: scaled_dot_product_attention(*x, method="treecode", budget=20))
     expected = both(lambda q, k, v, mask: (q @ k.mT / 6**0.5 + mask).softmax(-1) @ v)
@@ -230,15 +255,21 @@ def test_gradients_flow_through_vmap():
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
-def test_autocast_decides_the_results_dtype_and_nothing_inside():
+@pytest.mark.parametrize("kernels", ["auto", "array-api"])
+def test_autocast_decides_the_results_dtype_and_nothing_inside(kernels):
     q, k, v = same(dtype=torch.float32, grad=True)
+    options = {**ESTIMATED, "kernels": kernels}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = scaled_dot_product_attention(q, k, v, **ESTIMATED)
+        found = scaled_dot_product_attention(q, k, v, **options)
         assert found.dtype == functional.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
-    found.float().sum().backward()
-    assert q.grad.dtype == torch.float32
-    expected = kdecore.attention(*(x.detach().bfloat16() for x in (q, k, v)), **ESTIMATED)
+        found.float().square().sum().backward()
+    again = [x.detach().requires_grad_() for x in (q, k, v)]
+    expected = kdecore.attention(*(x.bfloat16() for x in again), **options)
     assert torch.equal(found, expected)
+    expected.float().square().sum().backward()
+    for x, y in zip((q, k, v), again, strict=True):
+        assert x.grad.dtype == torch.float32
+        assert torch.equal(x.grad, y.grad)
 
 
 def test_reports_of_calls_are_collected_compiled_ones_too():

@@ -13,12 +13,10 @@ from kdecore.errors import OptionError
 from kdecore.namespaces import ACCUMULATION
 from kdecore.options import DEFAULT_BUDGET
 from kdecore.planning import Sizes, exact_over_treecode
+from kdecore.tolerance import FIRST_BUDGET
 from kdecore_adapters.torch_operator import collect_reports, estimate
 
 __all__ = ["collect_reports", "scaled_dot_product_attention"]
-
-LEAST_BUDGET = 64
-"""With a tolerance, estimates from so few keys are looked at."""
 
 
 def version() -> str:
@@ -144,7 +142,8 @@ def scaled_dot_product_attention(
     Returns
     -------
     Tensor
-        (…, n_q, d_v). Its gradients take another evaluation, with the same seed; nothing but the inputs is kept for them.
+        (…, n_q, d_v), of query's dtype and device, in the time and memory of `kdecore.attention`. Its gradients take another
+        evaluation, with the same seed, and about as long again as two; nothing but the inputs is kept for them.
 
     Raises
     ------
@@ -211,7 +210,9 @@ def left_to_torch(
         return ""
     if query.device.type != "cpu":
         return f"no crossover is measured on {query.device.type}: name a method"
-    budget = LEAST_BUDGET if options.get("rtol") is not None else options.get("budget") or DEFAULT_BUDGET
+    budget = options.get("budget") or DEFAULT_BUDGET
+    if options.get("rtol") is not None:
+        budget = FIRST_BUDGET["treecode"]
     if n_k <= budget:
         return "no more keys than the budget"
     groups = 1

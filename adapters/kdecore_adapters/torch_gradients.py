@@ -1,4 +1,4 @@
-"""PyTorch: gradients of the attention kernels, from what they kept: inputs, chosen keys, results and log-sum-exp.
+"""PyTorch: gradients of the attention kernels, from what they kept: inputs, chosen keys and log-sum-exp.
 
 Forward the fastest kernel runs. Backward the logits are made again, tile by tile, from the rows gathered for a block, as in
 FlashAttention (Dao et al. 2022): with P = exp(logits − lse) and ∂ for the gradient of what follows,
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdecore.kernels.jit import kernel
@@ -28,8 +29,6 @@ TILE_LOGITS, TILE_COPIES = 2**18, 2**19
 smaller ones longer (bench/NOTES.md)."""
 DENSE_ROWS = 256
 """Queries in a tile of exact attention."""
-
-Tensor = torch.Tensor
 
 
 def attend_blocks(
@@ -102,12 +101,12 @@ class _Blocks(torch.autograd.Function):
         of_bias = None if bias is None or not ctx.needs_input_grad[7] else torch.zeros_like(bias)
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
         d, d_v = k.shape[1], v.shape[1]
+        # A row that is there again doesn't count again.
+        again = torch.zeros_like(query_index, dtype=torch.bool)
+        again[:, 1:] = query_index[:, 1:] == query_index[:, :-1]
         for block, row in _tiles(len(query_index), query_index.shape[1], key_index.shape[1], max(d, d_v)):
             rows, keys = query_index[block, row], key_index[block].reshape(-1)
-            grad = grad_out[rows]
-            # A row that is there again doesn't count again.
-            again = rows == query_index[block, row.start - 1 : row.stop - 1] if row.start else _repeated(rows)
-            grad = grad.masked_fill(again[..., None], 0.0)
+            repeated = again[block, row]
             added = log_weight[block, None, :]
             if bias is not None:
                 added = added + (bias[:, row] if len(bias) == 1 else bias[block, row])
@@ -118,8 +117,8 @@ class _Blocks(torch.autograd.Function):
                 v.index_select(0, keys).view(*shape, d_v),
                 added,
                 lse[rows],
-                grad,
-                grad_lse[rows].masked_fill(again, 0.0),
+                grad_out[rows].masked_fill(repeated[..., None], 0.0),
+                grad_lse[rows].masked_fill(repeated, 0.0),
             )
             add_rows(of_q, rows.reshape(-1), of_rows.reshape(-1, d), ctx.scale)
             add_rows(of_k, keys, of_keys.reshape(-1, d))
@@ -146,22 +145,13 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         lse, grad_lse = _of_rows(lse, grad_lse)
-        change = (grad_out * out).sum(-1) - grad_lse
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
         keys_step = max(1, min(k.shape[1], TILE_LOGITS // DENSE_ROWS))
         for group, row in _tiles(len(q), q.shape[1], keys_step, max(q.shape[2], v.shape[2])):
             queries = q[group, row] * ctx.scale
             for key in spans(k.shape[1], keys_step):
-                of_rows, of_keys, of_values, _ = _of_tile(
-                    queries,
-                    k[group, key],
-                    v[group, key],
-                    None,
-                    lse[group, row],
-                    grad_out[group, row],
-                    None,
-                    change[group, row],
-                )
+                kept = (lse[group, row], grad_out[group, row], grad_lse[group, row], out[group, row])
+                of_rows, of_keys, of_values, _ = _of_tile(queries, k[group, key], v[group, key], None, *kept)
                 of_q[group, row].add_(of_rows, alpha=ctx.scale)
                 of_k[group, key].add_(of_keys)
                 of_v[group, key].add_(of_values)
@@ -237,13 +227,6 @@ def _add_rows_on_host(target: Any, index: Any, rows: Any, factor: float) -> None
             target[row, t] += scale * rows[i, t]
 
 
-def _repeated(rows: Tensor) -> Tensor:
-    """Return where rows (N, b) repeat the one before them."""
-    same = torch.zeros_like(rows, dtype=torch.bool)
-    same[:, 1:] = rows[:, 1:] == rows[:, :-1]
-    return same
-
-
 def _tiles(blocks: int, rows: int, slots: int, width: int) -> Iterator[tuple[slice, slice]]:
     """Cut blocks of so many rows and slots into tiles."""
     rows_step = max(1, min(rows, TILE_LOGITS // slots))
@@ -260,20 +243,18 @@ def _of_tile(
     added: Tensor | None,
     lse: Tensor,
     grad_out: Tensor,
-    grad_lse: Tensor | None,
-    change: Tensor | None = None,
+    grad_lse: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of scaled queries (N, b, d), keys (N, s, d), values (N, s, d_v) and logits (N, b, s).
 
-    ``change``, Σ ∂out ∘ out − ∂lse, is made from ``grad_lse`` where a tile has all keys of its rows: out isn't needed then.
+    A tile that has all keys of its rows makes Σ ∂out ∘ out itself, and needs no ``out`` (N, b, d_v).
     """
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     weights = torch.bmm(q, keys) if added is None else torch.baddbmm(added, q, keys)
     weights.sub_(lse[..., None]).exp_()
     of_values = torch.bmm(weights.transpose(1, 2), grad_out)
     of_logits = torch.bmm(grad_out, values)
-    if change is None:
-        assert grad_lse is not None
-        change = torch.linalg.vecdot(weights, of_logits) - grad_lse
-    of_logits.sub_(change[..., None]).mul_(weights)
+    along = torch.linalg.vecdot(weights, of_logits) if out is None else torch.linalg.vecdot(grad_out, out)
+    of_logits.sub_((along - grad_lse)[..., None]).mul_(weights)
     return torch.bmm(of_logits, k), torch.bmm(of_logits.transpose(1, 2), q), of_values, of_logits

@@ -29,6 +29,13 @@ TAKEN = "kdecore"
 """What is counted for a call that kdecore took: its report says which method ran, and exact may have been the cheapest."""
 
 
+def left_by_model(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, options: Mapping[str, Any], min_keys: int
+) -> str:
+    """Return why a model's call is left to PyTorch, as `left_to_torch`, and for dropout too, or ""."""
+    return left_to_torch(query, key, value, options, min_keys, MIN_QUERIES) or ("dropout" if dropout_p > 0.0 else "")
+
+
 class KDEAttention(nn.MultiheadAttention):
     """Multi-head attention whose core is estimated: a drop-in for `torch.nn.MultiheadAttention`.
 
@@ -251,17 +258,10 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     ) -> Tensor:
         """Call kdecore's attention or PyTorch's, with the arguments of PyTorch's."""
         _, options = self.layer()
-        reason = left_to_torch(query, key, value, options, self.min_keys, MIN_QUERIES) or (
-            "dropout" if dropout_p > 0.0 else ""
-        )
+        reason = left_by_model(query, key, value, dropout_p, options, self.min_keys)
         self.count(reason or TAKEN)
-        if reason:
-            return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **options
-        )
+        function, more = (functional.scaled_dot_product_attention, {}) if reason else (scaled_dot_product_attention, options)
+        return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more)
 
     def count(self, outcome: str) -> None:
         """Count a call of the layer that is running; not in compiled code, which would be compiled again for each number."""
@@ -293,13 +293,13 @@ class Replacement(reroute):
                 raise OptionError(
                     f"layers must name modules of the model, got {pattern!r}; it has {', '.join(names[1:9])}, …"
                 )
-        self._layers = layers
         self._running = _Running()
-        self._hooks = [hook for name, module in model.named_modules() for hook in self._watch(name, module)]
+        self._hooks: list[Any] = []
+        for name, module in model.named_modules():
+            own = {key: value for pattern, o in layers.items() if fnmatchcase(name, pattern) for key, value in o.items()}
+            self._hooks += self._watch(name, module, own)
 
-    def _watch(self, name: str, module: nn.Module) -> tuple[Any, Any]:
-        own = {key: value for pattern, o in self._layers.items() if fnmatchcase(name, pattern) for key, value in o.items()}
-
+    def _watch(self, name: str, module: nn.Module, own: Mapping[str, Any]) -> tuple[Any, Any]:
         def enter(*_: Any) -> None:
             if not name:
                 # The whole model: what a KeyboardInterrupt left, after which PyTorch calls no hooks.

@@ -7,7 +7,7 @@ from the same keys, and records it (as in activation checkpointing, Chen et al. 
 import json
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdecore.attention import attention
-from kdecore.errors import OptionError
+from kdecore.errors import KernelUnavailable, MemoryLimitError, OptionError
 from kdecore.options import METHODS, Options
 from kdecore.report import Report
 
@@ -66,10 +66,10 @@ def encoded(options: dict[str, Any]) -> str:
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options, or raise what a call with them would raise, whatever its arrays; lengths depend on these."""
+    """Return options, or raise what any call with them would raise; lengths, memory and kernels depend on its arrays."""
     row = torch.zeros(1, 2)
-    estimate(row, row, row, None, False, None, {name: x for name, x in options.items() if name != "key_lengths"})
-    encoded({name: x for name, x in options.items() if name != "seed"})
+    with suppress(MemoryLimitError, KernelUnavailable):
+        estimate(row, row, row, None, False, None, {name: x for name, x in options.items() if name != "key_lengths"})
     return dict(options)
 
 

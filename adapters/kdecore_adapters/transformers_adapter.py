@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from kdecore.errors import OptionError
-from kdecore_adapters.torch_adapter import both_masks, broadcast, left_to_torch, scaled_dot_product_attention
-from kdecore_adapters.torch_modules import MIN_KEYS, MIN_QUERIES, TAKEN, Count
+from kdecore_adapters.torch_adapter import both_masks, broadcast, scaled_dot_product_attention
+from kdecore_adapters.torch_modules import MIN_KEYS, TAKEN, Count, left_by_model
 from kdecore_adapters.torch_operator import checked, estimate
 
 UNKNOWN = ("softcap", "s_aux", "head_mask")
@@ -65,8 +65,8 @@ def register(
     Notes
     -----
     Causal decoders with a cache, grouped heads, left and right padding, sliding windows and packed sequences work as with
-    ``"sdpa"``. Steps of decoding, of fewer than `MIN_QUERIES` queries, and attention with a position bias (T5) are left to
-    PyTorch.
+    ``"sdpa"``. Steps of decoding, of fewer than `torch_modules.MIN_QUERIES` queries, and attention with a position bias
+    (T5) are left to PyTorch.
     """
     if name in ("eager", "sdpa", "flex_attention") or name.startswith(("flash_attention", "paged|")):
         raise OptionError(f"name must not be one that transformers has, got {name!r}")
@@ -103,8 +103,7 @@ def attend(
             raise OptionError(f'{argument} must be None with this attention; try attn_implementation="eager"')
     number = getattr(module, "layer_idx", None)
     own = dict(layers.get(number, options) if number is not None else options)
-    reason = left_to_torch(query, key, value, own, min_keys, MIN_QUERIES)
-    reason = reason or ("dropout" if dropout > 0.0 else "")
+    reason = left_by_model(query, key, value, dropout, own, min_keys)
     reason = reason or ("position bias" if kwargs.get("position_bias") is not None else "")
     if not torch.compiler.is_compiling():
         counts[Count("" if number is None else f"layer {number}", reason or TAKEN)] += 1
