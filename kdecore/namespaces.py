@@ -43,6 +43,8 @@ __all__ = [
     "common_namespace",
     "contiguous",
     "cross_moment",
+    "cuda_memory",
+    "device_name",
     "dtype_name",
     "first_places",
     "from_host",
@@ -55,6 +57,8 @@ __all__ = [
     "is_contiguous",
     "namespace_name",
     "namespace_of",
+    "on_accelerator",
+    "on_device",
     "quiet",
     "row_norms",
     "searchsorted_integers",
@@ -115,6 +119,34 @@ def common_device(**arrays: Array) -> Any:
         if devices[name] != devices[first]:
             raise DeviceError(f"{name} must be on the same device as {first} ({devices[first]}), got {devices[name]}")
     return devices[first]
+
+
+def device_name(array: Array) -> str:
+    """Return the device's plain name, such as ``"cpu"`` or ``"cuda:0"``, whatever the library calls it."""
+    device = array_api_compat.device(array)
+    return f"cuda:{device.id}" if array_api_compat.is_cupy_array(array) else str(device)
+
+
+def on_accelerator(array: Array) -> bool:
+    """Return whether the array lies elsewhere than in the host's memory, so that reading it waits for a device."""
+    return not array_api_compat.is_numpy_array(array) and "cpu" not in device_name(array).lower()
+
+
+def on_device(array: Array) -> tuple[int, int]:
+    """Return the number of the CUDA device that the array lies on, and its library's current stream there, as a pointer."""
+    from importlib import import_module
+
+    adapter = import_module(f"kdecore_adapters.{namespace_name(namespace_of(array))}_adapter")
+    index = int(device_name(array).partition(":")[2] or 0)
+    return index, int(adapter.current_stream(index))
+
+
+def cuda_memory(array: Array) -> Array:
+    """Return the array as Numba CUDA takes it: without gradient, and with the bits of bfloat16 as uint16."""
+    array = without_gradient(array)
+    if dtype_name(array) == "bfloat16":
+        array = array.view(namespace_of(array).uint16)
+    return array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
 
 
 def is_contiguous(array: Array) -> bool:

@@ -1,5 +1,6 @@
 """The `backend` fixture: every test that takes it runs on each array library that is here."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# What needs an environment of its own; tests/test_cuda.py and tests/test_triton.py start it.
+collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") else ["simulated"]
 
 # The same examples in every run; `--hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("same-examples", derandomize=True, deadline=None)

@@ -43,6 +43,12 @@ def from_numpy(array: Any, device: str | None = None) -> Any:
         return cp.asarray(array)
 
 
+def current_stream(device: int) -> int:
+    """Return the pointer to the stream that CuPy works on now, on the device of that number."""
+    with cp.cuda.Device(device):
+        return int(cp.cuda.get_current_stream().ptr)
+
+
 def synchronize() -> None:
     """Wait until all work on the current device is done."""
     cp.cuda.Device().synchronize()

@@ -64,6 +64,11 @@ def from_numpy(array: Any, device: str | None = None) -> Any:
     return torch.from_numpy(array).to(device or "cpu")
 
 
+def current_stream(device: int) -> int:
+    """Return the pointer to the stream that PyTorch works on now, on the CUDA device of that number."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
 def synchronize() -> None:
     """Wait until all work on the current device is done."""
     if torch.cuda.is_available():

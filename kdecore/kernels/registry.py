@@ -7,8 +7,10 @@ passed over go into the plan and the report. An implementation asked for by name
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, TypeAlias
 
 from kdecore.errors import KernelUnavailable, OptionError
 from kdecore.kernels import (
@@ -16,6 +18,7 @@ from kdecore.kernels import (
     attend_dense,
     bucket_order,
     draw_indices,
+    finite_rows,
     hash_codes,
     node_summaries,
     open_tree,
@@ -58,15 +61,50 @@ def _host_constants(site: Site) -> str | None:
 
 
 def _host_floats(site: Site) -> str | None:
+    return "records no gradients" if site.gradient else _host_constants(site)
+
+
+@cache
+def cuda_problem() -> str | None:
+    """Return why Numba CUDA kernels cannot run on this machine, or None where they can."""
+    if find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed"
+    from numba import cuda
+
+    try:
+        return None if cuda.is_available() else "no CUDA driver or device found"
+    except Exception as error:  # a broken driver raises errors of many kinds
+        return f"CUDA does not start: {error}"
+
+
+def _cuda_constants(site: Site) -> str | None:
+    if site.library not in ("cupy", "torch") or not site.device.startswith("cuda"):
+        return f"needs CuPy arrays or PyTorch tensors on a CUDA device, got {site.library} on {site.device}"
+    return cuda_problem()
+
+
+def _cuda_floats(site: Site) -> str | None:
+    return "records no gradients" if site.gradient else _cuda_constants(site)
+
+
+def _triton_floats(site: Site) -> str | None:
+    if site.library != "torch" or not site.device.startswith("cuda"):
+        return f"needs PyTorch tensors on a CUDA device, got {site.library} on {site.device}"
     if site.gradient:
         return "records no gradients"
-    return _host_constants(site)
+    if site.dtype != "float32":
+        return f"computes in float32, not in {site.dtype}"
+    return None if find_spec("triton") is not None else "triton is not installed"
 
 
 def _recorded_tensors(site: Site) -> str | None:
     if site.library != "torch" or site.gradient != "reverse":
         return "for PyTorch tensors whose gradients are recorded"
     return None
+
+
+Unsupported: TypeAlias = Callable[[Site], str | None]
+"""Why an implementation cannot run at a site, or None where it can."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +123,7 @@ class Implementation:
 
     target: str
     function: Callable[..., Any]
-    unsupported: Callable[[Site], str | None] = _anywhere
+    unsupported: Unsupported = _anywhere
 
 
 @dataclass(frozen=True)
@@ -98,44 +136,49 @@ class Choice:
     function: Callable[..., Any]
 
 
+def _late(module: str, name: str, like: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of that name in a module that is imported when it is called first."""
+
+    @wraps(like)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+    return called
+
+
 def _implementations(
-    reference: Callable[..., Any], cpu: Callable[..., Any], unsupported: Callable[[Site], str | None]
+    folder: Any, *, host: Unsupported = _host_constants, others: tuple[str, ...] = ()
 ) -> tuple[Implementation, ...]:
-    return (Implementation("numba-cpu", cpu, unsupported), Implementation("array-api", reference))
+    """Return the implementations of the kernel in a folder, with some of ``others``, fastest first."""
+    name = folder.__name__.rpartition(".")[2]
+    reference = getattr(folder.reference, name)
 
+    def other(target: str, module: str, unsupported: Unsupported) -> tuple[Implementation, ...]:
+        if target not in others:
+            return ()
+        return (Implementation(target, _late(module, name, reference), unsupported),)
 
-def _with_gradient(name: str, found: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
-    """Put the kernel of that name that knows its gradient before the last implementation."""
-
-    @wraps(found[-1].function)
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        from kdecore_adapters import torch_gradients
-
-        return getattr(torch_gradients, name)(*args, **kwargs)
-
-    return (*found[:-1], Implementation("torch-autograd", recorded, _recorded_tensors), found[-1])
+    return (
+        *other("triton", f"{folder.__name__}.triton", _triton_floats),
+        *other("numba-cuda", f"{folder.__name__}.cuda", _cuda_floats if host is _host_floats else _cuda_constants),
+        *((Implementation("numba-cpu", getattr(folder.cpu, name), host),) if hasattr(folder, "cpu") else ()),
+        *other("torch-autograd", "kdecore_adapters.torch_gradients", _recorded_tensors),
+        Implementation("array-api", reference),
+    )
 
 
 KERNELS: dict[str, tuple[Implementation, ...]] = {
-    "row_norms": _implementations(row_norms.reference.row_norms, row_norms.cpu.row_norms, _host_constants),
-    "hash_codes": _implementations(hash_codes.reference.hash_codes, hash_codes.cpu.hash_codes, _host_constants),
-    "bucket_order": _implementations(bucket_order.reference.bucket_order, bucket_order.cpu.bucket_order, _host_constants),
-    "draw_indices": _implementations(draw_indices.reference.draw_indices, draw_indices.cpu.draw_indices, _host_constants),
-    "project_rows": _implementations(project_rows.reference.project_rows, project_rows.cpu.project_rows, _host_floats),
-    "tree_order": _implementations(tree_order.reference.tree_order, tree_order.cpu.tree_order, _host_constants),
-    "node_summaries": _with_gradient(
-        "node_summaries",
-        _implementations(node_summaries.reference.node_summaries, node_summaries.cpu.node_summaries, _host_floats),
-    ),
-    "open_tree": _implementations(open_tree.reference.open_tree, open_tree.cpu.open_tree, _host_constants),
-    "attend_blocks": _with_gradient(
-        "attend_blocks",
-        _implementations(attend_blocks.reference.attend_blocks, attend_blocks.cpu.attend_blocks, _host_floats),
-    ),
-    "attend_dense": _with_gradient(
-        "attend_dense",
-        _implementations(attend_dense.reference.attend_dense, attend_dense.cpu.attend_dense, _host_floats),
-    ),
+    "finite_rows": _implementations(finite_rows, others=("numba-cuda",)),
+    "row_norms": _implementations(row_norms, others=("numba-cuda",)),
+    "hash_codes": _implementations(hash_codes, others=("numba-cuda",)),
+    "bucket_order": _implementations(bucket_order, others=("numba-cuda",)),
+    "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
+    "project_rows": _implementations(project_rows, host=_host_floats),
+    "tree_order": _implementations(tree_order),
+    "node_summaries": _implementations(node_summaries, host=_host_floats, others=("numba-cuda", "torch-autograd")),
+    "open_tree": _implementations(open_tree, others=("numba-cuda",)),
+    "attend_blocks": _implementations(attend_blocks, host=_host_floats, others=("triton", "torch-autograd")),
+    "attend_dense": _implementations(attend_dense, host=_host_floats, others=("triton", "torch-autograd")),
 }
 """Kernel name → its implementations, fastest first; the last one, ``"array-api"``, runs everywhere."""
 

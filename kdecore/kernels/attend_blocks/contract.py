@@ -29,18 +29,19 @@ class AttendBlocks(Protocol):
         xp
             Array namespace of the arrays.
         q, k, v
-            (R_q, d), (R_k, d), (R_k, d_v) rows, float32 or float64.
+            (R_q, d), (R_k, d), (R_k, d_v) rows of one floating dtype; half precision on accelerators only. All other numbers
+            are of the dtype that it is computed in, float64 for float64 and float32 for the others.
         query_index
             (N, b) int64 into the rows of q: the queries of each block. A row of q is in one block at most; it may be there
             again right after itself.
         key_index
             (N, s) int64 into the rows of k and v: the keys of each block.
         log_weight
-            (N, s) of q's dtype; −inf where a slot does not count.
+            (N, s); −inf where a slot does not count.
         scale
             Finite factor on ⟨q, k⟩.
         bias
-            (N, b, s), or (1, b, s) for all blocks, of q's dtype: what is added to the logit of each query and slot, −inf
+            (N, b, s), or (1, b, s) for all blocks: what is added to the logit of each query and slot, −inf
             where the query does not see the slot's key, which is finite then; None for nothing.
         before
             Attention to other keys, out (R_q, d_v) and lse (R_q,), to be merged with; its memory may be used for the result.
@@ -48,7 +49,7 @@ class AttendBlocks(Protocol):
         Returns
         -------
         Part
-            out (R_q, d_v) and lse (R_q,) of q's dtype, in q's order; those of ``before``, or 0 and −inf, for a query in no
+            out (R_q, d_v) and lse (R_q,) in q's order; those of ``before``, or 0 and −inf, for a query in no
             block or without counting slots.
             O(N b s (d + d_v)) time; temporaries do not grow with N.
         """

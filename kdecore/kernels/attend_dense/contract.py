@@ -17,13 +17,13 @@ class AttendDense(Protocol):
         xp
             Array namespace of the arrays.
         q, k, v
-            (G, n_q, d), (G, n_k, d), (G, n_k, d_v), float32 or float64, n_k ≥ 1.
+            (G, n_q, d), (G, n_k, d), (G, n_k, d_v) of one floating dtype, half precision on accelerators only; n_k ≥ 1.
         scale
             Finite factor on ⟨q, k⟩.
 
         Returns
         -------
         Part
-            out (G, n_q, d_v) and lse (G, n_q) of q's dtype.
+            out (G, n_q, d_v) and lse (G, n_q), float64 for float64 and float32 for the others.
             O(G n_q n_k (d + d_v)) time; temporaries do not grow with n_q or n_k.
         """

@@ -20,9 +20,9 @@ class HashCodes(Protocol):
         xp
             Array namespace of ``x``.
         x
-            (G, n, d) floating-point.
+            (G, n, d) floating-point, of half precision on accelerators only.
         planes
-            (d, r) hyperplane normals of x's dtype, r ≤ 30.
+            (d, r) hyperplane normals, float64 for float64 rows and float32 for others, r ≤ 30.
 
         Returns
         -------

@@ -55,7 +55,8 @@ class NodeSummaries(Protocol):
         xp
             Array namespace of the arrays.
         k, v
-            (G, n, d) keys and (G, n, d_v) values, n ≥ 1, of one floating dtype.
+            (G, n, d) keys and (G, n, d_v) values, n ≥ 1, of one floating dtype; half precision on accelerators only. All
+            other numbers are of the dtype that it is computed in, float64 for float64 and float32 for the others.
         coordinates
             (G, n, p) coordinates of the keys.
         sizes

@@ -52,7 +52,8 @@ class OpenTree(Protocol):
         xp
             Array namespace of the arrays.
         q
-            (G, n_q, d) queries. One with a number that is not finite counts as 0.
+            (G, n_q, d) queries, of half precision on accelerators only. One with a number that is not finite counts as 0. All
+            other numbers are of the dtype that it is computed in, float64 for float64 and float32 for the others.
         scale
             Finite factor on ⟨q, k⟩.
         coordinates
@@ -76,7 +77,7 @@ class OpenTree(Protocol):
         key_index
             (G, B, slots) int64, rows of ``keys``. The first s are the own keys.
         log_weight
-            (G, B, slots) of q's dtype: ln of the number of the node's keys that are not own, plus σ with spread times the
+            (G, B, slots): ln of the number of the node's keys that are not own, plus σ with spread times the
             block's mean ‖scale q‖² / 2d as half variance; 0 for single keys; −inf for empty slots, own keys said before and
             keys or nodes that are all own. O(G B slots (b (d + p) + log slots)): no node is looked at whose parent stayed
             closed.

@@ -1,0 +1,8 @@
+"""`finite_rows` in the array API."""
+
+from kdecore.namespaces import Array, Namespace, without_gradient
+
+
+def finite_rows(xp: Namespace, rows: Array) -> Array:
+    """Follow `kdecore.kernels.finite_rows.contract.FiniteRows`."""
+    return xp.all(xp.isfinite(without_gradient(rows)), axis=-1)

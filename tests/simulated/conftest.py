@@ -1,0 +1,33 @@
+"""Numba CUDA kernels in Numba's simulator: in a process of their own, since the simulator is chosen when Numba is imported.
+
+`tests/test_cuda.py` starts it. A simulated thread takes a fraction of a millisecond: thread blocks are tiny here, and rows few.
+"""
+
+import importlib
+import pkgutil
+
+import numpy as np
+import pytest
+from numba import config
+
+from kdecore import kernels
+
+assert config.ENABLE_CUDASIM, "these tests are for NUMBA_ENABLE_CUDASIM=1"
+
+THREADS = 8
+
+
+@pytest.fixture(autouse=True)
+def tiny_blocks(monkeypatch):
+    """Make the thread blocks of every kernel tiny, so that few rows need several."""
+    for folder in pkgutil.iter_modules(kernels.__path__, "kdecore.kernels."):
+        if folder.ispkg and importlib.util.find_spec(f"{folder.name}.cuda"):
+            module = importlib.import_module(f"{folder.name}.cuda")
+            for name, value in getattr(module, "TINY", {"THREADS": THREADS}).items():
+                assert getattr(module, name) > value
+                monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20230702)
