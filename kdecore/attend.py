@@ -71,7 +71,7 @@ def mask_bias(problem: Problem, rows: Array, keys: Array) -> Array:
     """Return what the mask, and intervals beside it, add to logits of rows (G, B, b) and keys (G, B, s): (G, B, b, s)."""
     xp = problem.xp
     assert problem.mask is not None
-    bias = problem.mask.bias(xp, rows, keys, problem.q.dtype)
+    bias = problem.mask.bias(xp, rows, keys, problem.dtype)
     if problem.visible is None:
         return bias
     first, end = (
@@ -86,7 +86,7 @@ def attend_masked(problem: Problem, plan: Plan) -> Part:
     """Evaluate all keys under a mask, a few queries at a time, so that their mask is as small as a tile."""
     xp, groups, n_k = problem.xp, problem.groups, problem.n_k
     every = xp.broadcast_to(xp.arange(n_k, dtype=xp.int64, device=problem.device), (groups, 1, n_k))
-    weight = xp.zeros((groups, 1, n_k), dtype=problem.q.dtype, device=problem.device)
+    weight = xp.zeros((groups, 1, n_k), dtype=problem.dtype, device=problem.device)
     parts = []
     for part in spans(problem.n_q, max(1, MASK_TILE // (groups * n_k))):
         index = xp.arange(part.start, part.stop, dtype=xp.int64, device=problem.device)

@@ -97,7 +97,8 @@ def attention(
         Integer in [0, 2**64). One seed gives the same random numbers on every array library, and two calls with one seed
         the same result. No global random state is read or written. Exact draws nothing, nor does treecode but for samples.
     kernels
-        ``"auto"``, or the name of an implementation that every kernel must have, such as ``"array-api"``.
+        ``"auto"``, or the name of a target, such as ``"array-api"`` or ``"numba-cpu"``, that every kernel which has it
+        must run; the others run in the array API. The report lists them.
     threads
         Threads of the Numba kernels, at least 1; as many as NUMBA_NUM_THREADS and the processors this process may use allow
         if None. Array libraries keep to their own settings. No result depends on it.
@@ -179,7 +180,7 @@ def attention(
     tried = [] if rtol is None else to_try(method, budget, partial(make_plan, problem, **settings))
     tolerance = None if rtol is None else check_tolerance(rtol, rtol_norm)
     with team(certain.threads):
-        problem, bad = finite_queries(problem)
+        problem, bad = finite_queries(problem, certain)
         whole = shares(problem, restrictions)
         outcomes: list[Outcome] = []
         for one in whole:

@@ -164,7 +164,7 @@ def every_key(problem: Problem, queries: Span, keys: Span) -> Selection:
         xp.broadcast_to(xp.arange(*limits, dtype=xp.int64, device=problem.device), (groups, limits[1] - limits[0]))
         for limits in (queries, keys)
     )
-    zero = xp.zeros((1, 1, 1), dtype=problem.q.dtype, device=problem.device)
+    zero = xp.zeros((1, 1, 1), dtype=problem.dtype, device=problem.device)
     weight = xp.broadcast_to(zero, (groups, 1, keys[1] - keys[0]))
     return Selection(equal_blocks(xp, row, queries[1] - queries[0]), key[:, None, :], weight)
 
@@ -186,7 +186,7 @@ def tiles(problem: Problem) -> list[Selection]:
             continue
         selection = every_key(problem, (part.start, part.stop), (first, end))
         if seen.inner != (first, end):
-            bias = problem.xp.asarray(seen.bias(first, end), dtype=problem.q.dtype, device=problem.device)
+            bias = problem.xp.asarray(seen.bias(first, end), dtype=problem.dtype, device=problem.device)
             selection = replace(selection, bias=bias)
         selections.append(selection)
     return selections
@@ -195,5 +195,5 @@ def tiles(problem: Problem) -> list[Selection]:
 def nothing(problem: Problem) -> Part:
     """Return the result of queries that see no key."""
     xp = problem.xp
-    out = xp.zeros((problem.groups, problem.n_q, problem.d_v), dtype=problem.q.dtype, device=problem.device)
+    out = xp.zeros((problem.groups, problem.n_q, problem.d_v), dtype=problem.dtype, device=problem.device)
     return Part(out, xp.full(out.shape[:2], -xp.inf, dtype=out.dtype, device=problem.device))

@@ -15,6 +15,7 @@ from kdecore.namespaces import (
     dtype_name,
     is_contiguous,
     namespace_name,
+    on_accelerator,
     take_along_rows,
     to_float,
     without_gradient,
@@ -29,7 +30,8 @@ class Problem:
     Attributes
     ----------
     q, k, v
-        (G, n_q, d), (G, n_k, d), (G, n_k, d_v) in the accumulation dtype; G is the product of the keys' leading dimensions.
+        (G, n_q, d), (G, n_k, d), (G, n_k, d_v); G is the product of the keys' leading dimensions. In the accumulation dtype,
+        or on accelerators in that of the inputs: there kernels read half precision at half the traffic.
         With ``repeats`` r query heads to a key head, the rows i · r … i · r + r − 1 of q are their queries at position i.
     scale
         Factor on ⟨q, k⟩.
@@ -90,6 +92,11 @@ class Problem:
         return int(self.v.shape[2])
 
     @property
+    def dtype(self) -> object:
+        """What everything is computed in, whatever q, k and v are stored in."""
+        return accumulation_dtype(self.xp, self.input_dtype)
+
+    @property
     def library(self) -> str:
         """Plain name of the array library."""
         return namespace_name(self.xp)
@@ -98,6 +105,12 @@ class Problem:
         """Return the same problem, not recorded for automatic differentiation."""
         mask = None if self.mask is None else replace(self.mask, values=without_gradient(self.mask.values))
         return replace(self, mask=mask, **{name: without_gradient(getattr(self, name)) for name in ("q", "k", "v")})
+
+    def in_accumulation_dtype(self) -> "Problem":
+        """Return the same problem with q, k and v in the dtype that everything is computed in."""
+        return replace(
+            self, **{name: self.xp.astype(getattr(self, name), self.dtype, copy=False) for name in ("q", "k", "v")}
+        )
 
     def with_queries(self, rows: Array) -> "Problem":
         """Return the same problem for some of the queries only, rows (G, m) int64; they are to see all keys."""
@@ -140,8 +153,8 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
     Returns
     -------
     Problem
-        Views of the inputs where possible. Half precision is copied to float32, and every kernel gets rows that lie one
-        after another: other layouts are copied, once.
+        Views of the inputs where possible. Half precision is copied to float32 on the CPU, and every kernel gets rows that
+        lie one after another: other layouts are copied, once.
 
     Raises
     ------
@@ -153,7 +166,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
     _check_dtypes(q=q, k=k, v=v)
     _check_shapes(q, k, v)
     name = dtype_name(q)
-    dtype = accumulation_dtype(xp, name)
+    dtype = q.dtype if on_accelerator(q) else accumulation_dtype(xp, name)
     lead = tuple(int(size) for size in q.shape[:-2])
     groups = math.prod(int(size) for size in k.shape[:-2])
     repeats = int(q.shape[-3]) // int(k.shape[-3]) if q.ndim > 2 and k.shape[-3] != q.shape[-3] else 1

@@ -223,8 +223,10 @@ def gradient_mode(*arrays: Array) -> str:
 
 
 def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:
-    """Gather ``rows[index]``: rows (n, …), index int64 of any shape → index.shape + rows.shape[1:]."""
-    flat = xp.take(rows, xp.reshape(index, (-1,)), axis=0)
+    """Gather ``rows[index]``: rows (n, …), index int64 ≥ 0 of any shape → index.shape + rows.shape[1:]."""
+    places = xp.reshape(index, (-1,))
+    # PyTorch's own gather: that of the array API looks for negative indices first, in three passes over the index.
+    flat = rows.index_select(0, places) if array_api_compat.is_torch_array(rows) else xp.take(rows, places, axis=0)
     return xp.reshape(flat, (*index.shape, *rows.shape[1:]))
 
 

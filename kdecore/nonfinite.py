@@ -3,6 +3,9 @@
 A query that holds one has a row of NaN, if it sees a key. Keys and values are met one by one by every query that sees them:
 estimates would spread them to others, or miss them. A logit that is NaN or +∞ makes a row NaN, a key at −∞ counts for
 nothing, and a value that isn't finite makes its column ±∞ or NaN in every row that sees it, however small its weight.
+
+On accelerators nothing is read to find out, which would wait for the device: there such a key or value makes NaN of all
+queries of its group that see a key, those that don't see this one among them.
 """
 
 import math
@@ -12,7 +15,18 @@ from functools import partial, reduce
 from kdecore.attend import mask_bias
 from kdecore.inputs import Problem
 from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, host, quiet, spans, to_host, without_gradient
+from kdecore.namespaces import (
+    TILE_ELEMENTS,
+    Array,
+    Namespace,
+    host,
+    on_accelerator,
+    quiet,
+    spans,
+    to_host,
+    without_gradient,
+)
+from kdecore.planning import Plan
 
 
 def surely_finite(xp: Namespace, array: Array) -> bool:
@@ -22,8 +36,13 @@ def surely_finite(xp: Namespace, array: Array) -> bool:
 
 
 def not_finite_keys(problem: Problem) -> Array | None:
-    """Return which keys, or their values, hold a number that is not finite, NumPy bool (G, n_k); None for none."""
+    """Return which keys, or their values, hold a number that is not finite, NumPy bool (G, n_k); None for none.
+
+    None on accelerators too, where a look would wait for the device: see `spoilt_by_keys`.
+    """
     xp = problem.xp
+    if on_accelerator(problem.k):
+        return None
     if surely_finite(xp, problem.k) and surely_finite(xp, problem.v):
         return None
     k, v = without_gradient(problem.k), without_gradient(problem.v)
@@ -31,21 +50,37 @@ def not_finite_keys(problem: Problem) -> Array | None:
     return bad if bool(host.any(bad)) else None
 
 
-def finite_queries(problem: Problem) -> tuple[Problem, Array | None]:
+def finite_queries(problem: Problem, plan: Plan) -> tuple[Problem, Array | None]:
     """Return a problem with 0 for queries that are not finite, and which these are, bool (G, n_q); None for none."""
     xp = problem.xp
-    if surely_finite(xp, problem.q):
+    if on_accelerator(problem.q):
+        bad = ~plan.kernels["finite_rows"].function(xp, problem.q)
+    elif surely_finite(xp, problem.q):
         return problem, None
-    bad = ~xp.all(xp.isfinite(problem.q), axis=-1)
+    else:
+        bad = ~xp.all(xp.isfinite(problem.q), axis=-1)
     return replace(problem, q=xp.where(bad[..., None], 0.0, problem.q)), bad
 
 
 def spoilt(xp: Namespace, part: Part, bad: Array | None) -> Part:
-    """Return a result that is NaN for ``bad`` queries (G, n_q) which see a key."""
+    """Return a result that is NaN for ``bad`` queries (G, n_q) which see a key, and where lse is NaN."""
     if bad is None:
         return part
-    rows = bad & (part.lse != -xp.inf)
+    rows = (bad & (part.lse != -xp.inf)) | xp.isnan(part.lse)
     return Part(xp.where(rows[..., None], xp.nan, part.out), xp.where(rows, xp.nan, part.lse))
+
+
+def spoilt_by_keys(problem: Problem, plan: Plan, part: Part) -> Part:
+    """Return a result whose lse, on accelerators, is NaN for groups that have a key or value which isn't finite.
+
+    `spoilt` does the same to ``out`` in the end, together with what queries spoil.
+    """
+    if not on_accelerator(problem.k):
+        return part
+    xp = problem.xp
+    k, v = (plan.kernels["finite_rows"].function(xp, x) for x in (problem.k, problem.v))
+    lost = ~xp.all(k & v, axis=1, keepdims=True) & (part.lse != -xp.inf)
+    return Part(part.out, xp.where(lost, xp.nan, part.lse))
 
 
 def not_finite_part(problem: Problem) -> Part:
@@ -101,6 +136,6 @@ def hidden(problem: Problem, row: slice, key: slice) -> Array:
         index = (xp.broadcast_to(x, (*spread, x.shape[0])) for x in (rows, keys))
         return mask_bias(problem, *index)[:, 0, ...]
     if problem.visible is None:
-        return xp.zeros((1, row.stop - row.start, key.stop - key.start), dtype=problem.q.dtype, device=device)
+        return xp.zeros((1, row.stop - row.start, key.stop - key.start), dtype=problem.dtype, device=device)
     bias = problem.visible.rows(row).bias(key.start, key.stop)
-    return xp.asarray(bias, dtype=problem.q.dtype, device=device)
+    return xp.asarray(bias, dtype=problem.dtype, device=device)

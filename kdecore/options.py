@@ -68,7 +68,15 @@ class SortLSH:
     """
 
     name: ClassVar[str] = "sortlsh"
-    kernels: ClassVar[tuple[str, ...]] = ("row_norms", "hash_codes", "bucket_order", "draw_indices", "attend_blocks")
+    kernels: ClassVar[tuple[str, ...]] = (
+        "row_norms",
+        "hash_codes",
+        "bucket_order",
+        "bucket_windows",
+        "draw_uniform",
+        "draw_indices",
+        "attend_blocks",
+    )
 
     block_size: int | None = None
     num_samples: int | None = None
@@ -125,7 +133,14 @@ class Hyper(SortLSH):
     """Options of ``method="hyper"``: HyperAttention (Han et al. 2023), sortlsh with uniform sampling of the other keys."""
 
     name: ClassVar[str] = "hyper"
-    kernels: ClassVar[tuple[str, ...]] = ("hash_codes", "bucket_order", "draw_indices", "attend_blocks")
+    kernels: ClassVar[tuple[str, ...]] = (
+        "hash_codes",
+        "bucket_order",
+        "bucket_windows",
+        "draw_uniform",
+        "draw_indices",
+        "attend_blocks",
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kdecore.evaluate import Piece, evaluate, nothing
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, host, invert_permutation
-from kdecore.nonfinite import finite_queries, merge_not_finite, not_finite_part, spoilt
+from kdecore.nonfinite import finite_queries, merge_not_finite, not_finite_part, spoilt, spoilt_by_keys
 from kdecore.options import Exact, Options
 from kdecore.planning import Plan, expected_cost, item_bytes, make_plan
 from kdecore.shares import Restrictions, Share, in_halves, shares
@@ -86,7 +86,8 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep
     plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=() if place == (0, 0) else place)
     if plan.temporary_bytes <= limit:
         pieces: list[Piece] = []
-        yield Outcome(share, plan, evaluate(share.problem, plan, pieces if keep else None), pieces)
+        part = evaluate(share.problem, plan, pieces if keep else None)
+        yield Outcome(share, plan, spoilt_by_keys(share.problem, plan, part), pieces)
         return
     if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:
         raise too_small(limit, plan)
@@ -99,7 +100,7 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep
 
 def run_all(problem: Problem, restrictions: Restrictions, plan_for: Callable[[Problem], Plan]) -> Part:
     """Evaluate a problem whose keys are restricted, the numbers that are not finite among them."""
-    problem, bad = finite_queries(problem)
+    problem, bad = finite_queries(problem, plan_for(problem))
     outcomes: list[Outcome] = []
     for one in shares(problem, restrictions):
         if one.problem is None:
@@ -121,7 +122,8 @@ def find(
     exact = plan_for(method=Exact())
     if exact.temporary_bytes <= limit:
         found = search(share.problem, plan_for, tried, rtol, norm, limit)
-        yield Outcome(share, found.plan, found.part, found.pieces, found.certificate, found.rounds)
+        part = spoilt_by_keys(share.problem, exact, found.part)
+        yield Outcome(share, found.plan, part, found.pieces, found.certificate, found.rounds)
         return
     if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:
         raise too_small(limit, exact)
@@ -218,5 +220,5 @@ def take_groups(xp: Namespace, rows: Array, groups: Sequence[int]) -> Array:
 def share_exact_rows(problem: Problem, share: Share, rows: Array, settings: dict[str, Any]) -> Array:
     """Return exact attention of the queries ``rows`` (…, m) of a share's groups: (…, m, d_v)."""
     if share.problem is None:
-        return problem.xp.zeros((*rows.shape, problem.d_v), dtype=problem.q.dtype, device=problem.device)
+        return problem.xp.zeros((*rows.shape, problem.d_v), dtype=problem.dtype, device=problem.device)
     return exact_rows(share.problem, make_plan(share.problem, method=Exact(), **settings), rows)

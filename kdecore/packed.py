@@ -78,7 +78,7 @@ def packed_attention(
             # Zeros of the right shape and dtype, whatever else the arrays hold.
             shape = tuple(int(size) for size in one.shape[:-1])
             outs.append(xp.zeros((*shape, v.shape[-1]), dtype=v.dtype, device=v.device))
-            lses.append(xp.full(shape, -xp.inf, dtype=problem.q.dtype, device=v.device))
+            lses.append(xp.full(shape, -xp.inf, dtype=problem.dtype, device=v.device))
             reports.append(None)
             continue
         found = attention(one, k[..., seen, :], v[..., seen, :], causal=causal, **{**options, "return_lse": True})

@@ -8,7 +8,7 @@ from kdecore.errors import OptionError
 from kdecore.inputs import Problem
 from kdecore.kernels.registry import Choice, Site, choose
 from kdecore.kernels.threads import thread_count
-from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, gradient_mode, host
+from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, gradient_mode, host, on_accelerator
 from kdecore.options import (
     DEFAULT_BUDGET,
     DEFAULT_HASHES,
@@ -294,9 +294,11 @@ def make_plan(
     count = thread_count(None if threads is None else integer_at_least(1, "threads", threads))
     masks = [] if problem.mask is None else [problem.mask.values]
     gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
-    site = Site(problem.library, str(problem.device), ACCUMULATION[problem.input_dtype], gradient)
+    site = Site(problem.library, device_name(problem.q), ACCUMULATION[problem.input_dtype], gradient)
     options, reason = _resolve_method(problem, method, budget, site, kernels)
     needed = dict.fromkeys(options.kernels)
+    if on_accelerator(problem.q):
+        needed |= dict.fromkeys(("finite_rows",))
     if problem.visible is not None or problem.mask is not None:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
     chosen = {name: choose(name, site, kernels) for name in needed}

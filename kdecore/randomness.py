@@ -15,8 +15,8 @@ SAMPLES_STREAM = 1
 """Random stream of what decides which keys are drawn."""
 
 _MASK = 0xFFFFFFFF
-_PARITY = 0x1BD11BDA
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def check_seed(seed: object) -> int:
@@ -32,10 +32,10 @@ def check_seed(seed: object) -> int:
 
 def threefry2x32(key: tuple[int, int], c0: Array, c1: Array) -> tuple[Array, Array]:
     """Encrypt counters (c0, c1) with ``key``: int64 arrays holding 32-bit values, same shape in and out."""
-    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    keys = (key[0], key[1], key[0] ^ key[1] ^ PARITY)
     x0, x1 = (c0 + keys[0]) & _MASK, (c1 + keys[1]) & _MASK
     for step in range(5):
-        for rotation in _ROTATIONS[step % 2]:
+        for rotation in ROTATIONS[step % 2]:
             x0 = (x0 + x1) & _MASK
             x1 = (((x1 << rotation) | (x1 >> (32 - rotation))) & _MASK) ^ x0
         x0 = (x0 + keys[(step + 1) % 3]) & _MASK

@@ -7,7 +7,7 @@ from typing import Any
 from kdecore.certificate import Certificate
 from kdecore.evaluate import Piece
 from kdecore.inputs import Problem
-from kdecore.namespaces import to_float
+from kdecore.namespaces import device_name, to_float
 from kdecore.outcomes import Outcome
 from kdecore.tolerance import Round
 
@@ -143,7 +143,7 @@ def make_report(
         shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
         dtype=problem.input_dtype,
         library=problem.library,
-        device=str(problem.device),
+        device=device_name(problem.q),
         copied=problem.copied,
         kernels={
             name: f"{choice.target} ({choice.reason})" for one in outcomes for name, choice in one.plan.kernels.items()

@@ -7,7 +7,7 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from kdecore.namespaces import Array, Namespace, host
+from kdecore.namespaces import Array, Namespace
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     """Cut ``order`` (G, n) into ⌈n / block_size⌉ blocks whose sizes differ by at most one."""
     n = int(order.shape[1])
     count = -(-n // block_size)
-    starts = [i * n // count for i in range(count + 1)]
     longest = -(-n // count)
-    begin = host.asarray(starts[:-1])[:, None]
-    end = host.asarray(starts[1:])[:, None]
-    # Which ordered query each row holds: the same in every group.
-    position = host.reshape(host.minimum(begin + host.arange(longest)[None, :], end - 1), (-1,))
-    held = xp.take(order, xp.asarray(position, dtype=xp.int64, device=order.device), axis=1)
-    return Blocks(xp.reshape(held, (-1, count, longest)), tuple(starts))
+    # Which ordered query each row holds: the same in every group. On the order's device, so that nothing is copied there.
+    number, row = (xp.arange(size, dtype=xp.int64, device=order.device) for size in (count, longest))
+    last = ((number + 1) * n // count - 1)[:, None]
+    position = xp.minimum((number * n // count)[:, None] + row[None, :], last)
+    held = xp.take(order, xp.reshape(position, (-1,)), axis=1)
+    return Blocks(xp.reshape(held, (-1, count, longest)), tuple(i * n // count for i in range(count + 1)))

@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-# What needs an environment of its own; tests/test_cuda.py and tests/test_triton.py start it.
-collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") else ["simulated"]
+# What needs an environment of its own: tests/test_cuda.py and tests/test_triton.py start it.
+collect_ignore = [
+    folder
+    for folder, variable in (("simulated", "NUMBA_ENABLE_CUDASIM"), ("interpreted", "TRITON_INTERPRET"))
+    if not os.environ.get(variable)
+]
 
 # The same examples in every run; `--hypothesis-profile=default` looks for new ones.
 hypothesis.settings.register_profile("same-examples", derandomize=True, deadline=None)
@@ -33,6 +37,7 @@ class Backend:
     dtypes: tuple[str, ...]
     convert: Callable[[np.ndarray], Any]
     back: Callable[[Any], np.ndarray]
+    device: str = "cpu"
 
     def array(self, x: np.ndarray, dtype: str | None = None) -> Any:
         """Copy a NumPy array to this library; ``dtype`` by name, x's own if None."""
@@ -85,15 +90,28 @@ def _add_cupy() -> str:
         return "cupy left out: no CUDA device"
     import array_api_compat.cupy
 
-    BACKENDS.append(Backend("cupy", array_api_compat.cupy, NUMPY_DTYPES, cupy.asarray, cupy.asnumpy))
+    BACKENDS.append(Backend("cupy", array_api_compat.cupy, NUMPY_DTYPES, cupy.asarray, cupy.asnumpy, "cuda:0"))
     return "cupy found"
 
 
-CUPY = _add_cupy()
+def _add_torch_cuda() -> str:
+    """Append PyTorch on a CUDA device where there is one; return what was done and why."""
+    if not torch.cuda.is_available():
+        return "torch on CUDA left out: no CUDA device"
+
+    def convert(x: np.ndarray) -> torch.Tensor:
+        return torch.tensor(np.ascontiguousarray(x), device="cuda")
+
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    BACKENDS.append(Backend("torch-cuda", array_api_compat.torch, dtypes, convert, _from_torch, "cuda:0"))
+    return "torch on CUDA found"
+
+
+ACCELERATORS = f"{_add_cupy()}; {_add_torch_cuda()}"
 
 
 def pytest_report_header() -> str:
-    return f"kdecore backends: {', '.join(backend.name for backend in BACKENDS)} ({CUPY})"
+    return f"kdecore backends: {', '.join(backend.name for backend in BACKENDS)} ({ACCELERATORS})"
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)

@@ -97,11 +97,11 @@ def compile_kernel(kernel: CudaKernel, dtypes: str, arguments, architecture: str
     return Compiled(kernel.name, dtypes, architecture, registers, stored + loaded, stack, shared, doubles, said)
 
 
-def main(architectures) -> int:
+def main(architectures, only="") -> int:
     """Print the table; return how many kernels have a problem."""
     print(f"{'kernel':<36} {'dtypes':<20} {'for':<6} registers  spilled  stack  shared  .f64")
     bad = 0
-    for kernel in declared():
+    for kernel in (x for x in declared() if only in x.name):
         for dtypes, arguments in signatures(kernel):
             for architecture in architectures:
                 x = compile_kernel(kernel, dtypes, arguments, architecture)

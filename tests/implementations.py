@@ -4,18 +4,24 @@ import numpy as np
 import pytest
 
 from kdecore.kernels.registry import KERNELS, Site
-from kdecore.namespaces import namespace_name
+from kdecore.namespaces import device_name, namespace_name
+from tests.conftest import BACKENDS
 
 
 def implementations(kernel):
     """Parametrise a test over the implementations of one kernel."""
-    return pytest.mark.parametrize("implementation", KERNELS[kernel], ids=lambda found: found.target)
+    return pytest.mark.parametrize("implementation", [x for x in KERNELS[kernel] if here(x)], ids=lambda found: found.target)
+
+
+def here(implementation):
+    """Whether this machine has the device that an implementation is for; without one, the simulator and Triton's run it."""
+    return implementation.target not in ("numba-cuda", "triton") or any("cuda" in backend.device for backend in BACKENDS)
 
 
 def run(implementation, backend, *arguments, dtype="float64"):
     """Call an implementation with NumPy arguments on a backend, or skip where it says that it cannot run there."""
     arrays = [backend.array(x) if isinstance(x, np.ndarray) else x for x in arguments]
-    device = next(str(x.device) for x in arrays if hasattr(x, "device"))
+    device = next(device_name(x) for x in arrays if hasattr(x, "device"))
     gradient = "reverse" if implementation.target == "torch-autograd" else ""
     reason = implementation.unsupported(Site(namespace_name(backend.xp), device, dtype, gradient))
     if reason is not None:

@@ -36,3 +36,11 @@ def test_kernels_in_the_simulator(file):
     out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/simulated/{file}", NUMBA_ENABLE_CUDASIM="1")
     assert "passed" in out
     assert "skipped" not in out
+
+
+def test_kernels_compile_without_a_device(capsys):
+    """Registers, spills, arrays in local memory, shared memory and float64: `tests/cuda_compile.py` has the limits."""
+    table = run("-m", "tests.cuda_compile")
+    with capsys.disabled():
+        print("", table, sep="\n")
+    assert len(table.splitlines()) > 1

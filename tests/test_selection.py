@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdecore import Hyper, SortLSH, attention
-from kdecore.grouping.sign_lsh import HashOrder, hash_codes, sort_codes
+from kdecore.grouping.sign_lsh import hash_codes, sort_codes
 from kdecore.inputs import canonicalise
 from kdecore.kernels import registry
+from kdecore.kernels.bucket_windows.reference import bucket_windows
 from kdecore.methods import SELECT, sortlsh
 from kdecore.namespaces import first_places, host, invert_permutation
 from kdecore.planning import make_plan
@@ -76,10 +77,7 @@ def test_attention_is_its_selection_evaluated_naively(backend, rng, method):
 def windows(q_codes, k_codes, block_size, size):
     """Own windows for sorted codes of one group → starts."""
     q_codes, k_codes = np.array([q_codes]), np.array([k_codes])
-    order = np.arange(q_codes.shape[1])[None, :]
-    blocks = equal_blocks(host, order, block_size)
-    keys = HashOrder(np.arange(k_codes.shape[1])[None, :], k_codes)
-    return sortlsh.own_windows(host, HashOrder(order, q_codes), keys, blocks, size)[0].tolist()
+    return bucket_windows(host, q_codes, k_codes, -(-q_codes.shape[1] // block_size), size)[0].tolist()
 
 
 @pytest.mark.parametrize(("n", "size"), [(32, 8), (32, 4), (60, 6), (35, 7), (64, 16), (9, 3)])

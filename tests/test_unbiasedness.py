@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kdecore import Hyper, SortLSH, Treecode
 from kdecore.grouping.sign_lsh import hash_codes, sort_codes
 from kdecore.inputs import canonicalise
+from kdecore.kernels.draw_uniform import reference
 from kdecore.kernels.registry import KERNELS, Site
 from kdecore.methods import SELECT, sortlsh, treecode
 from kdecore.namespaces import host
@@ -33,7 +34,7 @@ def select_at(problem, plan, starts):
         assert (seed, stream, count) == (plan.seed, sortlsh.SAMPLES_STREAM, starts.size)
         return xp.asarray(starts.reshape(-1), dtype=xp.float64, device=device)
 
-    with mock.patch.object(sortlsh, "uniform", chosen):
+    with mock.patch.object(reference, "uniform", chosen):
         return SELECT[plan.method](problem, plan)
 
 

@@ -1,9 +1,10 @@
 """Order by centred sign-LSH in Gray order (KDEformer, Algorithm 3, steps 1 and 2)."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, from_host, take_along_rows
+from kdecore.namespaces import Array, Namespace, from_host, take_along_rows
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
 from kdecore.randomness import normal
@@ -35,15 +36,21 @@ def hash_codes(problem: Problem, plan: Plan, rows: Array) -> Array:
     an offset falls into few buckets. O(G n d · num_hashes).
     """
     assert isinstance(plan.options, SortLSH)
-    xp, num_hashes = problem.xp, int(plan.options.num_hashes or 0)
-    planes = from_host(
-        xp, normal(plan.seed, PLANES_STREAM, (problem.d, num_hashes)), dtype=problem.q.dtype, device=problem.device
+    xp, shape = problem.xp, (problem.d, int(plan.options.num_hashes or 0))
+    codes: Array = plan.kernels["hash_codes"].function(
+        xp, rows, _planes(xp, plan.seed, shape, problem.dtype, problem.device)
     )
-    codes: Array = plan.kernels["hash_codes"].function(xp, rows, planes)
     return codes
+
+
+@lru_cache(maxsize=64)
+def _planes(xp: Namespace, seed: int, shape: tuple[int, int], dtype: object, device: object) -> Array:
+    """Return hyperplanes on a device. The last few are kept: making them there takes a copy that waits for it."""
+    return from_host(xp, normal(seed, PLANES_STREAM, shape), dtype=dtype, device=device)
 
 
 def sort_codes(problem: Problem, plan: Plan, codes: Array) -> HashOrder:
     """Sort rows by bucket, those of one bucket as they are. O(G n log n)."""
-    order = plan.kernels["bucket_order"].function(problem.xp, codes)
+    assert isinstance(plan.options, SortLSH)
+    order = plan.kernels["bucket_order"].function(problem.xp, codes, int(plan.options.num_hashes or 0))
     return HashOrder(order, take_along_rows(problem.xp, codes, order))

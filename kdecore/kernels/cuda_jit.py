@@ -50,7 +50,7 @@ DECLARED: list[CudaKernel] = []
 
 
 def cuda_kernel(arguments: str, threads: int, stored: str = "number") -> Callable[[Callable[..., None]], CudaKernel]:
-    """Declare a kernel; see `CudaKernel` for the parameters. Nothing is compiled, and no device is needed, until a launch."""
+    """Declare a kernel; see `CudaKernel` for the parameters. Nothing is compiled, nor a device needed, before a launch."""
 
     def declare(function: Callable[..., None]) -> CudaKernel:
         name = f"{function.__module__.split('.')[-2]}.{function.__name__}"

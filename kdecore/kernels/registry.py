@@ -1,7 +1,7 @@
 """Which implementations each kernel has, and the choice between them.
 
 The choice is made once, while planning, from what is known without touching array data; it and the reasons for what was
-passed over go into the plan and the report. An implementation asked for by name that cannot run raises
+passed over go into the plan and the report. An implementation asked for by name that is there and cannot run raises
 `KernelUnavailable`: nothing falls back in silence.
 """
 
@@ -17,7 +17,9 @@ from kdecore.kernels import (
     attend_blocks,
     attend_dense,
     bucket_order,
+    bucket_windows,
     draw_indices,
+    draw_uniform,
     finite_rows,
     hash_codes,
     node_summaries,
@@ -172,6 +174,8 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "row_norms": _implementations(row_norms, others=("numba-cuda",)),
     "hash_codes": _implementations(hash_codes, others=("numba-cuda",)),
     "bucket_order": _implementations(bucket_order, others=("numba-cuda",)),
+    "bucket_windows": _implementations(bucket_windows, others=("numba-cuda",)),
+    "draw_uniform": _implementations(draw_uniform, others=("numba-cuda",)),
     "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
     "project_rows": _implementations(project_rows, host=_host_floats),
     "tree_order": _implementations(tree_order),
@@ -195,7 +199,8 @@ def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     site
         Where the arrays are.
     target
-        ``"auto"`` for the first implementation that can run, or the name of one.
+        ``"auto"`` for the first implementation that can run, or the name of one; a kernel without one of that name runs in
+        the array API.
 
     Raises
     ------
@@ -206,13 +211,16 @@ def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     """
     if target not in ("auto", *TARGETS):
         raise OptionError(f"kernels must be one of {', '.join(('auto', *TARGETS))}, got {target!r}")
+    every = KERNELS[kernel]
+    if target != "auto" and target not in (one.target for one in every):
+        return Choice(kernel, every[-1].target, f"it has no target {target}", every[-1].function)
     passed_over: list[str] = []
-    for implementation in KERNELS[kernel]:
-        reason = implementation.unsupported(site)
-        if target not in ("auto", implementation.target):
+    for one in every:
+        if target not in ("auto", one.target):
             continue
+        reason = one.unsupported(site)
         if reason is None:
             why = "asked for by name" if target != "auto" else "; ".join(passed_over) or "first choice"
-            return Choice(kernel, implementation.target, why, implementation.function)
-        passed_over.append(f"{implementation.target}: {reason}")
-    raise KernelUnavailable(f"kernel {kernel} cannot run: {'; '.join(passed_over) or f'it has no target {target}'}")
+            return Choice(kernel, one.target, why, one.function)
+        passed_over.append(f"{one.target}: {reason}")
+    raise KernelUnavailable(f"kernel {kernel} cannot run: {'; '.join(passed_over)}")

@@ -75,7 +75,7 @@ def select(problem: Problem, plan: Plan) -> Selection:
     return Selection(
         equal_blocks(xp, every, problem.n_q),
         keys[:, None, :],
-        xp.astype(log_weight, problem.q.dtype)[:, None, :],
+        xp.astype(log_weight, problem.dtype)[:, None, :],
         log_rows if options.normaliser == "kde" else None,
     )
 

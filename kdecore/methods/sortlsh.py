@@ -14,15 +14,14 @@ queries meets the stretch of keys at its place. A_res, the rest, is sampled. Whe
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from kdecore.grouping.sign_lsh import HashOrder, hash_codes, sort_codes
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, searchsorted_integers, take_along_rows
+from kdecore.namespaces import Array, take_along_rows
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
-from kdecore.randomness import SAMPLES_STREAM, uniform
-from kdecore.selection import Blocks, Selection, equal_blocks
+from kdecore.randomness import SAMPLES_STREAM
+from kdecore.selection import Selection, equal_blocks
 from kdecore.stretches import Described, Stretch
 
 STRETCH_ROWS = 64
@@ -130,39 +129,16 @@ def block_and_sample(problem: Problem, plan: Plan, prepared: Prepared, least_row
     own_size, samples = int(options.block_size or 0), int(options.num_samples or 0)
     queries, keys = prepared.queries, prepared.keys
     blocks = equal_blocks(xp, queries.order, max(options.rows, least_rows))
-    own_start = own_windows(xp, queries, keys, blocks, own_size)
-
-    count = problem.groups * (len(blocks.starts) - 1)
-    starts = xp.reshape(uniform(xp, plan.draw_seed, SAMPLES_STREAM, count, device=problem.device), (problem.groups, -1))
+    shape = (problem.groups, len(blocks.starts) - 1)
+    own_start = plan.kernels["bucket_windows"].function(xp, queries.codes, keys.codes, shape[1], own_size)
+    starts = plan.kernels["draw_uniform"].function(xp, plan.draw_seed, SAMPLES_STREAM, shape, problem.device)
     # Since every weight is at least 1, this ceiling keeps every inclusion probability at or below 1 in every block.
     ceiling = (int(keys.order.shape[1]) - own_size) / samples
-    capped = xp.minimum(prepared.weights, xp.asarray(ceiling, dtype=xp.float64, device=problem.device))
+    capped = xp.where(prepared.weights > ceiling, ceiling, prepared.weights)
     sampled, log_inclusion = plan.kernels["draw_indices"].function(xp, capped, own_start, own_size, starts, samples)
 
     own = own_start[..., None] + xp.arange(own_size, dtype=xp.int64, device=problem.device)
     positions = xp.concat([own, sampled], axis=-1)
-    log_weight = xp.concat([xp.zeros(own.shape, dtype=xp.float64, device=problem.device), -log_inclusion], axis=-1)
-    return Selection(blocks, take_along_rows(xp, keys.order, positions), xp.astype(log_weight, problem.q.dtype))
-
-
-def own_windows(xp: Namespace, queries: HashOrder, keys: HashOrder, blocks: Blocks, size: int) -> Array:
-    """Place a window of ``size`` keys at each block's place in the keys' hash order → its start, int64 (G, B).
-
-    The middle query's relative place within its bucket is carried over to the keys' bucket (derived).
-    """
-    n_k = int(keys.codes.shape[1])
-    middles = [(start + end) // 2 for start, end in pairwise(blocks.starts)]
-    middle = xp.asarray(middles, dtype=xp.int64, device=queries.codes.device)
-    code = xp.take(queries.codes, middle, axis=1)
-
-    def bucket(codes: Array) -> tuple[Array, Array]:
-        first = searchsorted_integers(xp, codes, code, side="left")
-        end = searchsorted_integers(xp, codes, code, side="right")
-        return xp.astype(first, xp.float64), xp.astype(end, xp.float64)
-
-    q_first, q_end = bucket(queries.codes)
-    k_first, k_end = bucket(keys.codes)
-    share = (xp.astype(middle, xp.float64)[None, :] + 0.5 - q_first) / (q_end - q_first)
-    centre = k_first + share * (k_end - k_first)
-    start = xp.astype(xp.floor(centre - size / 2), xp.int64)
-    return xp.clip(start, 0, n_k - size)
+    of_own = xp.zeros(own.shape, dtype=problem.dtype, device=problem.device)
+    log_weight = xp.concat([of_own, xp.astype(-log_inclusion, problem.dtype)], axis=-1)
+    return Selection(blocks, take_along_rows(xp, keys.order, positions), log_weight)

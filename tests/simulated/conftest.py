@@ -1,6 +1,7 @@
 """Numba CUDA kernels in Numba's simulator: in a process of their own, since the simulator is chosen when Numba is imported.
 
-`tests/test_cuda.py` starts it. A simulated thread takes a fraction of a millisecond: thread blocks are tiny here, and rows few.
+`tests/test_cuda.py` starts it. A simulated thread takes a fraction of a millisecond: thread blocks are tiny here, and rows
+few.
 """
 
 import importlib
@@ -15,6 +16,12 @@ from kdecore import kernels
 assert config.ENABLE_CUDASIM, "these tests are for NUMBA_ENABLE_CUDASIM=1"
 
 THREADS = 8
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        # NumPy warns where a device doesn't.
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from kdecore.namespaces import Array, Namespace
 class BucketOrder(Protocol):
     """Sort rows by bucket."""
 
-    def __call__(self, xp: Namespace, codes: Array) -> Array:
+    def __call__(self, xp: Namespace, codes: Array, bits: int) -> Array:
         """Return the stable ascending order of each group's codes.
 
         Parameters
@@ -16,7 +16,9 @@ class BucketOrder(Protocol):
         xp
             Array namespace of ``codes``.
         codes
-            (G, n) integers ≥ 0.
+            (G, n) integers in [0, 2**bits).
+        bits
+            At most 30: how many of a code's bits tell, which spares a look at the codes.
 
         Returns
         -------

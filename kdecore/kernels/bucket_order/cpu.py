@@ -7,7 +7,7 @@ from kdecore.kernels.threads import run_tasks, small_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
 
 
-def bucket_order(xp: Namespace, codes: Array) -> Array:
+def bucket_order(xp: Namespace, codes: Array, bits: int) -> Array:
     """Follow `kdecore.kernels.bucket_order.contract.BucketOrder`."""
     codes_ = host_view(codes)
     groups, n = codes_.shape

@@ -6,12 +6,12 @@ from kdecore.namespaces import Array, Namespace
 def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
     """Follow `kdecore.kernels.hash_codes.contract.HashCodes`."""
     bits = int(planes.shape[1])
-    projected = x @ planes
+    projected = xp.astype(x, planes.dtype, copy=False) @ planes
     # Subtracting the mean of the projections is projecting the centred rows, without a centred copy of x.
     finite = xp.isfinite(projected)
     count = xp.sum(xp.astype(finite, xp.float64), axis=1, keepdims=True)
     total = xp.sum(xp.where(finite, projected, 0.0), axis=1, keepdims=True, dtype=xp.float64)
-    signs = projected > xp.astype(total / xp.where(count > 0, count, 1.0), x.dtype)
+    signs = projected > xp.astype(total / xp.where(count > 0, count, 1.0), planes.dtype)
     integer = xp.int16 if bits <= 15 else xp.int32
     code = xp.zeros(x.shape[:2], dtype=integer, device=x.device)
     for bit in range(bits):

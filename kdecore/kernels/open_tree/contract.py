@@ -52,8 +52,8 @@ class OpenTree(Protocol):
         xp
             Array namespace of the arrays.
         q
-            (G, n_q, d) queries, of half precision on accelerators only. One with a number that is not finite counts as 0. All
-            other numbers are of the dtype that it is computed in, float64 for float64 and float32 for the others.
+            (G, n_q, d) queries, of half precision on accelerators only. One with a number that is not finite counts as 0.
+            All other numbers are of the dtype that it is computed in, float64 for float64 and float32 for the others.
         scale
             Finite factor on ⟨q, k⟩.
         coordinates

@@ -20,12 +20,12 @@ class ProjectRows(Protocol):
         xp
             Array namespace of the arrays.
         rows
-            (G, n, d) floating-point.
+            (G, n, d) floating-point, of half precision on accelerators only.
         matrix
-            (G, d, p) of the same dtype.
+            (G, d, p), float64 for float64 rows and float32 for others.
 
         Returns
         -------
         Array
-            (G, n, p), row by row in memory; what is not finite spoils its own row only. O(G n d p).
+            (G, n, p) of the matrix's dtype, row by row in memory; what is not finite spoils its own row only. O(G n d p).
         """

@@ -5,4 +5,4 @@ from kdecore.namespaces import Array, Namespace
 
 def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
     """Follow `kdecore.kernels.project_rows.contract.ProjectRows`."""
-    return rows @ matrix
+    return xp.astype(rows, matrix.dtype, copy=False) @ matrix

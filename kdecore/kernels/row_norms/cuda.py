@@ -1,7 +1,7 @@
 """`row_norms` in Numba CUDA: the largest number of each group, then a row a thread, from tiles in shared memory.
 
-Traffic on paper: rows are read twice and 8 bytes a row written. 2,097,152 rows of 64 bfloat16 numbers are 0.55 GB, 0.18 ms at
-3.0 TB/s; 0.3 GFLOP are nothing beside that.
+Traffic on paper: rows are read twice and 8 bytes a row written. 2,097,152 rows of 64 bfloat16 numbers are 0.55 GB, 0.18 ms
+at 3.0 TB/s; 0.3 GFLOP are nothing beside that.
 """
 
 import math

@@ -1,0 +1,20 @@
+"""`bucket_windows` in the array API, in integers throughout."""
+
+from kdecore.namespaces import Array, Namespace, searchsorted_integers
+
+
+def bucket_windows(xp: Namespace, query_codes: Array, key_codes: Array, blocks: int, size: int) -> Array:
+    """Follow `kdecore.kernels.bucket_windows.contract.BucketWindows`."""
+    n_q, n_k = int(query_codes.shape[1]), int(key_codes.shape[1])
+    number = xp.arange(blocks, dtype=xp.int64, device=query_codes.device)
+    middle = (number * n_q // blocks + (number + 1) * n_q // blocks) // 2
+    code = xp.take(query_codes, middle, axis=1)
+
+    def bucket(codes: Array) -> tuple[Array, Array]:
+        first = searchsorted_integers(xp, codes, code, side="left")
+        return first, searchsorted_integers(xp, codes, code, side="right") - first
+
+    q_first, q_count = bucket(query_codes)
+    k_first, k_count = bucket(key_codes)
+    halves = (2 * (middle - q_first) + 1) * k_count - size * q_count
+    return xp.clip(k_first + halves // (2 * q_count), 0, n_k - size)
