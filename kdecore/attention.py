@@ -10,7 +10,7 @@ from kdecore.certificate import check_share
 from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
-from kdecore.namespaces import Array
+from kdecore.namespaces import Array, device_context
 from kdecore.nonfinite import finite_queries, spoilt
 from kdecore.options import Exact, Options, integer_at_least
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
@@ -179,7 +179,7 @@ def attention(
     plan_for(problem)
     tried = [] if rtol is None else to_try(method, budget, partial(make_plan, problem, **settings))
     tolerance = None if rtol is None else check_tolerance(rtol, rtol_norm)
-    with team(certain.threads):
+    with team(certain.threads), device_context(problem.q):
         problem, bad = finite_queries(problem, certain)
         whole = shares(problem, restrictions)
         outcomes: list[Outcome] = []

@@ -18,7 +18,7 @@ from kdecore import __version__, comparison
 from kdecore.comparison import Progress, Row
 from kdecore.errors import KdecoreError, OptionError
 from kdecore.inputs import Problem, canonicalise
-from kdecore.kernels.registry import KERNELS, Implementation, Site, choose
+from kdecore.kernels.registry import KERNELS, TARGETS, Site, choose
 from kdecore.loading import Case, glove_case, load_case
 from kdecore.machine import LIBRARIES, Machine, library_problem, load_adapter, this_machine
 from kdecore.options import METHODS, integer_at_least
@@ -425,32 +425,40 @@ def _info_lines() -> list[str]:
             lines += _item(library, reason)
     other = [f"{name} {version}" for name, version in machine.versions.items() if name not in ("kdecore", *LIBRARIES)]
     lines += _item("also", ", ".join(other))
-    lines += ["", "Kernels, and where each of their targets runs (* where it is the first choice)"]
-    for kernel, implementations in KERNELS.items():
-        lines.append(f"  {kernel}")
-        for implementation in implementations:
-            places: dict[str, list[str]] = {}
-            for library, device in devices:
-                found = [_where(kernel, implementation, Site(library, device, dtype)) for dtype in DTYPES]
-                for dtype, (first, reason) in zip(DTYPES, found, strict=True):
-                    place = f"{library} {device}" + ("" if found[0] == found[-1] else f" {dtype}") + first
-                    if place not in places.setdefault(reason, []):
-                        places[reason].append(place)
-            runs = ", ".join(places.pop("", [])) or "nowhere here"
-            lines += _item(f"  {implementation.target}", runs)
-            for reason, where in places.items():
-                lines += _item("", f"not {', '.join(where)}: {reason}")
+    lines += ["", *_kernel_table(devices), "", "Targets, and where they run"]
+    for target in TARGETS:
+        lines += _item(target, ", ".join(_places(target, devices)) or f"nowhere here: {_hindrance(target)}", 16)
     return lines
 
 
-def _where(kernel: str, implementation: Implementation, site: Site) -> tuple[str, str]:
-    """Return ("*" where it is the first choice, the reason why it cannot run or "")."""
-    reason = implementation.unsupported(site)
-    if reason is not None:
-        return "", reason
-    return "*" if choose(kernel, site).target == implementation.target else "", ""
+def _kernel_table(devices: list[tuple[str, str]]) -> list[str]:
+    """Say which target runs each kernel on each device, in float32 and where it is another one in float64."""
+    names = [f"{library} {device}" for library, device in devices]
+    rows = [("Kernel", *names)]
+    for kernel in KERNELS:
+        chosen = ([choose(kernel, Site(*device, dtype)).target for dtype in DTYPES] for device in devices)
+        rows.append((kernel, *(" / ".join(dict.fromkeys(targets)) for targets in chosen)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _item(name: str, text: str) -> list[str]:
-    indent = f"  {name:<12}"
-    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=" " * 14, break_long_words=False) or [indent]
+def _places(target: str, devices: list[tuple[str, str]]) -> list[str]:
+    """Return the devices on which a kernel of that target can run."""
+    every = [one for implementations in KERNELS.values() for one in implementations if one.target == target]
+    recorded = "reverse" if target == "torch-autograd" else ""
+    return [
+        f"{library} {device}"
+        for library, device in devices
+        if any(one.unsupported(Site(library, device, DTYPES[0], recorded)) is None for one in every)
+    ]
+
+
+def _hindrance(target: str) -> str:
+    """Return why a target runs nowhere: even on a CUDA device, or for want of one."""
+    one = next(one for implementations in KERNELS.values() for one in implementations if one.target == target)
+    return one.unsupported(Site("torch", "cuda:0", DTYPES[0])) or "no device that it is for"
+
+
+def _item(name: str, text: str, width: int = 12) -> list[str]:
+    indent, further = f"  {name:<{width}}", " " * (2 + width)
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=further, break_long_words=False) or [indent]

@@ -11,7 +11,7 @@ from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
-from kdecore.namespaces import Array, gradient_mode, without_gradient
+from kdecore.namespaces import Array, device_context, gradient_mode, without_gradient
 from kdecore.nonfinite import merge_not_finite
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, integer_at_least
 from kdecore.outcomes import run_all
@@ -117,7 +117,7 @@ class KeyIndex:
         self._one, self._scale = (k[..., :1, :], v[..., :1, :]), problem.scale
         seen = problem.k if queries is None else self._fitting(queries).q
         self._threads = self._plan(problem, Exact()).threads
-        with team(self._threads):
+        with team(self._threads), device_context(self._one[0]):
             self._moment = treecode.second_moment(problem.xp, without_gradient(seen))
             self._pieces: tuple[Piece, ...] = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 
@@ -150,7 +150,7 @@ class KeyIndex:
             Naming what doesn't fit the keys.
         """
         problem = self._fitting(q)
-        with team(self._threads):
+        with team(self._threads), device_context(self._one[0]):
             part = self._attend_pieces(problem)
         return self._result(problem, part, q.dtype, return_lse)
 
@@ -179,7 +179,7 @@ class KeyIndex:
         problem, added = self._fitting(q), self._added(k, v)
         new = replace(added, q=problem.q, repeats=problem.repeats, lead=problem.lead)
         plan_for: Callable[[Problem], Plan] = partial(make_plan, method=self._options, **self._settings)
-        with team(self._threads):
+        with team(self._threads), device_context(self._one[0]):
             causal = check_restrictions(new, True, None, None, None, q)
             part = merge_not_finite(problem.xp, self._attend_pieces(problem), run_all(new, causal, plan_for))
             self._append(added)
@@ -194,7 +194,7 @@ class KeyIndex:
             Naming what doesn't fit; the index is then as it was.
         """
         added = self._added(k, v)
-        with team(self._threads):
+        with team(self._threads), device_context(self._one[0]):
             self._append(added)
 
     def _added(self, k: Array, v: Array) -> Problem:

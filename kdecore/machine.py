@@ -97,7 +97,7 @@ def this_machine() -> Machine:
     """Describe this machine."""
     from kdecore.kernels.threads import thread_count  # imports numba, which takes a while
 
-    distributions = ("kdecore", "numpy", "numba", "array-api-compat", "torch", "cupy-cuda13x", "numba-cuda")
+    distributions = ("kdecore", "numpy", "numba", "array-api-compat", "torch", "cupy-cuda13x", "numba-cuda", "triton")
     threads = {"kdecore": str(thread_count())}
     if library_problem("torch") is None:
         threads["torch"] = str(load_adapter("torch").threads())

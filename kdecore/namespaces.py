@@ -6,6 +6,8 @@ CuPy, PyTorch and array-api-strict. Importing this file imports no array library
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import array_api_compat
@@ -44,6 +46,7 @@ __all__ = [
     "contiguous",
     "cross_moment",
     "cuda_memory",
+    "device_context",
     "device_name",
     "dtype_name",
     "first_places",
@@ -65,6 +68,7 @@ __all__ = [
     "searchsorted_rows",
     "spans",
     "take_along_rows",
+    "take_columns",
     "take_rows",
     "to_float",
     "to_host",
@@ -132,13 +136,21 @@ def on_accelerator(array: Array) -> bool:
     return not array_api_compat.is_numpy_array(array) and "cpu" not in device_name(array).lower()
 
 
+def device_context(array: Array) -> Any:
+    """Return a context in which the CUDA device that the array lies on is the current one; of no effect on the CPU."""
+    if not device_name(array).startswith("cuda"):
+        return nullcontext()
+    return _adapter(array).device_context(on_device(array)[0])
+
+
 def on_device(array: Array) -> tuple[int, int]:
     """Return the number of the CUDA device that the array lies on, and its library's current stream there, as a pointer."""
-    from importlib import import_module
-
-    adapter = import_module(f"kdecore_adapters.{namespace_name(namespace_of(array))}_adapter")
     index = int(device_name(array).partition(":")[2] or 0)
-    return index, int(adapter.current_stream(index))
+    return index, int(_adapter(array).current_stream(index))
+
+
+def _adapter(array: Array) -> Any:
+    return import_module(f"kdecore_adapters.{namespace_name(namespace_of(array))}_adapter")
 
 
 def cuda_memory(array: Array) -> Array:
@@ -238,10 +250,17 @@ def from_host_like(xp: Namespace, array: Array, like: Array) -> Array:
 def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:
     """Return rows[g, index[g, …], …] for every group g: (G, n, …) taken at int64 (G, …)."""
     groups, n, *rest = rows.shape
+    if array_api_compat.is_torch_array(rows) and not rest:
+        return xp.reshape(rows.gather(1, xp.reshape(index, (groups, -1))), index.shape)
     offset = xp.arange(groups, dtype=xp.int64, device=array_api_compat.device(rows)) * n
     # One flat gather: twice as fast in NumPy as take_along_axis.
     flat = xp.reshape(rows, (groups * n, *rest))
     return take_rows(xp, flat, index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
+
+
+def take_columns(xp: Namespace, rows: Array, index: Array) -> Array:
+    """Return rows[:, index]: (G, n) taken at int64 ≥ 0 (m,) → (G, m)."""
+    return rows.index_select(1, index) if array_api_compat.is_torch_array(rows) else xp.take(rows, index, axis=1)
 
 
 def invert_permutation(xp: Namespace, order: Array) -> Array:

@@ -7,7 +7,7 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.namespaces import Array, Namespace, take_columns
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     number, row = (xp.arange(size, dtype=xp.int64, device=order.device) for size in (count, longest))
     last = ((number + 1) * n // count - 1)[:, None]
     position = xp.minimum((number * n // count)[:, None] + row[None, :], last)
-    held = xp.take(order, xp.reshape(position, (-1,)), axis=1)
+    held = take_columns(xp, order, xp.reshape(position, (-1,)))
     return Blocks(xp.reshape(held, (-1, count, longest)), tuple(i * n // count for i in range(count + 1)))

@@ -14,7 +14,8 @@ import kdecore
 from bench.timing import interleaved
 from kdecore import cli, comparison, machine
 from kdecore.inputs import canonicalise
-from kdecore.kernels.registry import KERNELS
+from kdecore.kernels import registry
+from kdecore.kernels.registry import KERNELS, TARGETS, cuda_problem
 from kdecore.loading import Case, glove_case
 from kdecore.metrics import Errors
 from kdecore.plots import comparison_png
@@ -475,11 +476,47 @@ def test_info(capsys):
     status, out, err = run(capsys, "info")
     assert (status, err) == (0, "")
     assert f"kdecore {kdecore.__version__}" in out
-    for name in (*KERNELS, "array-api", "numpy", "torch", "cupy", "cpu"):
+    for name in (*KERNELS, *TARGETS, "numpy", "torch", "cupy", "cpu"):
         assert name in out
-    for implementations in KERNELS.values():
-        for implementation in implementations:
-            assert implementation.target in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert lines["hash_codes"].split()[1:3] == ["numba-cpu", "numba-cpu"]
+    assert "numpy cpu, torch cpu" in lines["array-api"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (None, "no CUDA driver or device found"),
+        (RuntimeError("the driver is too old"), "CUDA does not start: the driver is too old"),
+    ],
+)
+def test_info_says_why_cuda_kernels_do_not_run(capsys, monkeypatch, problem, said):
+    from numba import cuda
+
+    def available():
+        if problem is not None:
+            raise problem
+        return False
+
+    monkeypatch.setattr(cuda, "is_available", available)
+    cuda_problem.cache_clear()
+    try:
+        _, out, _ = run(capsys, "info")
+    finally:
+        cuda_problem.cache_clear()
+    line = next(line for line in out.splitlines() if line.startswith("  numba-cuda"))
+    assert said in line
+
+
+def test_info_without_numba_cuda(capsys, monkeypatch):
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    cuda_problem.cache_clear()
+    try:
+        _, out, _ = run(capsys, "info")
+    finally:
+        cuda_problem.cache_clear()
+    assert "nowhere here: numba-cuda is not installed" in out
+    assert "nowhere here: triton is not installed" in out
 
 
 def test_version(capsys):

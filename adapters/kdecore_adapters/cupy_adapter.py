@@ -43,6 +43,11 @@ def from_numpy(array: Any, device: str | None = None) -> Any:
         return cp.asarray(array)
 
 
+def device_context(device: int) -> Any:
+    """Return a context in which the device of that number is the current one."""
+    return cp.cuda.Device(device)
+
+
 def current_stream(device: int) -> int:
     """Return the pointer to the stream that CuPy works on now, on the device of that number."""
     with cp.cuda.Device(device):

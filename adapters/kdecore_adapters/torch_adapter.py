@@ -64,6 +64,11 @@ def from_numpy(array: Any, device: str | None = None) -> Any:
     return torch.from_numpy(array).to(device or "cpu")
 
 
+def device_context(device: int) -> Any:
+    """Return a context in which the CUDA device of that number is the current one."""
+    return torch.cuda.device(device)
+
+
 def current_stream(device: int) -> int:
     """Return the pointer to the stream that PyTorch works on now, on the CUDA device of that number."""
     return int(torch.cuda.current_stream(device).cuda_stream)

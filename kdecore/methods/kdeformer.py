@@ -51,7 +51,7 @@ def select(problem: Problem, plan: Plan) -> Selection:
     """
     options = plan.options
     assert isinstance(options, KDEformer)
-    xp = problem.xp
+    xp, problem = problem.xp, problem.in_accumulation_dtype()
     log_rows, log_columns = log_norms(problem, options, plan.seed)
     norms = plan.kernels["row_norms"].function(xp, problem.v)
     top = operator_norm_squared(problem, log_rows, log_columns, plan.seed) if options.needs_operator_norm else None
