@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import processes
+
 # What needs an environment of its own: tests/test_cuda.py and tests/test_triton.py start it.
 collect_ignore = [
     folder
@@ -26,6 +28,22 @@ hypothesis.settings.register_profile("same-examples", derandomize=True, deadline
 hypothesis.settings.load_profile("same-examples")
 # What `make fuzz` asks for: new examples every time, and many.
 hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True)
+
+
+def _command(item: pytest.Item) -> Any:
+    return getattr(item, "callspec", None) and item.callspec.params.get("command")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _command(item) is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start what needs a process of its own, which the last tests wait for."""
+    if not session.config.option.collectonly:
+        for item in session.items:
+            if (command := _command(item)) is not None:
+                processes.start(command)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_certificates_and_tolerances(as_on_an_accelerator, method):
     q, k, v = (torch.tensor(rng.standard_normal((2, 600, 12))).to(torch.bfloat16) for _ in range(3))
     _, report = kdecore.attention(q, k, v, method=method, budget=64, kernels="array-api", return_report=True)
     assert report.certificate is not None
-    assert report.certificate.frobenius.estimate > 0
+    assert report.certificate.frobenius > 0
     out = kdecore.attention(q, k, v, method=method, rtol=0.3, kernels="array-api")
     exact = kdecore.attention(q.double(), k.double(), v.double(), method="exact")
     assert torch.linalg.norm(out.double() - exact) <= 0.3 * torch.linalg.norm(exact)
