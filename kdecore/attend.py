@@ -45,7 +45,7 @@ def attend(problem: Problem, plan: Plan, selection: Selection, before: Part | No
         more["before"] = Part(flat(before.out), flat(before.lse))
     part = plan.kernels["attend_blocks"].function(
         xp,
-        flat(problem.q),
+        xp.astype(flat(problem.q), keys.dtype, copy=False),
         flat(keys),
         flat(values),
         global_index(selection.blocks.index, problem.n_q),

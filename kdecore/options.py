@@ -228,17 +228,13 @@ class Treecode:
     far_field
         What stands for a node that stays closed: ``"mean"``, its mean key and value; or ``"sample"``, one of its keys drawn
         at random, which is unbiased in numerator and denominator, and errs more on all data measured.
+    ordering
+        How rows that are alike come to lie side by side: ``"tree"``, cut in halves level by level; ``"sort"``, by one sort
+        of codes and, within 128 rows, by a tree, which errs a little more and is for GPUs (docs/treecode.md); ``"auto"``, by
+        one sort on accelerators and by a tree on the CPU.
     """
 
     name: ClassVar[str] = "treecode"
-    kernels: ClassVar[tuple[str, ...]] = (
-        "project_rows",
-        "row_norms",
-        "tree_order",
-        "node_summaries",
-        "open_tree",
-        "attend_blocks",
-    )
     DIRECTIONS: ClassVar[int] = 16
     """Coordinates by which rows are ordered and nodes opened."""
     LEAF_SIZE: ClassVar[int] = 4
@@ -247,6 +243,21 @@ class Treecode:
     num_slots: int | None = None
     block_size: int = 16
     far_field: str = "mean"
+    ordering: str = "auto"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels that these options need."""
+        return (
+            "project_rows",
+            "row_norms",
+            *(("rank_codes", "bucket_order") if self.ordering == "sort" else ()),
+            "tree_order",
+            "node_summaries",
+            "open_tree",
+            *(("draw_uniform",) if self.far_field == "sample" else ()),
+            "attend_blocks",
+        )
 
     def __post_init__(self) -> None:
         if self.num_slots is not None:
@@ -254,6 +265,8 @@ class Treecode:
         integer_at_least(1, "block_size", self.block_size)
         if self.far_field not in ("mean", "sample"):
             raise OptionError(f"far_field must be one of mean, sample, got {self.far_field!r}")
+        if self.ordering not in ("auto", "sort", "tree"):
+            raise OptionError(f"ordering must be one of auto, sort, tree, got {self.ordering!r}")
 
     def resolve(self, budget: int | None) -> Self:
         """Return these options with num_slots set."""

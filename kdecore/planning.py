@@ -296,6 +296,8 @@ def make_plan(
     gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
     site = Site(problem.library, device_name(problem.q), ACCUMULATION[problem.input_dtype], gradient)
     options, reason = _resolve_method(problem, method, budget, site, kernels)
+    if isinstance(options, Treecode) and options.ordering == "auto":
+        options = replace(options, ordering="sort" if on_accelerator(problem.q) else "tree")
     needed = dict.fromkeys(options.kernels)
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))

@@ -15,9 +15,8 @@ from kdecore.kernels import registry
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 VIEWS = frozenset(
-    ("view", "_unsafe_view", "alias", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "detach")
-    + ("empty", "scalar_tensor")
-)
+    ["view", "_unsafe_view", "alias", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "detach"]
+) | {"empty", "scalar_tensor"}
 """Operations that launch nothing on a device."""
 LAUNCHES = {"hash_codes": 3, "bucket_order": 3, "row_norms": 3, "node_summaries": 2, "draw_indices": 2, "rank_codes": 4}
 """Of a kernel's version for CUDA, and of what it is called with; 1 for the others."""

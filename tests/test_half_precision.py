@@ -7,7 +7,13 @@ import torch
 import kdecore
 from kdecore import inputs, nonfinite, planning
 
-METHODS = ("exact", "sortlsh", "hyper", "kdeformer", "treecode")
+METHODS = {
+    "exact": kdecore.Exact(),
+    "sortlsh": kdecore.SortLSH(),
+    "hyper": kdecore.Hyper(),
+    "kdeformer": kdecore.KDEformer(),
+    "treecode": kdecore.Treecode(ordering="sort"),
+}
 RESTRICTIONS = {
     "plain": {},
     "causal": {"causal": True},
@@ -34,7 +40,7 @@ def test_methods_compute_in_float32(request, method, restriction, dtype):
     if "mask" in options:
         options["mask"] = torch.tensor(rng.random((300, 300)) < 0.8)
     budget = None if method == "exact" else 64
-    call = {"method": method, "budget": budget, "kernels": "array-api", "return_lse": True, **options}
+    call = {"method": METHODS[method], "budget": budget, "kernels": "array-api", "return_lse": True, **options}
     expected, expected_lse = kdecore.attention(q.float(), k.float(), v.float(), **call)
     request.getfixturevalue("as_on_an_accelerator")
     problem = inputs.canonicalise(q, k, v)
@@ -44,7 +50,9 @@ def test_methods_compute_in_float32(request, method, restriction, dtype):
     assert found.dtype == q.dtype
     assert lse.dtype == torch.float32
     torch.testing.assert_close(found, expected.to(q.dtype), rtol=0, atol=2 * torch.finfo(q.dtype).eps * expected.abs().max())
-    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-5)
+    # A tree's mean keys are rounded to bfloat16 too.
+    rounded = method == "treecode" and dtype == "bfloat16"
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=2.0**-8 if rounded else 1e-5)
 
 
 @pytest.mark.parametrize("method", ["sortlsh", "treecode"])

@@ -334,7 +334,9 @@ def test_attend_blocks_merges_a_query_that_fills_up_a_block_once(rng, b, threads
     index = np.concatenate([np.arange(2 * b - 1), [2 * b - 2]]).reshape(2, b)
     lists, weights = rng.integers(0, 2 * b - 1, (2, 2, 30)), np.zeros((2, 30), np.float32)
     found = []
-    for implementation in registry.KERNELS["attend_blocks"]:
+    for implementation in KERNELS["attend_blocks"]:
+        if implementation.unsupported(Site("numpy", "cpu", "float32")) is not None:
+            continue
         part = None
         for one in lists:
             with team(threads):

@@ -213,7 +213,7 @@ def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_s
         plan = make_plan(
             problem, method=Treecode(block_size=block_size, far_field=far_field), budget=budget, kernels=kernels
         )
-        chosen = mock.patch.object(treecode, "uniform", lambda xp, seed, stream, count, device: np.full(count, start))
+        chosen = mock.patch.object(reference, "uniform", lambda xp, seed, stream, count, device: np.full(count, start))
         with chosen:
             return SELECT["treecode"](problem, plan)
 

@@ -25,6 +25,7 @@ from kdecore.kernels import (
     node_summaries,
     open_tree,
     project_rows,
+    rank_codes,
     row_norms,
     tree_order,
 )
@@ -178,7 +179,8 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "draw_uniform": _implementations(draw_uniform, others=("numba-cuda",)),
     "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
     "project_rows": _implementations(project_rows, host=_host_floats),
-    "tree_order": _implementations(tree_order),
+    "rank_codes": _implementations(rank_codes, others=("numba-cuda",)),
+    "tree_order": _implementations(tree_order, others=("numba-cuda",)),
     "node_summaries": _implementations(node_summaries, host=_host_floats, others=("numba-cuda", "torch-autograd")),
     "open_tree": _implementations(open_tree, others=("numba-cuda",)),
     "attend_blocks": _implementations(attend_blocks, host=_host_floats, others=("triton", "torch-autograd")),

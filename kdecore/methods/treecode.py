@@ -19,19 +19,19 @@ from dataclasses import dataclass, replace
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
+from kdecore.kernels.tree_order.contract import SUBTREE_ROWS
 from kdecore.namespaces import (
     Array,
     Namespace,
     contiguous,
     cross_moment,
-    host,
     invert_permutation,
     take_along_rows,
     without_gradient,
 )
 from kdecore.options import Treecode
 from kdecore.planning import Plan
-from kdecore.randomness import SAMPLES_STREAM, uniform
+from kdecore.randomness import SAMPLES_STREAM
 from kdecore.selection import Blocks, Selection, equal_blocks
 from kdecore.stretches import Described, Stretch
 from kdecore.tree import depth, node_bounds, node_count
@@ -46,6 +46,8 @@ SMALLEST_SQUARE = 1e-12
 DAMPING = 0.75
 """Of the first-order term; 0.7 to 0.85 err least on a vision transformer, 1 on all words (bench/NOTES.md)."""
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
+CODE_BITS = 24
+"""Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
 OWN_SHARE = 4
 """Own positions are listed where they take at most this part of the budget."""
 
@@ -154,11 +156,11 @@ def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple["View",
     """Return the view, the keys' coordinates (G, n_k, p) and the sizes of the values (G, n_k), relative to the largest."""
     xp, kernels = problem.xp, plan.kernels
     k, v = without_gradient(problem.k), without_gradient(problem.v)
-    view = balanced_view(xp, moment, k, problem.scale)
+    view = balanced_view(xp, moment, k, problem.scale, problem.dtype)
     coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
     norms = kernels["row_norms"].function(xp, v)
     top = xp.max(norms, axis=1, keepdims=True)
-    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), k.dtype)
+    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), problem.dtype)
 
 
 def grow(
@@ -166,7 +168,7 @@ def grow(
 ) -> tuple[Array, TreeNodes]:
     """Order the keys by a tree, its first levels as they are, and summarise its nodes."""
     xp, kernels = problem.xp, plan.kernels
-    order = kernels["tree_order"].function(xp, coordinates, Treecode.LEAF_SIZE, in_order)
+    order = similar_together(problem, plan, coordinates, Treecode.LEAF_SIZE, in_order)
     nodes: TreeNodes = kernels["node_summaries"].function(
         xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, half_norm
     )
@@ -180,8 +182,25 @@ def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: in
     if problem.n_q <= options.block_size:
         every = xp.arange(problem.n_q, dtype=xp.int64, device=problem.device)
         return xp.broadcast_to(every, (problem.groups, problem.n_q))
-    order: Array = plan.kernels["tree_order"].function(xp, coordinates, options.block_size, in_order)
-    return order
+    return similar_together(problem, plan, coordinates, options.block_size, in_order)
+
+
+def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size: int, in_order: int) -> Array:
+    """Return the order of a tree over rows, int64 (G, n), whose first levels are as they are.
+
+    By a sort of codes (`kdecore.kernels.rank_codes`), the levels above subtrees of `SUBTREE_ROWS` rows are cut all at once.
+    """
+    xp, kernels, options = problem.xp, plan.kernels, plan.options
+    assert isinstance(options, Treecode)
+    tree_order = kernels["tree_order"].function
+    if options.ordering != "sort":
+        order: Array = tree_order(xp, coordinates, leaf_size, in_order)
+        return order
+    codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
+    order = kernels["bucket_order"].function(xp, codes, CODE_BITS)
+    sorted_ = take_along_rows(xp, coordinates, order)
+    within = tree_order(xp, sorted_, leaf_size, max(in_order, depth(int(order.shape[1]), SUBTREE_ROWS)))
+    return take_along_rows(xp, order, within)
 
 
 def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
@@ -251,12 +270,16 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
     )
     if options.far_field == "sample":
         holder = None if own is None else holders(xp, blocks, prepared.order, prepared.keys.order, problem.repeats)
-        starts = uniform(xp, plan.draw_seed, SAMPLES_STREAM, math.prod(blocks.index.shape[:2]), device=problem.device)
+        shape = (problem.groups, int(blocks.index.shape[1]))
+        starts = plan.kernels["draw_uniform"].function(xp, plan.draw_seed, SAMPLES_STREAM, shape, problem.device)
         key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, node_count)
         position = xp.maximum(key_index - node_count, xp.zeros_like(key_index))
         return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), log_weight)
     values = nodes.values if prepared.keys.slope is not None else contiguous(nodes.values[:, :, :-1])
-    return Selection(blocks, key_index, log_weight, keys=nodes.keys, values=values, slope=prepared.keys.slope)
+    # float16 might not hold a spread.
+    stored = problem.k.dtype if problem.input_dtype == "bfloat16" else problem.dtype
+    keys, values = (xp.astype(x, stored, copy=False) for x in (nodes.keys, values))
+    return Selection(blocks, key_index, log_weight, keys=keys, values=values, slope=prepared.keys.slope)
 
 
 def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
@@ -271,10 +294,9 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
     # An odd step meets all places of a leaf.
     step = max(1, n // MOMENT_ROWS) | 1
-    position = host.arange(0, n, step)
+    position = xp.arange(0, n, step, dtype=xp.int64, device=nodes.keys.device)
     leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
-    of_row, of_leaf = (xp.asarray(x, device=nodes.keys.device) for x in (count + position, leaf))
-    keys, values = (xp.take(x, of_row, axis=1) - xp.take(x, of_leaf, axis=1) for x in (nodes.keys, nodes.values))
+    keys, values = (xp.take(x, count + position, axis=1) - xp.take(x, leaf, axis=1) for x in (nodes.keys, nodes.values))
     values = values[:, :, :-1]
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))
@@ -291,16 +313,16 @@ def draw(
     """Replace each closed node of c keys by one of them, drawn with probability 1 / c, at log-weight ln c (derived).
 
     The larger a node's part of the attention, the further it was opened: these are samples without replacement, one
-    from each of many strata of about equal importance. ``starts`` (G · B,) is uniform in [0, 1); each node's number is its
+    from each of many strata of about equal importance. ``starts`` (G, B) is uniform in [0, 1); each node's number is its
     block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block, one of ``holder``
     (G, n, r), lists as its own does not count again.
     """
-    groups, blocks, _ = key_index.shape
+    blocks = int(key_index.shape[1])
     closed = (key_index < nodes) & (log_weight > -xp.inf)
     node = xp.where(closed, key_index, 0)
     first, end = node_bounds(xp, node, n)
     count = xp.astype(end - first, xp.float64)
-    number = xp.reshape(starts, (groups, blocks, 1)) + xp.astype(node, xp.float64) * GOLDEN_RATIO
+    number = starts[:, :, None] + xp.astype(node, xp.float64) * GOLDEN_RATIO
     place = xp.astype((number - xp.floor(number)) * count, xp.int64)
     position = xp.minimum(first + place, end - 1)
     weight = xp.astype(xp.log(count), log_weight.dtype)
@@ -313,9 +335,9 @@ def draw(
 
 def holders(xp: Namespace, blocks: Blocks, query_order: Array, key_order: Array, repeats: int) -> Array:
     """Return the blocks that the queries of each position of the keys' tree are in, int64 (G, n, repeats)."""
-    ends = host.asarray(blocks.starts[1:])
-    block = host.searchsorted(ends, host.arange(int(query_order.shape[1])), side="right")
-    of_place = xp.broadcast_to(xp.asarray(block, dtype=xp.int64, device=query_order.device), query_order.shape)
+    n, place = int(query_order.shape[1]), xp.arange(query_order.shape[1], dtype=xp.int64, device=query_order.device)
+    # Blocks are equal: number i begins at the place ⌊i n / B⌋.
+    of_place = xp.broadcast_to(((place + 1) * (len(blocks.starts) - 1) - 1) // n, query_order.shape)
     of_query = take_along_rows(xp, of_place, invert_permutation(xp, query_order))
     return take_along_rows(xp, xp.reshape(of_query, (*key_order.shape, repeats)), key_order)
 
@@ -346,8 +368,10 @@ def second_moment(xp: Namespace, rows: Array) -> Array:
     return cross_moment(xp, rows, rows)
 
 
-def balanced_view(xp: Namespace, moment: Array, k: Array, scale: float) -> View:
+def balanced_view(xp: Namespace, moment: Array, k: Array, scale: float, dtype: object) -> View:
     """Find the coordinates of queries of a second moment (G, d, d) and keys k (G, n_k, d) that hold most of the logits.
+
+    All results are of ``dtype``.
 
     They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
     queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
@@ -360,7 +384,7 @@ def balanced_view(xp: Namespace, moment: Array, k: Array, scale: float) -> View:
     keys = keys - centre
     c, s = moment * scale**2, cross_moment(xp, keys, keys)
     d, p = int(k.shape[2]), min(Treecode.DIRECTIONS, int(k.shape[2]))
-    half_norm = xp.astype(xp.linalg.trace(c) * (0.5 / d), k.dtype)
+    half_norm = xp.astype(xp.linalg.trace(c) * (0.5 / d), dtype)
     c, s = with_ridge(xp, c), with_ridge(xp, s)
     # The columns that are largest where both moments are.
     size = xp.linalg.diagonal(s) * xp.linalg.diagonal(c)
@@ -377,9 +401,9 @@ def balanced_view(xp: Namespace, moment: Array, k: Array, scale: float) -> View:
     of_queries = whitened @ axes
     # Libraries differ in the signs of eigenvectors (and in all of them where eigenvalues repeat, which nothing mends).
     of_queries = xp.where(xp.sum(of_queries**3, axis=1, keepdims=True) < 0, -of_queries, of_queries)
-    of_keys = xp.astype(c @ of_queries / xp.sqrt(singular), k.dtype)
-    of_queries = xp.astype(of_queries * xp.sqrt(singular) * scale, k.dtype)
-    return View(of_queries, of_keys, xp.astype(centre, k.dtype) @ of_keys, half_norm)
+    of_keys = xp.astype(c @ of_queries / xp.sqrt(singular), dtype)
+    of_queries = xp.astype(of_queries * xp.sqrt(singular) * scale, dtype)
+    return View(of_queries, of_keys, xp.astype(centre, dtype) @ of_keys, half_norm)
 
 
 def finite_rows(xp: Namespace, rows: Array) -> Array:

@@ -16,6 +16,7 @@ def node_summaries(
     half_norm: Array,
 ) -> TreeNodes:
     """Follow `kdecore.kernels.node_summaries.contract.NodeSummaries`."""
+    k, v = (xp.astype(x, coordinates.dtype, copy=False) for x in (k, v))
     keys, variances = means_and_variances(xp, k, order, leaf_size)
     values, _ = means_and_variances(xp, v, order, leaf_size)
     _, along = means_and_variances(xp, coordinates, order, leaf_size)

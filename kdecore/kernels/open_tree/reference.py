@@ -22,6 +22,7 @@ def open_tree(
     start: tuple[int, int, int],
 ) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
+    q = xp.astype(q, coordinates.dtype, copy=False)
     nodes = int(variances.shape[1])
     n, first_leaf = int(keys.shape[1]) - nodes, nodes // 2
     queries = gather(xp, xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale, query_index)

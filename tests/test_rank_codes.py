@@ -1,0 +1,113 @@
+"""`rank_codes` against its contract, row by row, and the treecode on rows ordered by one sort of them."""
+
+import numpy as np
+import pytest
+
+import kdecore
+from kdecore import Treecode
+from kdecore.kernels.rank_codes.contract import RATIO, SAMPLE
+from kdecore.kernels.rank_codes.reference import rank_codes
+from kdecore.loading import glove_case
+from kdecore.metrics import errors
+from kdecore.namespaces import host
+from kdecore.tree import bounds
+from tests.implementations import implementations, run
+
+
+def naive_codes(x, bits, in_order=0):
+    """Codes of the rows of one group, from the contract."""
+    n, p = x.shape
+    x = np.where(np.isfinite(x), x, 0.0)
+    count = min(SAMPLE, n)
+    sample = x[[j * n // count for j in range(count)]]
+    variance, given = sample.var(axis=0), [0] * p
+    pattern = [""] * n
+    for _ in range(bits - in_order):
+        widest = int(np.argmax(variance))
+        variance[widest] /= RATIO
+        given[widest] += 1
+        for row in range(n):
+            cell = (int((sample[:, widest] <= x[row, widest]).sum()) << given[widest]) // (count + 1)
+            pattern[row] += str((cell ^ (cell >> 1)) & 1)
+    codes = []
+    for row, bits_of_row in enumerate(pattern):
+        rank, parity = 0, 0
+        for bit in bits_of_row:
+            parity ^= int(bit)
+            rank = 2 * rank + parity
+        node = int(np.searchsorted(bounds(n, in_order), row, side="right")) - 1
+        codes.append((node << (bits - in_order)) + rank)
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "bits", "in_order"), [(1, 1, 4, 0), (200, 4, 12, 0), (1500, 3, 30, 0), (77, 2, 10, 3), (50, 5, 4, 4)]
+)
+@implementations("rank_codes")
+def test_rank_codes_follow_the_contract(backend, rng, implementation, n, p, bits, in_order):
+    x = rng.standard_normal((2, n, p)) * np.geomspace(2.0, 0.2, p)
+    x[1] = np.round(x[1])
+    x[0, n // 2, 0] = np.nan
+    found = run(implementation, backend, x, bits, in_order)
+    assert found.dtype == np.int32
+    assert found.min() >= 0
+    assert found.max() < 2**bits
+    assert found.tolist() == [naive_codes(group, bits, in_order) for group in x]
+
+
+@implementations("rank_codes")
+def test_codes_of_one_coordinate_are_its_quantiles(backend, rng, implementation):
+    """In ascending order, and equally many of each."""
+    x = rng.permutation(SAMPLE).reshape(1, -1, 1).astype(np.float64)
+    found = run(implementation, backend, x, 5)[0]
+    np.testing.assert_array_equal(np.diff(found[np.argsort(x[0, :, 0])]) >= 0, True)
+    counts = np.bincount(found, minlength=32)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_cells_that_follow_each_other_differ_in_one_coordinate(rng):
+    side = np.arange(32.0)
+    x = np.stack(np.meshgrid(side, side), axis=-1).reshape(1, -1, 2)[:, rng.permutation(1024)]
+    order = np.argsort(rank_codes(host, x, 10)[0])
+    steps = np.diff(x[0][order], axis=0)
+    np.testing.assert_array_equal(np.count_nonzero(steps, axis=1), 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10**-0.5])
+def test_one_sort_errs_hardly_more_than_a_tree(scale):
+    words = glove_case(2048)
+    exact = kdecore.attention(words.q, words.k, words.v, method="exact", scale=scale)
+    found = {
+        ordering: errors(
+            host,
+            kdecore.attention(words.q, words.k, words.v, method=Treecode(ordering=ordering), budget=256, scale=scale),
+            exact,
+        ).frobenius
+        for ordering in ("tree", "sort")
+    }
+    assert found["sort"] < 1.3 * found["tree"]
+
+
+def test_the_report_says_which_ordering_ran():
+    x = np.random.default_rng(0).standard_normal((600, 8), dtype=np.float32)
+    _, report = kdecore.attention(x, x, x, method="treecode", budget=64, return_report=True)
+    assert report.options["ordering"] == "tree"
+    assert "rank_codes" not in report.kernels
+    _, report = kdecore.attention(x, x, x, method=Treecode(ordering="sort"), budget=64, return_report=True)
+    assert report.options["ordering"] == "sort"
+    assert {"rank_codes", "bucket_order"} <= set(report.kernels)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 100}], ids=str)
+def test_one_sort_under_restrictions(backend, rng, options):
+    q, k, v = rng.standard_normal((3, 2, 500, 6))
+    method = Treecode(ordering="sort")
+    exact = kdecore.attention(*backend.arrays(q, k, v), method="exact", **options)
+    out = kdecore.attention(*backend.arrays(q, k, v), method=method, budget=200, **options)
+    difference = backend.numpy(out) - backend.numpy(exact)
+    assert np.linalg.norm(difference) < 0.25 * np.linalg.norm(backend.numpy(exact))
+
+
+def test_unknown_ordering():
+    with pytest.raises(kdecore.OptionError, match="ordering must be one of auto, sort, tree, got 'hash'"):
+        Treecode(ordering="hash")
