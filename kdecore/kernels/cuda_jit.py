@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import config, cuda
 
-from kdecore.namespaces import Array, cuda_memory, dtype_name, on_device
+from kdecore.namespaces import Array, contiguous, cuda_memory, dtype_name, on_device
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 """Whether Numba simulates CUDA (NUMBA_ENABLE_CUDASIM=1): kernels run in Python on NumPy arrays, to test their logic."""
@@ -73,15 +73,16 @@ def launch(kernel: CudaKernel, grid: int | tuple[int, ...], threads: int, *argum
     threads
         Threads of a block.
     *arguments
-        Arrays, C-contiguous and on one device, and numbers. bfloat16 arrives as its bits, uint16.
+        Arrays on one device, and numbers. What is written to must lie row by row in memory; of what doesn't, the kernel gets
+        a copy. bfloat16 arrives as its bits, uint16.
     """
     if 0 in (grid if isinstance(grid, tuple) else (grid,)):
         return
-    given = [cuda_memory(x) if hasattr(x, "dtype") else x for x in arguments]
+    given = [cuda_memory(contiguous(x)) if hasattr(x, "shape") and x.shape else x for x in arguments]
     if SIMULATED:
         kernel.compiled[grid, threads](*given)
         return
-    first = next(x for x in arguments if hasattr(x, "dtype"))
+    first = next(x for x in arguments if hasattr(x, "shape") and x.shape)
     index, stream = on_device(first)
     with cuda.gpus[index]:
         kernel.compiled[grid, threads, cuda.external_stream(stream) if stream else 0](*given)
