@@ -259,7 +259,7 @@ def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:
 
 
 def take_columns(xp: Namespace, rows: Array, index: Array) -> Array:
-    """Return rows[:, index]: (G, n) taken at int64 ≥ 0 (m,) → (G, m)."""
+    """Return rows[:, index]: (G, n, …) taken at int64 ≥ 0 (m,) → (G, m, …)."""
     return rows.index_select(1, index) if array_api_compat.is_torch_array(rows) else xp.take(rows, index, axis=1)
 
 
@@ -319,7 +319,7 @@ def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
     """Return the mean of x yᵀ over rows (G, n, d) and (G, n, e): (G, d, e)."""
     # Of so wide rows, small products would be mostly sums of their results.
     rows = SMALL_PRODUCT // max(1, int(x.shape[2]) * int(y.shape[2]))
-    step = rows if rows >= FEWEST_ROWS else max(1, int(x.shape[1]))
+    step = rows if rows >= FEWEST_ROWS and not on_accelerator(x) else max(1, int(x.shape[1]))
     parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), step)]
     return sum(parts[1:], start=parts[0]) / int(x.shape[1])
 

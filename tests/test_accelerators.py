@@ -18,7 +18,7 @@ VIEWS = frozenset(
     ["view", "_unsafe_view", "alias", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "detach"]
 ) | {"empty", "scalar_tensor"}
 """Operations that launch nothing on a device."""
-LAUNCHES = {"hash_codes": 3, "bucket_order": 3, "row_norms": 3, "node_summaries": 2, "draw_indices": 2, "rank_codes": 4}
+LAUNCHES = {"hash_codes": 3, "bucket_order": 3, "row_norms": 3, "node_summaries": 7, "draw_indices": 2, "rank_codes": 3}
 """Of a kernel's version for CUDA, and of what it is called with; 1 for the others."""
 
 
@@ -33,7 +33,10 @@ class Operations(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.device.type == "meta":
             self.launches += not self.paused and str(function).split(".")[1] not in VIEWS
-            self.copied += sum(x.numel() for x in args if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim)
+            if not self.paused:
+                self.copied += sum(
+                    x.numel() for x in args if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim
+                )
         return out
 
 
@@ -62,7 +65,7 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
     assert operations.copied == 0
 
 
-@pytest.mark.parametrize(("method", "most"), [("exact", 25), ("sortlsh", 90), ("hyper", 80)])
+@pytest.mark.parametrize(("method", "most"), [("exact", 25), ("sortlsh", 85), ("hyper", 75), ("treecode", 230)])
 def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method, most):
     """References stand for the kernels that a CUDA device would run, and count as so many launches as these have."""
 
@@ -89,6 +92,7 @@ def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method
     with capsys.disabled():
         print(f"\n{method}: {operations.launches} launches")
     assert 3 < operations.launches <= most
+    assert operations.copied == 0
 
 
 def test_the_meta_device_would_show_a_read_and_a_copy():

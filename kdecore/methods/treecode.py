@@ -27,6 +27,7 @@ from kdecore.namespaces import (
     cross_moment,
     invert_permutation,
     take_along_rows,
+    take_columns,
     without_gradient,
 )
 from kdecore.options import Treecode
@@ -296,7 +297,7 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     step = max(1, n // MOMENT_ROWS) | 1
     position = xp.arange(0, n, step, dtype=xp.int64, device=nodes.keys.device)
     leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
-    keys, values = (xp.take(x, count + position, axis=1) - xp.take(x, leaf, axis=1) for x in (nodes.keys, nodes.values))
+    keys, values = (take_columns(xp, x, count + position) - take_columns(xp, x, leaf) for x in (nodes.keys, nodes.values))
     values = values[:, :, :-1]
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))

@@ -38,8 +38,9 @@ PARTS = THREADS // LANES
 DEPTH = 16
 """Columns of a tile."""
 PITCH = DEPTH + 1
-RESIDENT = 1056
-"""Thread blocks at once: eight on each of 132 multiprocessors."""
+RESIDENT = 264
+"""Thread blocks at once: two on each of 132 multiprocessors, as many as their registers allow. Their memory, 10 MB for a
+budget of 512 and blocks of 16, stays in L2."""
 STATE = 5
 """Numbers that all threads share: places and slots taken, keys of opened leaves beside the first ones, inner nodes opened in
 the last round, leaves opened so far."""
