@@ -230,8 +230,8 @@ class Treecode:
         at random, which is unbiased in numerator and denominator, and errs more on all data measured.
     ordering
         How rows that are alike come to lie side by side: ``"tree"``, cut in halves level by level; ``"sort"``, by one sort
-        of codes and, within 128 rows, by a tree, which errs a little more and is for GPUs (docs/treecode.md); ``"auto"``, by
-        one sort on accelerators and by a tree on the CPU.
+        of codes and, within 128 rows, by a tree, which errs a quarter more in the mean and is for GPUs (docs/treecode.md);
+        ``"auto"``, by one sort on accelerators and by a tree on the CPU.
     """
 
     name: ClassVar[str] = "treecode"

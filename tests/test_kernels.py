@@ -396,6 +396,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
         "attend_blocks": (*block_problem(rng, dtype, N=47, b=64, s=190, R_k=n, d=16, d_v=17), 0.2),
         "attend_dense": (*(rng.standard_normal((2, m, 8)).astype(dtype) for m in (400, n, n)), 0.2),
         "project_rows": (rng.standard_normal((2, n, 9)).astype(dtype), rng.standard_normal((2, 9, 7)).astype(dtype)),
+        "rank_codes": (rng.standard_normal((2, n, 9)), 20),
         "tree_order": (rng.standard_normal((2, n, 9)), 4),
         "node_summaries": (
             *(rng.standard_normal((2, n, width)).astype(dtype) for width in (9, 7, 3)),

@@ -193,15 +193,14 @@ def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size
     """
     xp, kernels, options = problem.xp, plan.kernels, plan.options
     assert isinstance(options, Treecode)
-    tree_order = kernels["tree_order"].function
-    if options.ordering != "sort":
+    tree_order, top = kernels["tree_order"].function, depth(int(coordinates.shape[1]), SUBTREE_ROWS)
+    if options.ordering != "sort" or in_order >= top:
         order: Array = tree_order(xp, coordinates, leaf_size, in_order)
         return order
     codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
     order = kernels["bucket_order"].function(xp, codes, CODE_BITS)
     sorted_ = take_along_rows(xp, coordinates, order)
-    within = tree_order(xp, sorted_, leaf_size, max(in_order, depth(int(order.shape[1]), SUBTREE_ROWS)))
-    return take_along_rows(xp, order, within)
+    return take_along_rows(xp, order, tree_order(xp, sorted_, leaf_size, top))
 
 
 def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
