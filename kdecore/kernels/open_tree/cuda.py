@@ -5,13 +5,14 @@ next block of queries, so that they stay in cache. A round
 
 1. sums the weights of all that is listed, for each query;
 2. estimates the errors of what is new, or of everything;
-3. ranks closed nodes by counting those that err more, which spares sorting them;
+3. ranks those that err most, of the octaves that they lie in, by counting, which spares sorting;
 4. opens the worst, and weighs their children by register tiles of 4 queries × 4 children.
 
-On paper, 16 heads of 131,072 queries, d = 64, p = 16, budget 512, blocks of 16: some thousand nodes weighed for each of
-131,072 blocks, 0.34 TFLOP of float32, 6 ms at 60 TFLOP/s, and 256 KB of means and variances read for each, 34 GB through L2,
-6 ms at 5.5 TB/s; sums, errors and ranks about as much again. That is more than all other steps together (0.8 ms of
-attention): blocks of 64 queries would read a quarter. Tensor cores are not used.
+On paper, 16 heads of 131,072 queries, d = 64, p = 16, budget 512, blocks of 16, 31 rounds: some thousand nodes are weighed
+for each of 131,072 blocks, 0.34 TFLOP of float32, 6 ms at 60 TFLOP/s, and 256 KB of their means and variances read, 34 GB
+through L2, 6 ms at 5.5 TB/s. Sums read the list twice a round, 0.5 MB a block, 66 GB through the first-level caches. Two
+thread blocks on a multiprocessor hide little of the waiting. That is more than all other steps together (0.8 ms of
+attention), and the first thing to measure: blocks of 64 queries would read a quarter. Tensor cores are not used.
 """
 
 import math
@@ -38,13 +39,15 @@ PARTS = THREADS // LANES
 DEPTH = 16
 """Columns of a tile."""
 PITCH = DEPTH + 1
+BINS = 256
+"""Octaves of float32 numbers, and 0."""
 RESIDENT = 264
 """Thread blocks at once: two on each of 132 multiprocessors, as many as their registers allow. Their memory, 10 MB for a
 budget of 512 and blocks of 16, stays in L2."""
 STATE = 5
 """Numbers that all threads share: places and slots taken, keys of opened leaves beside the first ones, inner nodes opened in
 the last round, leaves opened so far."""
-TINY = {"THREADS": 8, "QUADS": 2, "CHILDREN": 16, "LANES": 4, "PARTS": 2, "DEPTH": 2, "PITCH": 3, "RESIDENT": 3}
+TINY = {"THREADS": 8, "QUADS": 2, "CHILDREN": 16, "LANES": 4, "PARTS": 2, "DEPTH": 2, "PITCH": 3, "RESIDENT": 3, "BINS": 16}
 """What tests in the simulator put in their place."""
 
 
@@ -223,16 +226,83 @@ def estimate_errors(group, variances, sizes, squares, rows, n, node, fresh, coun
 
 
 @cuda.jit(device=True)
-def rank_worst(error, used, step, chosen):
-    """Write the places of the ``step`` largest errors, the largest first; those below 0 don't count."""
-    for place in range(cuda.threadIdx.x, used, THREADS):
+def bin_of(error):
+    """Return the octave of an error as a bin, in ascending order; 0 has one of its own."""
+    if error > 0:
+        return 1 + min(np.float32(error).view(np.int32) >> 23, BINS - 2)
+    return 0
+
+
+@cuda.jit(device=True)
+def sum_before(counts, mine):
+    """Return what the threads before this one count, and what all do."""
+    thread, before, total = cuda.threadIdx.x, 0, 0
+    counts[thread] = mine
+    cuda.syncthreads()
+    for other in range(THREADS):
+        before += counts[other] if other < thread else 0
+        total += counts[other]
+    cuda.syncthreads()
+    return before, total
+
+
+@cuda.jit(device=True)
+def rank_worst(error, used, step, chosen, rivals):
+    """Write the places of the ``step`` largest errors, the largest first; those below 0 don't count.
+
+    Only those in the octave of the last one taken, or above, are ranked by counting. Errors of 0 are taken as they come.
+    """
+    thread = cuda.threadIdx.x
+    bins = cuda.shared.array(BINS, np.int32)
+    counts = cuda.shared.array(THREADS, np.int32)
+    limit = cuda.shared.array(1, np.int32)
+    for i in range(thread, BINS, THREADS):
+        bins[i] = 0
+    if thread == 0:
+        limit[0] = 0
+    cuda.syncthreads()
+    for place in range(thread, used, THREADS):
+        if error[place] >= 0:
+            cuda.atomic.add(bins, bin_of(error[place]), 1)
+    cuda.syncthreads()
+    run = BINS // THREADS
+    top, mine = BINS - 1 - thread * run, 0
+    for i in range(run):
+        mine += bins[top - i]
+    above, _ = sum_before(counts, mine)
+    for i in range(run):
+        if above < step <= above + bins[top - i]:
+            limit[0] = top - i
+        above += bins[top - i]
+    cuda.syncthreads()
+    lowest = max(limit[0], 1)
+    mine = 0
+    for place in range(thread, used, THREADS):
+        mine += error[place] >= 0 and bin_of(error[place]) >= lowest
+    at, found = sum_before(counts, mine)
+    mine = 0
+    for place in range(thread, used, THREADS):
+        if error[place] >= 0 and bin_of(error[place]) >= lowest:
+            rivals[at] = place
+            at += 1
+        else:
+            mine += error[place] == 0
+    at, _ = sum_before(counts, mine)
+    at += found
+    if found < step:
+        for place in range(thread, used, THREADS):
+            if error[place] == 0:
+                if at < step:
+                    chosen[at] = place
+                at += 1
+    for i in range(thread, found, THREADS):
+        place, before = rivals[i], 0
         own = error[place]
-        if own >= 0:
-            before = 0
-            for other in range(used):
-                before += error[other] > own or (error[other] == own and other < place)
-            if before < step:
-                chosen[before] = place
+        for j in range(found):
+            other = rivals[j]
+            before += error[other] > own or (error[other] == own and other < place)
+        if before < step:
+            chosen[before] = place
     cuda.syncthreads()
 
 
@@ -405,7 +475,7 @@ def open_blocks(stored: str, read: Any) -> CudaKernel:
                 )
                 step = min(max(1, opened // GROWTH), wanted - opened)
                 opened += step
-                rank_worst(error, used, step, chosen)
+                rank_worst(error, used, step, chosen, moves)
                 before, closed = state[1], used - state[4]
                 open_chosen(min(step, closed), used, wanted, n, nodes // 2, node, chosen, error, extra, fresh, moves, state)
                 used, count = state[0], 2 * state[3]
