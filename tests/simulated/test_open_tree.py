@@ -31,7 +31,7 @@ def test_open_tree_lists_what_the_reference_lists(rng, given):
 
 @pytest.mark.parametrize("sizes", ["from 1e-40 to 1e9", "mostly 0", "all 0"])
 def test_errors_of_any_size(rng, monkeypatch, sizes):
-    """All octaves have bins of their own. Which nodes of error 0 are opened is left open: what is listed holds every key once."""
+    """All octaves have bins of their own. Which nodes of error 0 are opened is left open: lists hold every key once."""
     monkeypatch.setattr(cuda, "BINS", 256)
     arguments = list(tree_problem(rng, n=50, n_q=2, rows=2, d=3, p=2, slots=14, own=False, groups=1))
     shape = arguments[7].shape
