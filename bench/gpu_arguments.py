@@ -1,0 +1,213 @@
+"""Random arguments for every kernel, as `bench.gpu_checks` gives them to an implementation and to its reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdecore.kernels.node_summaries.reference import node_summaries as summarise
+from kdecore.kernels.open_tree.contract import first_nodes
+from kdecore.kernels.tree_order.contract import SUBTREE_ROWS
+from kdecore.kernels.tree_order.reference import tree_order as order_tree
+from kdecore.merge import Part
+from kdecore.namespaces import ACCUMULATION, Array, host
+from kdecore.tree import depth
+
+LEAF_SIZE = 4
+LARGE = 5000
+"""Rows from which widths are those of attention heads."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of the dtype that inputs are stored in."""
+
+    array: Array
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of the dtype computed in."""
+
+    array: Array
+
+
+@dataclass(frozen=True)
+class Device:
+    """Stands for the device, as its library has it."""
+
+
+def rounded(array: Array, dtype: str) -> Array:
+    """Return numbers that the dtype holds, in float64."""
+    return torch.tensor(array).to(getattr(torch, dtype)).double().numpy()
+
+
+def for_reference(argument: Any, dtype: str) -> Any:
+    """Return an argument of the reference: NumPy, float64, the numbers that the implementation gets."""
+    match argument:
+        case Rows(array):
+            return rounded(array, dtype)
+        case Numbers(array):
+            return rounded(array, ACCUMULATION[dtype])
+        case Part(out, lse):
+            return Part(for_reference(out, dtype), for_reference(lse, dtype))
+        case Device():
+            return "cpu"
+    return argument
+
+
+def for_library(argument: Any, dtype: str, convert: Callable[[Array, str | None], Any]) -> Any:
+    """Return an argument of an implementation; ``convert`` takes NumPy, and a dtype's name or None for the array's own."""
+    match argument:
+        case Rows(array):
+            return convert(rounded(array, dtype), dtype)
+        case Numbers(array):
+            return convert(rounded(array, ACCUMULATION[dtype]), ACCUMULATION[dtype])
+        case Part(out, lse):
+            return Part(*(for_library(x, dtype, convert) for x in (out, lse)))
+        case Device():
+            return convert(np.zeros(1), None).device
+        case np.ndarray():
+            return convert(argument, None)
+    return argument
+
+
+def width(n: int) -> int:
+    """Return d: odd for few rows."""
+    return 64 if n >= LARGE else 19
+
+
+def with_holes(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Return normal numbers, of which a few are not finite."""
+    rows = rng.standard_normal(shape)
+    for number in (np.nan, np.inf, -np.inf):
+        rows[tuple(rng.integers(shape))] = number
+    return rows
+
+
+def clustered(rng: np.random.Generator, groups: int, n: int, d: int) -> Array:
+    """Return rows in clusters."""
+    centres = rng.standard_normal((groups, 12, d))
+    return rng.standard_normal((groups, n, d)) + 2.0 * centres[:, rng.integers(0, 12, n)]
+
+
+def permutations(rng: np.random.Generator, groups: int, n: int) -> Array:
+    """Return an order of n rows for each group."""
+    return rng.permuted(np.tile(np.arange(n), (groups, 1)), axis=1)
+
+
+def rows_alone(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments of `finite_rows` and `row_norms`."""
+    return (Rows(with_holes(rng, (3, n, width(n)))),)
+
+
+def hash_codes(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments, of codes wider than int16 for few rows."""
+    bits = 12 if n >= LARGE else 17
+    return Rows(1.0 + rng.standard_normal((3, n, width(n)))), Numbers(rng.standard_normal((width(n), bits)))
+
+
+def bucket_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments, for several passes over few rows."""
+    bits = 12 if n >= LARGE else 23
+    return rng.integers(0, 2**bits, (3, n)).astype("int16" if bits <= 15 else "int32"), bits
+
+
+def bucket_windows(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    queries, keys = (np.sort(rng.integers(0, 2**9, (3, m))).astype("int16") for m in (n, n + n // 3))
+    return queries, keys, -(-n // 16), min(n, 170)
+
+
+def draw_uniform(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    return int(rng.integers(2**63)), int(rng.integers(2**31)), (3, n), Device()
+
+
+def draw_indices(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    window, count, blocks = n // 8, max(1, min(n // 4, 341)), 33
+    return 1.0 + rng.random((3, n)), rng.integers(0, n - window + 1, (3, blocks)), window, rng.random((3, blocks)), count
+
+
+def project_rows(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    return Rows(rng.standard_normal((3, n, width(n)))), Numbers(rng.standard_normal((3, width(n), 16)))
+
+
+def rank_codes(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments; coordinates of widths that no rounding puts in another order."""
+    rows = rng.standard_normal((3, n, 16)) * 0.8 ** np.arange(16)
+    rows[1, n // 2, 3] = np.nan
+    return Numbers(rows), 24, 0
+
+
+def tree_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments: a whole tree over few rows, small subtrees of many, as the treecode does."""
+    n = min(n, 20_000)
+    return Numbers(clustered(rng, 2, n, 16)), LEAF_SIZE, depth(n, SUBTREE_ROWS) if n >= LARGE else 0
+
+
+def node_summaries(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    k, v = (Rows(rng.standard_normal((2, n, width(n)))) for _ in "kv")
+    coordinates, sizes = Numbers(rng.standard_normal((2, n, 16))), Numbers(0.5 + rng.random((2, n)))
+    return k, v, coordinates, sizes, permutations(rng, 2, n), LEAF_SIZE, Numbers(np.array([0.1, 5.0]))
+
+
+def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments: lists of a quarter of the keys, of one in eight of more."""
+    n = min(n, 3000)
+    d, rows, p = 19, 16, 5
+    slots = max(n // 8 if n > 1500 else n // 4, 20)
+    keys, q = clustered(rng, 2, n, d), rng.standard_normal((2, n, d))
+    sizes = 0.5 + rng.random((2, n))
+    nodes = summarise(host, keys, keys, keys[:, :, :p], sizes, order_tree(host, keys, LEAF_SIZE), LEAF_SIZE, np.ones(2))
+    blocks = max(1, n // rows // 4)
+    query_index = permutations(rng, 2, n)[:, : blocks * rows].reshape(2, blocks, -1)
+    own = np.sort(rng.integers(0, n, (2, blocks, rows)), axis=-1) if slots > 4 * rows else None
+    start = first_nodes(slots - (0 if own is None else rows), nodes.spread.shape[1])
+    tree = [Numbers(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)]
+    return Rows(q), 0.3, Numbers(0.3 * q[:, :, :p]), query_index, *tree, own, slots, start
+
+
+def attend_blocks(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments: with a bias, and something to merge with, for few rows."""
+    d, rows = width(n), 128 if n >= LARGE else 13
+    slots = 512 if n >= LARGE else max(1, n // 3)
+    blocks = n // rows
+    q, k, v = (Rows(rng.standard_normal((n, columns))) for columns in (d, d, d + 1))
+    query_index = rng.permutation(n)[: blocks * rows].reshape(blocks, rows)
+    log_weight = rng.standard_normal((blocks, slots))
+    log_weight[rng.random((blocks, slots)) < 0.1] = -np.inf
+    few = n < LARGE
+    bias = Numbers(np.where(rng.random((blocks, rows, slots)) < 0.2, -np.inf, 0.5)) if few else None
+    before = Part(Numbers(rng.standard_normal((n, d + 1))), Numbers(rng.standard_normal(n))) if few else None
+    return q, k, v, query_index, rng.integers(0, n, (blocks, slots)), Numbers(log_weight), d**-0.5, bias, before
+
+
+def attend_dense(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    d, n = width(n), min(n, 4099)
+    return (*(Rows(rng.standard_normal((2, n, columns))) for columns in (d, d, d + 1)), d**-0.5)
+
+
+ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
+    "finite_rows": rows_alone,
+    "row_norms": rows_alone,
+    "hash_codes": hash_codes,
+    "bucket_order": bucket_order,
+    "bucket_windows": bucket_windows,
+    "draw_uniform": draw_uniform,
+    "draw_indices": draw_indices,
+    "project_rows": project_rows,
+    "rank_codes": rank_codes,
+    "tree_order": tree_order,
+    "node_summaries": node_summaries,
+    "open_tree": open_tree,
+    "attend_blocks": attend_blocks,
+    "attend_dense": attend_dense,
+}
+"""Kernel → what makes its arguments, all but the namespace, for about n rows."""
