@@ -69,7 +69,7 @@ def launch(kernel: CudaKernel, grid: int | tuple[int, ...], threads: int, *argum
     kernel
         As declared.
     grid
-        Blocks; without any, nothing is launched.
+        Blocks, groups first: of the other axes a device has 65,535 blocks at most. Without any, nothing is launched.
     threads
         Threads of a block.
     *arguments

@@ -33,10 +33,10 @@ def bucket_order(xp: Namespace, codes: Array, bits: int) -> Array:
     device = codes.device
     passes = max(1, -(-bits // DIGIT_BITS))
     digit_bits = -(-bits // passes)
-    grid = (-(-n // (THREADS * TILES)), groups)
+    grid = (groups, -(-n // (THREADS * TILES)))
     order = codes
     for number in range(passes):
-        counts = xp.empty((groups, grid[0], 1 << digit_bits), dtype=xp.int32, device=device)
+        counts = xp.empty((*grid, 1 << digit_bits), dtype=xp.int32, device=device)
         place = (number * digit_bits, (1 << digit_bits) - 1)
         given, order = order, xp.empty((groups, n), dtype=xp.int64, device=device)
         launch(count_digits, grid, THREADS, codes, given, number > 0, *place, counts)
@@ -59,7 +59,7 @@ def _arguments(codes, given, *others):
 @cuda_kernel(_arguments("int16", "int16"), THREADS)
 def count_digits(codes, given, again, shift, mask, counts):
     """Count the digits of a chunk."""
-    lane, chunk, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    lane, group, chunk = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
     found = cuda.shared.array(DIGITS, np.int32)
     for digit in range(lane, mask + 1, THREADS):
         found[digit] = 0
@@ -117,7 +117,7 @@ def sum_counts(counts):
 @cuda_kernel(_arguments("int16", "int16", "int64[:, ::1]"), THREADS)
 def place_rows(codes, given, again, shift, mask, counts, order):
     """Write the rows of a chunk to where they belong."""
-    lane, chunk, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    lane, group, chunk = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
     places = cuda.shared.array(DIGITS, np.int32)
     tile = cuda.shared.array(THREADS, np.int32)
     for digit in range(lane, mask + 1, THREADS):

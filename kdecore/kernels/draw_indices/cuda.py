@@ -26,7 +26,7 @@ def draw_indices(
     sums = xp.cumulative_sum(weights, axis=1)
     positions = xp.empty((groups, blocks, count), dtype=xp.int64, device=weights.device)
     log_inclusion = xp.empty((groups, blocks, count), dtype=xp.float64, device=weights.device)
-    grid = (-(-count // THREADS), blocks, groups)
+    grid = (groups, blocks, -(-count // THREADS))
     launch(draw, grid, THREADS, weights, sums, window_start, window_size, starts, positions, log_inclusion)
     return positions, log_inclusion
 
@@ -42,7 +42,7 @@ def sum_before(sums, group, place):
 )
 def draw(weights, sums, window_start, size, starts, positions, log_inclusion):
     """Draw a block's positions."""
-    i, block, group = cuda.blockIdx.x * THREADS + cuda.threadIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+    group, block, i = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z * THREADS + cuda.threadIdx.x
     n, count = weights.shape[1], positions.shape[2]
     if i < count:
         begin = window_start[group, block]

@@ -39,9 +39,9 @@ def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
     projected = xp.empty((groups, bits, n), dtype=planes.dtype, device=x.device)
     means = xp.empty((groups, bits), dtype=planes.dtype, device=x.device)
     codes = xp.empty((groups, n), dtype=xp.int16 if bits <= 15 else xp.int32, device=x.device)
-    launch(project(x), (-(-n // ROWS), groups), THREADS, x, planes, projected)
-    launch(average, (bits, groups), THREADS, projected, means)
-    launch(pack, (-(-n // THREADS), groups), THREADS, projected, means, codes)
+    launch(project(x), (groups, -(-n // ROWS)), THREADS, x, planes, projected)
+    launch(average, (groups, bits), THREADS, projected, means)
+    launch(pack, (groups, -(-n // THREADS)), THREADS, projected, means, codes)
     return codes
 
 
@@ -52,7 +52,7 @@ def project(stored: str, read: Any) -> CudaKernel:
     @cuda_kernel("stored[:, :, ::1], number[:, ::1], number[:, :, ::1]", THREADS, stored)
     def project(x, planes, projected):
         """Write the products of a tile of rows with all planes."""
-        thread, first, group = cuda.threadIdx.x, cuda.blockIdx.x * ROWS, cuda.blockIdx.y
+        thread, group, first = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y * ROWS
         lane, part = thread % LANES, thread // LANES
         n, d, bits = x.shape[1], x.shape[2], planes.shape[1]
         rows = cuda.shared.array((ROWS, PITCH), planes.dtype)
@@ -99,7 +99,7 @@ def add_exactly(total, error, number):
 @cuda_kernel("number[:, :, ::1], number[:, ::1]", THREADS)
 def average(projected, means):
     """Write the mean of the finite projections on a plane."""
-    lane, bit, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    lane, group, bit = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
     totals = cuda.shared.array(THREADS, means.dtype)
     errors = cuda.shared.array(THREADS, means.dtype)
     counts = cuda.shared.array(THREADS, np.int32)
@@ -122,7 +122,7 @@ def average(projected, means):
 @cuda_kernel("number[:, :, ::1], number[:, ::1], int16[:, ::1]", THREADS)
 def pack(projected, means, codes):
     """Write the Gray rank of a row's signs."""
-    group, i = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+    group, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     bits = means.shape[1]
     if i < codes.shape[1]:
         code = 0

@@ -31,9 +31,9 @@ def rank_codes(xp: Namespace, x: Array, bits: int, in_order: int = 0) -> Array:
     variances = xp.empty((groups, p), dtype=x.dtype, device=x.device)
     dealt = xp.empty((2, groups, bits - in_order), dtype=xp.int32, device=x.device)
     codes = xp.empty((groups, n), dtype=xp.int32, device=x.device)
-    launch(sort_samples, (p, groups), THREADS, x, ascending, variances)
+    launch(sort_samples, (groups, p), THREADS, x, ascending, variances)
     launch(deal_bits, groups, 1, variances, dealt)
-    launch(number_cells, (-(-n // THREADS), groups), THREADS, x, ascending, dealt, in_order, codes)
+    launch(number_cells, (groups, -(-n // THREADS)), THREADS, x, ascending, dealt, in_order, codes)
     return codes
 
 
@@ -46,7 +46,7 @@ def finite_or_zero(number, zero):
 @cuda_kernel("number[:, :, ::1], number[:, :, ::1], number[:, ::1]", THREADS)
 def sort_samples(x, ascending, variances):
     """Write the sorted sample of a coordinate, and its variance."""
-    lane, column, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    lane, group, column = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
     n, count = x.shape[1], ascending.shape[2]
     sample = cuda.shared.array(SAMPLE, x.dtype)
     zero = x.dtype.type(0.0)
@@ -89,8 +89,8 @@ def deal_bits(variances, dealt):
 @cuda_kernel("number[:, :, ::1], number[:, :, ::1], int32[:, :, ::1], int64, int32[:, ::1]", THREADS)
 def number_cells(x, ascending, dealt, in_order, codes):
     """Write the codes of a tile of rows."""
-    lane, group = cuda.threadIdx.x, cuda.blockIdx.y
-    row = cuda.blockIdx.x * THREADS + lane
+    lane, group = cuda.threadIdx.x, cuda.blockIdx.x
+    row = cuda.blockIdx.y * THREADS + lane
     n, p, count, given = x.shape[1], x.shape[2], ascending.shape[2], dealt.shape[2]
     zero = x.dtype.type(0.0)
     sample = cuda.shared.array(SAMPLE, x.dtype)

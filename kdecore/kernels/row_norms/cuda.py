@@ -33,8 +33,8 @@ def row_norms(xp: Namespace, rows: Array) -> Array:
     if d == 0:
         return xp.astype(found, xp.float64)
     tops = xp.empty((groups, PARTS), dtype=dtype, device=rows.device)
-    launch(largest(rows), (PARTS, groups), THREADS, xp.reshape(rows, (groups, n * d)), tops)
-    launch(norms(rows), (-(-n // THREADS), groups), THREADS, rows, tops, found)
+    launch(largest(rows), (groups, PARTS), THREADS, xp.reshape(rows, (groups, n * d)), tops)
+    launch(norms(rows), (groups, -(-n // THREADS)), THREADS, rows, tops, found)
     return xp.astype(found, xp.float64, copy=False)
 
 
@@ -45,7 +45,7 @@ def largest(stored: str, read: Any) -> CudaKernel:
     @cuda_kernel("stored[:, ::1], number[:, ::1]", THREADS, stored)
     def largest(rows, tops):
         """Write the largest finite absolute value of each of `PARTS` interleaved parts of a group."""
-        lane, part, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+        lane, group, part = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
         found = cuda.shared.array(THREADS, tops.dtype)
         top = tops.dtype.type(0.0)
         for i in range(part * THREADS + lane, rows.shape[1], PARTS * THREADS):
@@ -69,7 +69,7 @@ def norms(stored: str, read: Any) -> CudaKernel:
     @cuda_kernel("stored[:, :, ::1], number[:, ::1], number[:, ::1]", THREADS, stored)
     def norms(rows, tops, found):
         """Write the norms of a tile of rows, each divided by its group's largest number."""
-        lane, first, group = cuda.threadIdx.x, cuda.blockIdx.x * THREADS, cuda.blockIdx.y
+        lane, group, first = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y * THREADS
         n, d = rows.shape[1], rows.shape[2]
         tile = cuda.shared.array((THREADS, PITCH), found.dtype)
         top = found.dtype.type(0.0)
@@ -79,8 +79,10 @@ def norms(stored: str, read: Any) -> CudaKernel:
         for column in range(0, d, DEPTH):
             width = min(DEPTH, d - column)
             # Neighbouring threads read neighbouring numbers; each sums a row of the tile then.
-            for i in range(lane, min(THREADS, n - first) * width, THREADS):
-                tile[i // width, i % width] = read(rows[group, first + i // width, column + i % width])
+            for i in range(lane, min(THREADS, n - first) * DEPTH, THREADS):
+                row, t = i // DEPTH, i % DEPTH
+                if t < width:
+                    tile[row, t] = read(rows[group, first + row, column + t])
             cuda.syncthreads()
             if first + lane < n and top > 0:
                 for t in range(width):

@@ -42,7 +42,7 @@ def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Ar
     if top == last:
         return order
     found = xp.empty((groups, n), dtype=xp.int64, device=x.device)
-    launch(cut_subtrees, (1 << top, groups), THREADS, x, order, top, last, found)
+    launch(cut_subtrees, groups << top, THREADS, x, order, top, last, found)
     return found
 
 
@@ -56,7 +56,7 @@ def node_at(position, level, n):
 @cuda_kernel("number[:, :, ::1], int64[:, ::1], int64, int64, int64[:, ::1]", THREADS)
 def cut_subtrees(x, order, top, last, found):
     """Cut the nodes of levels top … last − 1 under a node of level ``top``."""
-    thread, subtree, group = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    thread, group, subtree = cuda.threadIdx.x, cuda.blockIdx.x >> top, cuda.blockIdx.x & ((1 << top) - 1)
     n, d = x.shape[1], x.shape[2]
     begin, end = (subtree * n) >> top, ((subtree + 1) * n) >> top
     size = end - begin
