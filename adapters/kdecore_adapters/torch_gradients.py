@@ -1,7 +1,8 @@
 """PyTorch: gradients of the attention kernels, from what they kept: inputs, chosen keys and log-sum-exp.
 
-Forward the fastest kernel runs. Backward the logits are made again, tile by tile, from the rows gathered for a block, as in
-FlashAttention (Dao et al. 2022): with P = exp(logits − lse) and ∂ for the gradient of what follows,
+Forward the fastest kernel runs. Backward a fused one does on CUDA devices; elsewhere the logits are made again, tile by
+tile, from the rows gathered for a block, as in FlashAttention (Dao et al. 2022). With P = exp(logits − lse) and ∂ for the
+gradient of what follows,
 
     ∂logits = P ∘ (∂out vᵀ − (Σ ∂out ∘ out − ∂lse))    ∂v = Pᵀ ∂out    ∂q = scale · ∂logits k    ∂k = scale · ∂logitsᵀ q
 
@@ -10,7 +11,8 @@ are not: their gradients go down the tree to the rows in them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from kdecore.kernels.jit import kernel
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.registry import Site, choose
 from kdecore.merge import Part, merge
-from kdecore.namespaces import Namespace, host, namespace_of, spans
+from kdecore.namespaces import ACCUMULATION, Namespace, dtype_name, host, namespace_of, spans
 from kdecore.tree import bounds, depth
 
 TILE_LOGITS, TILE_COPIES = 2**18, 2**19
@@ -69,7 +71,26 @@ def node_summaries(
 
 def _unrecorded(kernel: str, tensor: Tensor) -> Callable[..., Any]:
     """Return the kernel that runs where nothing is recorded."""
-    return choose(kernel, Site("torch", str(tensor.device), str(tensor.dtype).removeprefix("torch."))).function
+    return choose(kernel, Site("torch", str(tensor.device), ACCUMULATION[dtype_name(tensor)])).function
+
+
+def _fused(q: Tensor, v: Tensor) -> Any:
+    """Return the module of fused gradients where it can be used, else None.
+
+    It adds in no fixed order, which `torch.use_deterministic_algorithms` forbids.
+    """
+    if q.device.type != "cuda" or q.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
+        return None
+    if find_spec("triton") is None:
+        return None
+    from kdecore.kernels.attend_blocks import triton_backward
+
+    return triton_backward if triton_backward.fits(q, v) else None
+
+
+def _in_dtypes_of(found: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Cast gradients to the dtypes of what they are the gradients of."""
+    return (gradient.to(x.dtype) for gradient, x in zip(found, inputs, strict=True))
 
 
 class _Blocks(torch.autograd.Function):
@@ -98,8 +119,13 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, query_index, key_index, log_weight, bias, lse = ctx.saved_tensors
         lse, grad_lse = _of_rows(lse, grad_lse)
-        of_bias = None if bias is None or not ctx.needs_input_grad[7] else torch.zeros_like(bias)
-        of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
+        biased = bias is not None and ctx.needs_input_grad[7]
+        if fused := _fused(q, v):
+            lists, sizes = (query_index, key_index, log_weight), (*query_index.shape, key_index.shape[1])
+            found = fused.gradients(q, k, v, lists, sizes, ctx.scale, lse, grad_out, grad_lse, bias, of_bias=biased)
+            return *found[:3], None, None, None, None, found[3]
+        of_bias = torch.zeros_like(bias) if biased else None
+        of_q, of_k, of_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         d, d_v = k.shape[1], v.shape[1]
         # A row that is there again doesn't count again.
         again = torch.zeros_like(query_index, dtype=torch.bool)
@@ -112,9 +138,9 @@ class _Blocks(torch.autograd.Function):
                 added = added + (bias[:, row] if len(bias) == 1 else bias[block, row])
             shape = (len(rows), -1)
             of_rows, of_keys, of_values, of_logits = _of_tile(
-                q[rows] * ctx.scale,
-                k.index_select(0, keys).view(*shape, d),
-                v.index_select(0, keys).view(*shape, d_v),
+                q[rows].to(lse.dtype) * ctx.scale,
+                k.index_select(0, keys).to(lse.dtype).view(*shape, d),
+                v.index_select(0, keys).to(lse.dtype).view(*shape, d_v),
                 added,
                 lse[rows],
                 grad_out[rows].masked_fill(repeated[..., None], 0.0),
@@ -126,7 +152,7 @@ class _Blocks(torch.autograd.Function):
             if of_bias is not None:
                 target = of_bias[:, row] if len(of_bias) == 1 else of_bias[block, row]
                 target += of_logits.sum(0, keepdim=True) if len(of_bias) == 1 else of_logits
-        return of_q, of_k, of_v, None, None, None, None, of_bias
+        return *_in_dtypes_of((of_q, of_k, of_v), (q, k, v)), None, None, None, None, of_bias
 
 
 class _Dense(torch.autograd.Function):
@@ -145,17 +171,24 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         lse, grad_lse = _of_rows(lse, grad_lse)
-        of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
+        if fused := _fused(q, v):
+            sizes, rows = (*q.shape[:2], k.shape[1]), [_flat(x) for x in (q, k, v)]
+            found = fused.gradients(
+                *rows, None, sizes, ctx.scale, *(_flat(x) for x in (lse, grad_out, grad_lse)), out=_flat(out)
+            )
+            return *(x.reshape(y.shape) for x, y in zip(found[:3], (q, k, v), strict=True)), None
+        of_q, of_k, of_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
         keys_step = max(1, min(k.shape[1], TILE_LOGITS // DENSE_ROWS))
         for group, row in _tiles(len(q), q.shape[1], keys_step, max(q.shape[2], v.shape[2])):
-            queries = q[group, row] * ctx.scale
+            queries = q[group, row].to(lse.dtype) * ctx.scale
             for key in spans(k.shape[1], keys_step):
                 kept = (lse[group, row], grad_out[group, row], grad_lse[group, row], out[group, row])
-                of_rows, of_keys, of_values, _ = _of_tile(queries, k[group, key], v[group, key], None, *kept)
+                keys, values = k[group, key].to(lse.dtype), v[group, key].to(lse.dtype)
+                of_rows, of_keys, of_values, _ = _of_tile(queries, keys, values, None, *kept)
                 of_q[group, row].add_(of_rows, alpha=ctx.scale)
                 of_k[group, key].add_(of_keys)
                 of_v[group, key].add_(of_values)
-        return of_q, of_k, of_v, None
+        return *_in_dtypes_of((of_q, of_k, of_v), (q, k, v)), None
 
 
 class _Nodes(torch.autograd.Function):
@@ -166,7 +199,8 @@ class _Nodes(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, _, _, order, ctx.leaf_size, half_norm = inputs
+        k, _, _, _, order, ctx.leaf_size, half_norm = inputs
+        ctx.dtype = k.dtype
         keys, values, spread, variances, sizes = output
         ctx.save_for_backward(order, half_norm, keys, values[..., -1], spread)
         ctx.mark_non_differentiable(spread, variances, sizes)
@@ -175,6 +209,7 @@ class _Nodes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_keys: Tensor, of_values: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         order, half_norm, keys, last, spread = ctx.saved_tensors
+        keys, of_keys, of_values = (x.to(spread.dtype) for x in (keys, of_keys, of_values))
         groups, n = order.shape
         levels = [host.diff(bounds(n, level)) for level in range(depth(n, ctx.leaf_size) + 1)]
         counts = torch.from_numpy(host.concat(levels)).to(keys)
@@ -198,9 +233,14 @@ class _Nodes(torch.autograd.Function):
         def in_place(ordered: Tensor) -> Tensor:
             rows = torch.empty(groups * n, ordered.shape[2], dtype=ordered.dtype, device=ordered.device)
             rows[row] = ordered.reshape(groups * n, -1)
-            return rows.reshape(ordered.shape)
+            return rows.reshape(ordered.shape).to(ctx.dtype)
 
         return in_place(of_k), in_place(of_v), None, None, None, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return the rows of all groups one after another."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _of_rows(lse: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:

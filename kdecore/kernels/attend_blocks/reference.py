@@ -1,7 +1,16 @@
 """`attend_blocks` in the array API: gather, product, softmax, product, over tiles that stay in cache."""
 
 from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, first_places, spans, take_rows
+from kdecore.namespaces import (
+    TILE_ELEMENTS,
+    Array,
+    Namespace,
+    accumulation_dtype,
+    dtype_name,
+    first_places,
+    spans,
+    take_rows,
+)
 
 
 def attend_blocks(
@@ -22,14 +31,19 @@ def attend_blocks(
     rows_step = min(rows, max(1, TILE_ELEMENTS // slots))
     # Copies of keys and values count like logits: with few rows a block they are the larger part.
     blocks_step = max(1, TILE_ELEMENTS // (slots * max(rows_step, int(k.shape[1]), int(v.shape[1]))))
-    out = xp.empty((blocks, rows, v.shape[1]), dtype=q.dtype, device=q.device)
-    lse = xp.empty((blocks, rows), dtype=q.dtype, device=q.device)
+    dtype = accumulation_dtype(xp, dtype_name(q))
+    out = xp.empty((blocks, rows, v.shape[1]), dtype=dtype, device=q.device)
+    lse = xp.empty((blocks, rows), dtype=dtype, device=q.device)
+
+    def gather(source: Array, index: Array) -> Array:
+        return xp.astype(take_rows(xp, source, index), dtype, copy=False)
+
     for block in spans(blocks, blocks_step):
-        keys = xp.matrix_transpose(take_rows(xp, k, key_index[block, :]))
-        values = take_rows(xp, v, key_index[block, :])
+        keys = xp.matrix_transpose(gather(k, key_index[block, :]))
+        values = gather(v, key_index[block, :])
         weight = log_weight[block, None, :]
         for row in spans(rows, rows_step):
-            logits = (take_rows(xp, q, query_index[block, row]) * scale) @ keys + weight
+            logits = (gather(q, query_index[block, row]) * scale) @ keys + weight
             if bias is not None:
                 added = bias[:, row, :] if bias.shape[0] == 1 else bias[block, row, :]
                 # Not by the sum alone: that of NaN and −∞ is NaN.

@@ -3,7 +3,7 @@
 from functools import partial, reduce
 
 from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, spans
+from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, accumulation_dtype, dtype_name, spans
 
 ROWS = 256
 """Queries in a tile: enough for the matrix product to run at full rate."""
@@ -16,13 +16,18 @@ def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> P
     rows_step = max(1, min(n_q, ROWS))
     keys_step = min(n_k, TILE_ELEMENTS // rows_step)
     groups_step = max(1, TILE_ELEMENTS // (rows_step * keys_step))
-    out = xp.empty((groups, n_q, v.shape[2]), dtype=q.dtype, device=q.device)
-    lse = xp.empty((groups, n_q), dtype=q.dtype, device=q.device)
+    dtype = accumulation_dtype(xp, dtype_name(q))
+    out = xp.empty((groups, n_q, v.shape[2]), dtype=dtype, device=q.device)
+    lse = xp.empty((groups, n_q), dtype=dtype, device=q.device)
+
+    def wide(rows: Array) -> Array:
+        return xp.astype(rows, dtype, copy=False)
+
     for group in spans(groups, groups_step):
         for row in spans(n_q, rows_step):
-            queries = q[group, row, :] * scale
+            queries = wide(q[group, row, :]) * scale
             parts = (
-                softmax_part(xp, queries @ xp.matrix_transpose(k[group, key, :]), v[group, key, :])
+                softmax_part(xp, queries @ xp.matrix_transpose(wide(k[group, key, :])), wide(v[group, key, :]))
                 for key in spans(n_k, keys_step)
             )
             part = reduce(partial(merge, xp), parts)

@@ -229,7 +229,8 @@ def estimate_errors(group, variances, sizes, squares, rows, n, node, fresh, coun
 def bin_of(error):
     """Return the octave of an error as a bin, in ascending order; 0 has one of its own."""
     if error > 0:
-        return 1 + min(np.float32(error).view(np.int32) >> 23, BINS - 2)
+        octave = np.float32(error).view(np.int32) >> 23
+        return 1 + (octave if octave < BINS - 2 else BINS - 2)
     return 0
 
 

@@ -1,0 +1,189 @@
+"""Compile every Triton kernel without a device, and print what it takes: `python -m tests.triton_compile [sm_90 …]`.
+
+What is compiled is what would be launched: the kernels' callers run on small tensors of the host, and each launch is
+recorded in place of being made. A kernel that spills registers, takes more shared memory than the device has, multiplies
+without tensor cores or computes in float64 is an error.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kdecore.kernels.attend_blocks import triton as forward
+from kdecore.kernels.attend_blocks import triton_backward as backward
+from kdecore.merge import Part
+
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+"""That a program may have."""
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+SIZES = (2, 128, 512)
+"""Blocks, their queries and their slots: what matters to the compiler is whether 16 divides them."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was not made: of a kernel, with arguments by name."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Stands for a kernel and notes its launches."""
+
+    kernel: Any
+    launches: list[Launch]
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.record
+
+    def record(self, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **more: Any) -> None:
+        given = dict(zip(self.kernel.arg_names, arguments, strict=False)) | more
+        self.launches.append(Launch(self.kernel, given, num_warps, num_stages))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a kernel."""
+
+    registers: int
+    spilled: int
+    shared: int
+    products: int
+    doubles: int
+    problem: str
+
+
+def rows(dtype: torch.dtype, d: int, d_v: int) -> list[torch.Tensor]:
+    """Return queries, keys and values; rows of values lie at multiples of 16 numbers, as those of a tree's nodes should."""
+    q, k = (torch.zeros(256, d, dtype=dtype) for _ in range(2))
+    return [q, k, torch.zeros(256, -(-d_v // 16) * 16, dtype=dtype)[:, :d_v]]
+
+
+def launch_all(dtype: torch.dtype, d: int, d_v: int, case: str) -> None:
+    """Launch the kernels of one case: of lists, with a bias and merging, or without lists."""
+    q, k, v = rows(dtype, d, d_v)
+    blocks, b, s = SIZES
+    lists = torch.zeros(blocks, b, dtype=torch.int64), torch.zeros(blocks, s, dtype=torch.int64), torch.zeros(blocks, s)
+    given = None if case == "dense" else lists
+    bias = torch.zeros(1 if "shared" in case else blocks, b, s) if "bias" in case else None
+    before = Part(torch.zeros(len(q), d_v), torch.zeros(len(q))) if "before" in case else None
+    found = forward.attend_lists(q, k, v, given, SIZES, 0.125, bias, before)
+    if backward.fits(q, v):
+        out = found.out if case == "dense" else None
+        backward.gradients(
+            q, k, v, given, SIZES, 0.125, found.lse, found.out, found.lse, bias, of_bias=bias is not None, out=out
+        )
+
+
+def recorded(dtype: torch.dtype, d: int, d_v: int, case: str) -> list[Launch]:
+    """Return the launches of one case."""
+    launches: list[Launch] = []
+    kernels = [(forward, "attend_tile"), (forward, "clear_rows")]
+    kernels += [(backward, "gradient_of_queries"), (backward, "gradient_of_keys")]
+    originals = [getattr(module, name) for module, name in kernels]
+    for (module, name), kernel in zip(kernels, originals, strict=True):
+        setattr(module, name, Recorder(kernel, launches))
+    try:
+        launch_all(dtype, d, d_v, case)
+    finally:
+        for (module, name), kernel in zip(kernels, originals, strict=True):
+            setattr(module, name, kernel)
+    return launches
+
+
+def source(launch: Launch) -> ASTSource:
+    """Return what Triton would compile for a launch, specialised as it would be."""
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else POINTERS[value.dtype]
+            if not isinstance(value, int) or value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_launch(launch: Launch, architecture: str) -> Compiled:
+    """Compile a kernel for one architecture."""
+    version = int(architecture[3:])
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    found = triton.compile(source(launch), target=GPUTarget("cuda", version, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(found.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # What is spilled lies on the stack, and nothing else does.
+    (registers, spilled), ptx = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", said)[0]), found.asm["ptx"]
+    shared, doubles = found.metadata.shared, ptx.count(".f64")
+    products = len(re.findall(r"^\s*(?:wgmma\.mma_async|mma\.sync)", ptx, re.MULTILINE))
+    problems = {
+        "spills registers": spilled > 0,
+        "takes too much shared memory": shared > SHARED_BYTES[architecture],
+        "multiplies without tensor cores": not products and launch.kernel is not forward.clear_rows,
+        "computes in float64": doubles > 0,
+    }
+    problem = ", ".join(name for name, holds in problems.items() if holds)
+    return Compiled(registers, spilled, shared, products, doubles, problem)
+
+
+CASES = [
+    *((dtype, 64, 64, case) for dtype in (torch.bfloat16, torch.float32) for case in ("lists", "bias before", "dense")),
+    (torch.float16, 64, 64, "lists"),
+    *((dtype, 64, 65, "lists") for dtype in (torch.bfloat16, torch.float32)),
+    (torch.bfloat16, 64, 65, "shared bias before"),
+    *((dtype, 128, 128, "lists") for dtype in (torch.bfloat16, torch.float32)),
+]
+"""Dtype, d, d_v and what is launched; 65 are the values of a tree's nodes, with their spread."""
+
+
+def every_launch() -> Iterator[tuple[str, Launch]]:
+    """Return every launch and what it is for, each once."""
+    seen = set()
+    for dtype, d, d_v, case in CASES:
+        for launch in recorded(dtype, d, d_v, case):
+            key = source(launch).hash(), launch.warps, launch.stages
+            if key not in seen:
+                seen.add(key)
+                yield f"{str(dtype).removeprefix('torch.'):<8} {d:>3} {d_v:>3} {case}", launch
+
+
+def main(architectures: list[str]) -> int:
+    """Print the table; return how many kernels have a problem."""
+    print(f"{'kernel':<20} {'dtype, d, d_v, case':<36} {'for':<6} warps  registers  spilled  shared  products  .f64")
+    bad = 0
+    work = [(text, launch, architecture) for text, launch in every_launch() for architecture in architectures]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (text, launch, architecture), x in zip(work, pool.map(lambda x: compile_launch(*x[1:]), work), strict=True):
+            bad += bool(x.problem)
+            print(
+                f"{launch.kernel.__name__:<20} {text:<36} {architecture:<6} {launch.warps:>5}  {x.registers:>9}  "
+                f"{x.spilled:>7}  {x.shared:>6}  {x.products:>8}  {x.doubles:>4}  {x.problem}",
+                flush=True,
+            )
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(SHARED_BYTES)))
