@@ -40,10 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what needs a process of its own, which the last tests wait for."""
-    if not session.config.option.collectonly:
-        for item in session.items:
-            if (command := _command(item)) is not None:
-                processes.start(command)
+    commands = dict.fromkeys(command for item in session.items if (command := _command(item)) is not None)
+    if commands and not session.config.option.collectonly:
+        processes.RUNNER.start(list(commands))
+
+
+def pytest_sessionfinish() -> None:
+    processes.RUNNER.stop()
 
 
 @dataclass(frozen=True)
