@@ -75,8 +75,9 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# In float32 a product holds both parts of its operands: twice the registers for half the numbers.
-ATTEND = {2: Limits(128, 2**15, 64, 2**13, 2**14, 3), 4: Limits(64, 15 * 2**10, 16, 2**11, 2**13, 3)}
+# In float32 a product holds both parts of its operands: twice the registers for half the numbers. And it has four warps:
+# eight, of few columns, read shared memory that isn't theirs on an H200 (Triton 3.6).
+ATTEND = {2: Limits(128, 2**15, 64, 2**13, 2**14, 3), 4: Limits(64, 15 * 2**10, 16, 2**11, 2**14, 3)}
 """Of `attend_tile`, by the bytes of a number: queries are kept, with their results, and keys are met."""
 
 

@@ -44,8 +44,8 @@ from kdecore.kernels.attend_blocks.triton import (
 WIDEST = 576
 """Bytes of a key and a value, padded, at most: tiles of wider ones and of their gradients do not fit the registers."""
 
-OF_QUERIES = {2: Limits(64, 2**14, 32, 2**13, 2**14, 2), 4: Limits(16, 2**11, 32, 2**12, 3 * 2**10, 2)}
-OF_KEYS = {2: Limits(64, 2**14, 32, 2**12, 2**13, 3), 4: Limits(16, 2**11, 32, 2**12, 2**11, 2)}
+OF_QUERIES = {2: Limits(64, 2**14, 32, 2**13, 2**14, 2), 4: Limits(16, 2**11, 32, 2**12, 2**13, 2)}
+OF_KEYS = {2: Limits(64, 2**14, 32, 2**12, 2**13, 3), 4: Limits(16, 2**11, 32, 2**12, 2**13, 2)}
 """Of the kernels below: in one queries are kept and keys met, in the other keys are kept and queries met."""
 
 
