@@ -45,7 +45,7 @@ __all__ = [
     "common_namespace",
     "contiguous",
     "cross_moment",
-    "cuda_memory",
+    "cuda_address",
     "device_context",
     "device_name",
     "dtype_name",
@@ -54,6 +54,7 @@ __all__ = [
     "from_host_like",
     "gradient_mode",
     "host",
+    "host_bits",
     "host_memory",
     "host_view",
     "invert_permutation",
@@ -145,20 +146,32 @@ def device_context(array: Array) -> Any:
 
 def on_device(array: Array) -> tuple[int, int]:
     """Return the number of the CUDA device that the array lies on, and its library's current stream there, as a pointer."""
-    index = int(device_name(array).partition(":")[2] or 0)
+    device = array.device
+    index = int(device.id if hasattr(device, "id") else device.index)
     return index, int(_adapter(array).current_stream(index))
 
 
+_ADAPTERS: dict[type, Any] = {}
+
+
 def _adapter(array: Array) -> Any:
-    return import_module(f"kdecore_adapters.{namespace_name(namespace_of(array))}_adapter")
+    # Kept by type: to find an array's namespace takes as long as to launch a kernel.
+    found = _ADAPTERS.get(type(array))
+    if found is None:
+        found = import_module(f"kdecore_adapters.{namespace_name(namespace_of(array))}_adapter")
+        _ADAPTERS[type(array)] = found
+    return found
 
 
-def cuda_memory(array: Array) -> Array:
-    """Return the array as Numba CUDA takes it: without gradient, and with the bits of bfloat16 as uint16."""
+def cuda_address(array: Array) -> int:
+    """Return where on its CUDA device the array's memory begins; 0 where it has none."""
+    return int(array.data_ptr() if hasattr(array, "data_ptr") else array.data.ptr)
+
+
+def host_bits(array: Array) -> Array:
+    """Return the memory of an array on the CPU as a NumPy array, with the bits of bfloat16 as uint16."""
     array = without_gradient(array)
-    if dtype_name(array) == "bfloat16":
-        array = array.view(namespace_of(array).uint16)
-    return array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+    return np.asarray(array.view(namespace_of(array).uint16) if dtype_name(array) == "bfloat16" else array)
 
 
 def is_contiguous(array: Array) -> bool:

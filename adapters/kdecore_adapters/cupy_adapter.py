@@ -50,8 +50,7 @@ def device_context(device: int) -> Any:
 
 def current_stream(device: int) -> int:
     """Return the pointer to the stream that CuPy works on now, on the device of that number."""
-    with cp.cuda.Device(device):
-        return int(cp.cuda.get_current_stream().ptr)
+    return int(cp.cuda.get_current_stream(device).ptr)
 
 
 def synchronize() -> None:
