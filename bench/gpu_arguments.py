@@ -9,11 +9,9 @@ import torch
 
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
 from kdecore.kernels.open_tree.contract import first_nodes
-from kdecore.kernels.tree_order.contract import SUBTREE_ROWS
 from kdecore.kernels.tree_order.reference import tree_order as order_tree
 from kdecore.merge import Part
 from kdecore.namespaces import ACCUMULATION, Array, host
-from kdecore.tree import depth
 
 LEAF_SIZE = 4
 LARGE = 5000
@@ -132,6 +130,14 @@ def draw_indices(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     return 1.0 + rng.random((3, n)), rng.integers(0, n - window + 1, (3, blocks)), window, rng.random((3, blocks)), count
 
 
+def balanced_view(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments: moments of more directions than coordinates, whose eigenvalues are far enough apart."""
+    d = width(n)
+    rows = rng.standard_normal((2, 3, 8 * d, d)) * np.geomspace(1.0, 0.1, d)
+    queries, keys = np.swapaxes(rows, 2, 3) @ rows / (8 * d)
+    return 0.1 * queries, keys, 16
+
+
 def project_rows(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments."""
     return Rows(rng.standard_normal((3, n, width(n)))), Numbers(rng.standard_normal((3, width(n), 16)))
@@ -145,9 +151,8 @@ def rank_codes(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 
 def tree_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments: a whole tree over few rows, small subtrees of many, as the treecode does."""
-    n = min(n, 20_000)
-    return Numbers(clustered(rng, 2, n, 16)), LEAF_SIZE, depth(n, SUBTREE_ROWS) if n >= LARGE else 0
+    """Make arguments."""
+    return Numbers(clustered(rng, 2, min(n, 2000), 16)), LEAF_SIZE
 
 
 def node_summaries(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -158,9 +163,9 @@ def node_summaries(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 
 def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments: lists of a quarter of the keys, of one in eight of more."""
+    """Make arguments of `open_tree` and `open_sweeps`: lists of a quarter of the keys, of one in eight of more."""
+    d, rows, p = (64, 64, 16) if n >= LARGE else (19, 16, 5)
     n = min(n, 3000)
-    d, rows, p = 19, 16, 5
     slots = max(n // 8 if n > 1500 else n // 4, 20)
     keys, q = clustered(rng, 2, n, d), rng.standard_normal((2, n, d))
     sizes = 0.5 + rng.random((2, n))
@@ -202,11 +207,13 @@ ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "bucket_windows": bucket_windows,
     "draw_uniform": draw_uniform,
     "draw_indices": draw_indices,
+    "balanced_view": balanced_view,
     "project_rows": project_rows,
     "rank_codes": rank_codes,
     "tree_order": tree_order,
     "node_summaries": node_summaries,
     "open_tree": open_tree,
+    "open_sweeps": open_tree,
     "attend_blocks": attend_blocks,
     "attend_dense": attend_dense,
 }

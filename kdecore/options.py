@@ -223,15 +223,18 @@ class Treecode:
     num_slots
         Length of each block's list of keys and nodes; the budget if None.
     block_size
-        Queries that share a list. Fewer err less and take longer: 32 takes 0.8 times the time of 16 and errs 1.3 times as
-        much (docs/treecode.md).
+        Queries that share a list; 16 if None, and 64 on accelerators. Fewer err less and take longer (docs/treecode.md).
     far_field
         What stands for a node that stays closed: ``"mean"``, its mean key and value; or ``"sample"``, one of its keys drawn
         at random, which is unbiased in numerator and denominator, and errs more on all data measured.
     ordering
         How rows that are alike come to lie side by side: ``"tree"``, cut in halves level by level; ``"sort"``, by one sort
-        of codes and, within 128 rows, by a tree, which errs a quarter more in the mean and is for GPUs (docs/treecode.md);
-        ``"auto"``, by one sort on accelerators and by a tree on the CPU.
+        of codes, which errs more and is for GPUs (docs/treecode.md); ``"auto"``, by one sort on accelerators and by a tree
+        on the CPU.
+    opening
+        Which nodes are opened: ``"rounds"``, always those of largest error next; ``"sweeps"``, in one sweep after another
+        all that need more slots for each of their keys than the slots left suffice for; ``"auto"``, in sweeps on
+        accelerators and in rounds on the CPU.
     """
 
     name: ClassVar[str] = "treecode"
@@ -241,20 +244,21 @@ class Treecode:
     """Keys that are listed together, or not at all."""
 
     num_slots: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     far_field: str = "mean"
     ordering: str = "auto"
+    opening: str = "auto"
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels that these options need."""
         return (
+            "balanced_view",
             "project_rows",
             "row_norms",
-            *(("rank_codes", "bucket_order") if self.ordering == "sort" else ()),
-            "tree_order",
+            *(("rank_codes", "bucket_order") if self.ordering == "sort" else ("tree_order",)),
             "node_summaries",
-            "open_tree",
+            self.opener,
             *(("draw_uniform",) if self.far_field == "sample" else ()),
             "attend_blocks",
         )
@@ -262,11 +266,35 @@ class Treecode:
     def __post_init__(self) -> None:
         if self.num_slots is not None:
             integer_at_least(1, "num_slots", self.num_slots)
-        integer_at_least(1, "block_size", self.block_size)
-        if self.far_field not in ("mean", "sample"):
-            raise OptionError(f"far_field must be one of mean, sample, got {self.far_field!r}")
-        if self.ordering not in ("auto", "sort", "tree"):
-            raise OptionError(f"ordering must be one of auto, sort, tree, got {self.ordering!r}")
+        if self.block_size is not None:
+            integer_at_least(1, "block_size", self.block_size)
+        for name, known in (
+            ("far_field", ("mean", "sample")),
+            ("ordering", ("auto", "sort", "tree")),
+            ("opening", ("auto", "rounds", "sweeps")),
+        ):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block, of options that nothing is left open in."""
+        assert self.block_size is not None
+        return self.block_size
+
+    @property
+    def opener(self) -> str:
+        """The kernel that opens trees."""
+        return "open_sweeps" if self.opening == "sweeps" else "open_tree"
+
+    def at(self, accelerator: bool) -> Self:
+        """Return these options with what is left open as suits arrays on an accelerator, or on the CPU."""
+        return replace(
+            self,
+            block_size=self.block_size or (64 if accelerator else 16),
+            ordering=("sort" if accelerator else "tree") if self.ordering == "auto" else self.ordering,
+            opening=("sweeps" if accelerator else "rounds") if self.opening == "auto" else self.opening,
+        )
 
     def resolve(self, budget: int | None) -> Self:
         """Return these options with num_slots set."""

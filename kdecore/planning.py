@@ -296,8 +296,8 @@ def make_plan(
     gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
     site = Site(problem.library, device_name(problem.q), ACCUMULATION[problem.input_dtype], gradient)
     options, reason = _resolve_method(problem, method, budget, site, kernels)
-    if isinstance(options, Treecode) and options.ordering == "auto":
-        options = replace(options, ordering="sort" if on_accelerator(problem.q) else "tree")
+    if isinstance(options, Treecode):
+        options = options.at(on_accelerator(problem.q))
     needed = dict.fromkeys(options.kernels)
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
@@ -360,7 +360,8 @@ def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> t
     ratio = exact_over_treecode(problem, budget)
     if ratio <= 1.0:
         return Exact(), f"auto: below the crossover, exact is expected to take {ratio:.2g} × treecode's time"
-    if (found := choose("open_tree", site, kernels)).target == "array-api":
+    opener = Treecode().at(on_accelerator(problem.q)).opener
+    if (found := choose(opener, site, kernels)).target == "array-api":
         # Many small steps for each round of opening: slower than exact for long.
         return SortLSH().resolve(budget), f"auto: above the crossover, but no kernel opens trees here ({found.reason})"
     return Treecode().resolve(budget), f"auto: above the crossover, expected {ratio:.1f} × faster than exact"
@@ -442,17 +443,17 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
     slots = options.budget or problem.n_k
     d, d_v = problem.d, problem.d_v
     p = min(Treecode.DIRECTIONS, d)
-    blocks = problem.groups * -(-problem.n_q // options.block_size)
+    blocks = problem.groups * -(-problem.n_q // options.rows)
     # Coordinates, twice while rows are ordered; orders; keys, values and summaries of up to as many nodes; samples; lists,
     # once for all groups and once for each.
     total = size * ((rows_q + rows_k) * 5 * max(p, 16) + rows_k * (2 * (d + d_v) + 2 * p + 4)) + 8 * 8 * (rows_q + rows_k)
     total += problem.groups * d * 8 * (3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * d)
     # Results before and after the first-order term.
     total += blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
-    if kernels["open_tree"].target == "array-api":
+    if kernels[options.opener].target == "array-api":
         # Sorted rows and their products; logits and errors of all blocks' queries, and what a round makes of them.
         total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + p) + 16 * 8 * rows_k
-        total += size * blocks * slots * (8 * options.block_size + 8 * 8)
+        total += size * blocks * slots * (8 * options.rows + 8 * 8)
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 2 * rows_q * (d_v + 1))
     return total
 

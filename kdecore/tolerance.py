@@ -26,7 +26,7 @@ from kdecore.evaluate import Piece, evaluate
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.methods import STAGES
-from kdecore.namespaces import Array, host, take_along_rows, to_float, to_host
+from kdecore.namespaces import Array, host, on_accelerator, take_along_rows, to_float, to_host
 from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode
 from kdecore.planning import Plan, exact_row_cost, expected_cost
 
@@ -150,8 +150,8 @@ def to_try(method: str | Options, budget: int | None, plan_for: Callable[..., Pl
 
 def _has_kernels(options: Options, plan_for: Callable[..., Plan]) -> bool:
     """Return whether a kernel opens trees, where the method does: array operations take longer than exact for long."""
-    choice = plan_for(method=options.resolve(FIRST_BUDGET[options.name])).kernels.get("open_tree")
-    return choice is None or choice.target != "array-api"
+    plan = plan_for(method=options.resolve(FIRST_BUDGET[options.name]))
+    return not isinstance(plan.options, Treecode) or plan.kernels[plan.options.opener].target != "array-api"
 
 
 def search(
@@ -252,7 +252,7 @@ class Trial:
         self._prepared: Any = None
         self._samples: dict[bool, Sample] = {}
         self._evaluated: tuple[int, list[Piece], Part] | None = None
-        b = options.block_size if isinstance(options, Treecode) and self._restricts else 1
+        b = options.at(on_accelerator(problem.q)).rows if isinstance(options, Treecode) and self._restricts else 1
         self._population = -(-problem.n_q // b)
         self._rows = min(ROWS_OF_A_CLUSTER, problem.n_q // self._population)
 

@@ -13,6 +13,12 @@ def implementations(kernel):
     return pytest.mark.parametrize("implementation", [x for x in KERNELS[kernel] if here(x)], ids=lambda found: found.target)
 
 
+def on_host(kernel):
+    """Parametrise a test over those that take NumPy arrays."""
+    found = [x for x in KERNELS[kernel] if x.target not in ("numba-cuda", "triton")]
+    return pytest.mark.parametrize("implementation", found, ids=lambda found: found.target)
+
+
 def here(implementation):
     """Whether this machine has the device that an implementation is for; without one, the simulator and Triton's run it."""
     return implementation.target not in ("numba-cuda", "triton") or any("cuda" in backend.device for backend in BACKENDS)

@@ -28,11 +28,14 @@ class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.launches, self.copied, self.paused = 0, 0, False
+        self.names = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.device.type == "meta":
-            self.launches += not self.paused and str(function).split(".")[1] not in VIEWS
+            name = str(function).split(".")[1]
+            self.launches += not self.paused and name not in VIEWS
+            self.names |= set() if self.paused else {name}
             if not self.paused:
                 self.copied += sum(
                     x.numel() for x in args if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.ndim
@@ -65,7 +68,7 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
     assert operations.copied == 0
 
 
-@pytest.mark.parametrize(("method", "most"), [("exact", 25), ("sortlsh", 85), ("hyper", 75), ("treecode", 230)])
+@pytest.mark.parametrize(("method", "most"), [("exact", 25), ("sortlsh", 85), ("hyper", 75), ("treecode", 140)])
 def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method, most):
     """References stand for the kernels that a CUDA device would run, and count as so many launches as these have."""
 
@@ -93,6 +96,8 @@ def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method
         print(f"\n{method}: {operations.launches} launches")
     assert 3 < operations.launches <= most
     assert operations.copied == 0
+    # Factors of matrices take many launches, and waiting, of their own.
+    assert not {name for name in operations.names if "linalg" in name}
 
 
 def test_the_meta_device_would_show_a_read_and_a_copy():

@@ -12,7 +12,7 @@ METHODS = {
     "sortlsh": kdecore.SortLSH(),
     "hyper": kdecore.Hyper(),
     "kdeformer": kdecore.KDEformer(),
-    "treecode": kdecore.Treecode(ordering="sort"),
+    "treecode": kdecore.Treecode().at(True),
 }
 RESTRICTIONS = {
     "plain": {},

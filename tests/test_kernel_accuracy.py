@@ -13,7 +13,7 @@ import torch
 import kdecore
 from kdecore.namespaces import host
 from tests import oracles
-from tests.implementations import implementations
+from tests.implementations import on_host
 
 ROOT = Path(kdecore.__file__).parents[1]
 
@@ -128,7 +128,7 @@ def test_importing_and_running_need_no_cache_folder():
     subprocess.run([sys.executable, "-c", CALL], env=env, check=True, capture_output=True)
 
 
-@implementations("hash_codes")
+@on_host("hash_codes")
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_one_row_that_is_not_finite_leaves_the_buckets_of_others(implementation, bad):
     """The centre is the mean over rows whose projection is finite; else every row would fall into bucket 0."""

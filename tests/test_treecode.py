@@ -12,6 +12,7 @@ from kdecore import Treecode, attention
 from kdecore.errors import OptionError
 from kdecore.inputs import canonicalise
 from kdecore.kernels import rank_codes
+from kdecore.kernels.balanced_view.reference import with_ridge
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.registry import KERNELS
@@ -20,9 +21,10 @@ from kdecore.namespaces import host, namespace_of
 from kdecore.planning import make_plan
 from kdecore.tree import bounds, depth, node_count
 from tests import oracles, strategies
-from tests.implementations import here, implementations, run
+from tests.implementations import here, implementations, on_host, run
 from tests.tolerances import assert_close
 from tests.trees import assert_same_lists, opened_one_by_one, recursive_order, tree_problem
+from tests.views import DEGENERATE, assert_same_view, moments
 
 
 @pytest.mark.parametrize("leaf_size", [1, 2, 4, 7])
@@ -60,7 +62,7 @@ def test_tree_order_whose_first_levels_stay(backend, rng, implementation, n, lea
         np.testing.assert_array_equal(np.sort(found[:, begin:end]), np.tile(np.arange(begin, end), (2, 1)))
 
 
-@implementations("tree_order")
+@on_host("tree_order")
 def test_equal_rows_keep_their_order(implementation):
     found = implementation.function(host, np.ones((1, 77, 3)), 1)
     np.testing.assert_array_equal(found[0], np.arange(77))
@@ -77,7 +79,7 @@ def summaries(implementation, *arguments):
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 77, 700, 1300])
 @pytest.mark.parametrize("leaf_size", [2, 4])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@implementations("node_summaries")
+@on_host("node_summaries")
 def test_node_summaries(rng, implementation, n, leaf_size, dtype):
     k, v, coordinates = (rng.standard_normal((2, n, w)) + 100.0 for w in (4, 3, 2))
     arrays = [x.astype(dtype) for x in (k, v, coordinates, rng.random((2, n)))]
@@ -160,7 +162,7 @@ def test_open_tree_lists_the_same_nodes_in_numba(seed, n, slots, own, scale):
 
 
 @pytest.mark.parametrize("own", [True, False])
-@implementations("open_tree")
+@on_host("open_tree")
 def test_every_key_is_counted_once(rng, implementation, own):
     """Without spread, a list's log-weights are logarithms of numbers of keys, which add up to all."""
     arguments = list(tree_problem(rng, n=333, slots=60, own=own))
@@ -169,7 +171,7 @@ def test_every_key_is_counted_once(rng, implementation, own):
     np.testing.assert_allclose(np.exp(log_weight).sum(axis=-1), 333.0, rtol=1e-12)
 
 
-@implementations("open_tree")
+@on_host("open_tree")
 def test_the_number_of_queries_need_not_fill_a_vector(rng, implementation):
     arguments = tree_problem(rng, n=200, n_q=45, rows=9, slots=50)
     expected = KERNELS["open_tree"][-1].function(host, *arguments)
@@ -235,10 +237,16 @@ def test_a_vector_added_to_all_keys_changes_nothing(rng):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
+def view_of(q, k, scale):
+    problem = canonicalise(q, k, k, scale)
+    plan = make_plan(problem, method="treecode", budget=100)
+    return treecode.balanced_view(problem, plan, treecode.second_moment(host, q))
+
+
 def test_coordinates_hold_the_logits(rng):
     """With as many directions as dimensions, the products of coordinates add up to the logits with centred keys."""
     q, k = rng.standard_normal((2, 3, 200, 9)) @ np.diag(np.arange(1.0, 10.0)) + 3.0
-    view = treecode.balanced_view(host, treecode.second_moment(host, q), k, 0.7, host.float64)
+    view = view_of(q, k, 0.7)
     coordinates = (q @ view.queries) @ (k @ view.keys - view.centre).swapaxes(1, 2)
     centred = k - k.mean(axis=1, keepdims=True)
     np.testing.assert_allclose(coordinates, 0.7 * q @ centred.swapaxes(1, 2), rtol=1e-9, atol=1e-9)
@@ -317,6 +325,29 @@ def test_the_report_says_what_ran(rng):
         Treecode(far_field="means")
 
 
+@pytest.mark.parametrize("d", [1, 3, 16, 20])
+@pytest.mark.parametrize("make", DEGENERATE.values(), ids=DEGENERATE)
+@implementations("balanced_view")
+def test_balanced_view_of_moments_without_full_rank_and_of_any_size(backend, rng, implementation, make, d):
+    given = make(rng, d)
+    expected = KERNELS["balanced_view"][-1].function(host, *given, min(16, d))
+    assert_same_view(run(implementation, backend, *given, min(16, d)), expected, *given)
+
+
+@pytest.mark.parametrize("p", [3, 9])
+@implementations("balanced_view")
+def test_balanced_view_finds_the_leading_singular_vectors(backend, rng, implementation, p):
+    """What coordinates miss of the logits is what the best approximation of so few directions does."""
+    given = moments(rng.standard_normal((2, 2, 200, 9)) * 0.3 ** np.arange(9))
+    queries, keys = run(implementation, backend, *given, p)
+    by_queries, by_keys = (np.linalg.cholesky(with_ridge(host, x)) for x in given)
+    logits = by_queries.swapaxes(1, 2) @ by_keys
+    kept = by_queries.swapaxes(1, 2) @ queries @ keys.swapaxes(1, 2) @ by_keys
+    singular = np.linalg.svd(logits, compute_uv=False)
+    missed = np.linalg.norm(logits - kept, axis=(1, 2))
+    np.testing.assert_allclose(missed, np.linalg.norm(singular[:, p:], axis=1), rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize(("n", "d", "p"), [(1, 1, 1), (15, 3, 2), (600, 64, 16), (33, 300, 7)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @implementations("project_rows")
@@ -333,7 +364,7 @@ def test_project_rows(backend, rng, implementation, n, d, p, dtype):
 
 def test_coordinates_of_both_sides_have_the_same_diagonal_moment(rng):
     q, k = rng.standard_normal((2, 2, 500, 30)) * np.geomspace(3.0, 0.01, 30)
-    view = treecode.balanced_view(host, treecode.second_moment(host, q), k, 0.5, host.float64)
+    view = view_of(q, k, 0.5)
     moments = [x.swapaxes(1, 2) @ x / 500 for x in (q @ view.queries, k @ view.keys - view.centre)]
     np.testing.assert_allclose(moments[0], moments[1], rtol=0, atol=1e-3 * moments[0].max())
     off_diagonal = moments[0] * (1.0 - np.eye(moments[0].shape[1]))
@@ -422,6 +453,18 @@ def test_keys_and_values_that_are_not_finite_do_what_they_do_to_exact_attention(
         assert np.isnan(out).all()
 
 
+def test_the_first_order_term_of_rows_in_half_precision_is_computed_in_the_dtype_of_spreads(rng):
+    """Near 1, where differences of bfloat16 rows would be rounded."""
+    k = torch.tensor(1.0 + 0.1 * rng.standard_normal((2, 500, 6)), dtype=torch.bfloat16).to(torch.float32)
+    xp, order, ones = namespace_of(k), torch.arange(500).repeat(2, 1), torch.ones(2, 500)
+    nodes = KERNELS["node_summaries"][-1].function(xp, k, k, k[:, :, :4], ones, order, 4, ones[:, 0])
+    half = nodes._replace(keys=nodes.keys.to(torch.bfloat16), values=nodes.values.to(torch.bfloat16))
+    wide = nodes._replace(keys=half.keys.to(torch.float32), values=half.values.to(torch.float32))
+    found, expected = (treecode.first_order_term(xp, x, 500) for x in (half, wide))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
 def test_no_first_order_term_is_read_from_chance(rng):
     """Values that have nothing to do with the keys: the covariance that the sample shows is chance, most of it dropped."""
     k, unrelated = rng.standard_normal((2, 1, 3000, 20))
@@ -435,24 +478,16 @@ def test_no_first_order_term_is_read_from_chance(rng):
 
 
 @pytest.mark.parametrize("in_order", [0, 1, 4])
-def test_one_sort_cuts_the_levels_above_subtrees(rng, in_order):
-    """Level 2 of 500 rows is the last one of nodes above 128 rows: trees part only what lies below."""
+def test_one_sort_orders_rows_by_their_codes(rng, in_order):
+    """Within the nodes of a level whose rows stay in them."""
     q, k, v = rng.standard_normal((3, 2, 500, 6))
     problem = canonicalise(q, k, v)
     plan = make_plan(problem, method=Treecode(ordering="sort"), budget=100)
     order = treecode.similar_together(problem, plan, k, 4, in_order)
     codes = rank_codes.reference.rank_codes(host, k, treecode.CODE_BITS, in_order)
-    by_code = np.argsort(codes, axis=1, kind="stable")
-    if in_order >= 2:  # a sort would change nothing that trees don't
-        by_code = np.tile(np.arange(500), (2, 1))
-    for begin, end in pairwise(bounds(500, max(2, in_order))):
-        np.testing.assert_array_equal(np.sort(order[:, begin:end]), np.sort(by_code[:, begin:end]))
+    np.testing.assert_array_equal(order, np.argsort(codes, axis=1, kind="stable"))
     for begin, end in pairwise(bounds(500, in_order)):
         np.testing.assert_array_equal(np.sort(order[:, begin:end]), np.tile(np.arange(begin, end), (2, 1)))
-    inner = np.take_along_axis(k, by_code[:, :, None], axis=1)
-    for group in range(2):
-        expected = by_code[group, recursive_order(inner[group], 4, max(2, in_order))]
-        np.testing.assert_array_equal(order[group], expected)
 
 
 def test_one_sort_is_exact_at_full_budget(rng):
@@ -463,7 +498,7 @@ def test_one_sort_is_exact_at_full_budget(rng):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 def test_one_sort_errs_about_as_much_as_a_tree_where_keys_are_grouped(rng, options):
-    """1.3 times as much in the mean of 16 draws, twice as much in the worst one; sortlsh errs ten times as much."""
+    """1.6 times as much in the mean of 6 draws of three; sortlsh errs ten times as much."""
     errors = {"tree": 0.0, "sort": 0.0, "sortlsh": 0.0}
     methods = Treecode(ordering="tree"), Treecode(ordering="sort"), "sortlsh"
     for _ in range(3):
@@ -472,5 +507,5 @@ def test_one_sort_errs_about_as_much_as_a_tree_where_keys_are_grouped(rng, optio
         for name, method in zip(errors, methods, strict=True):
             out = attention(k, k, v, method=method, budget=256, scale=0.1, **options)
             errors[name] += np.linalg.norm(out - exact)
-    assert errors["sort"] < 1.8 * errors["tree"]
+    assert errors["sort"] < 2.2 * errors["tree"]
     assert errors["sort"] < 0.3 * errors["sortlsh"]

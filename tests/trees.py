@@ -1,8 +1,9 @@
-"""Trees for tests: an oracle that follows the contract of `tree_order` by recursion, and inputs of `open_tree`."""
+"""Trees for tests: oracles that follow the contracts of kernels node by node, and inputs of those that open trees."""
 
 import numpy as np
 
 from kdecore.kernels.node_summaries.reference import node_summaries
+from kdecore.kernels.open_sweeps import contract as in_sweeps
 from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_nodes
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
@@ -36,7 +37,7 @@ def recursive_order(x, leaf_size, in_order=0):
 
 
 def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=True, scale=1.0, seen=(0, 0, 1)):
-    """Arguments of `open_tree` for keys in clusters: blocks of queries as they come, own positions at random."""
+    """Arguments of `open_tree` and `open_sweeps` for clustered keys: blocks of queries as they come, own keys at random."""
     keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
     q = rng.standard_normal((groups, n_q, d))
     order = tree_order(host, keys, LEAF_SIZE)
@@ -51,8 +52,95 @@ def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=
     return q, scale, coordinates, query_index, *summaries, own_positions, slots, start
 
 
-def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start):
+def opened_one_by_one(*arguments):
     """What `open_tree` promises, from its contract, for one block and one node at a time."""
+    return listed(largest_errors_first, *arguments)
+
+
+def opened_in_sweeps(*arguments):
+    """What `open_sweeps` promises, the same way."""
+    return listed(sweep_by_sweep, *arguments)
+
+
+def largest_errors_first(weigh, members, depth, wanted, start):
+    """Return the closed nodes, and the leaves that are opened, both as (level, i)."""
+    top, first, end = start
+    closed, opened, error = [(top, i) for i in range(first, end)], [], {}
+    taken, f, refreshed = end - first, end - first, 0
+    while f < wanted:
+        found = {node: weigh(*node) for node in closed + opened}
+        total = np.logaddexp.reduce([logs for logs, _ in found.values()], axis=0)
+        everything = f >= REFRESH * refreshed
+        refreshed = f if everything else refreshed
+        for node in closed:
+            if everything or node not in error:
+                logs, errors = found[node]
+                error[node] = ((np.exp(logs - total) * errors) ** 4).sum()
+        step = min(max(1, f // GROWTH), wanted - f)
+        f, before = f + step, taken
+        for node in sorted(closed, key=lambda node: -error[node])[:step]:
+            level, i = node
+            more = len(members(*node)) - 1 if level == depth else 1
+            if taken + more > wanted:
+                continue
+            taken += more
+            closed.remove(node)
+            if level == depth:
+                opened.append(node)
+            else:
+                closed += [(level + 1, 2 * i), (level + 1, 2 * i + 1)]
+        if taken == before:
+            break
+    return closed, opened
+
+
+def sweep_by_sweep(weigh, members, depth, wanted, start):
+    """Return the same for `open_sweeps`."""
+    top, first, end = start
+
+    def rank(node, above):
+        logs, errors = weigh(*node)
+        share = np.exp(np.minimum(logs - above, in_sweeps.LARGEST_SHARE))
+        error = min(((share * errors) ** 4).sum(), in_sweeps.LARGEST_ERROR)
+        return error ** (in_sweeps.GROWTH / 4) / len(members(*node))
+
+    def total(nodes):
+        return np.logaddexp.reduce([weigh(*node)[0] for node in nodes], axis=0)
+
+    begin = [(top, i) for i in range(first, end)]
+    closed, opened = {node: rank(node, total(begin)) for node in begin}, []
+    for _ in range(depth - top + 1 + in_sweeps.MORE_SWEEPS):
+        most = max(closed.values(), default=0.0)
+        room = wanted - sum(len(members(*node)) for node in opened)
+
+        def needed(limit, closed=closed):
+            slots = 0.0
+            for node, found in closed.items():
+                keys = len(members(*node))
+                predicted = keys if node[0] == depth else min(keys, max(2.0, found / limit))
+                slots += predicted if found > limit else 1
+            return slots
+
+        high = 1.0 + (np.log2(most) if most > 0 else 0.0)
+        low = high - in_sweeps.OCTAVES
+        for _ in range(in_sweeps.HALVINGS):
+            middle = 0.5 * (low + high)
+            low, high = (low, middle) if needed(2.0**middle) <= room else (middle, high)
+        above = total([*closed, *opened])
+        chosen = [node for node, found in closed.items() if found > 2.0**high]
+        if not chosen:
+            break
+        for node in chosen:
+            del closed[node]
+        opened += [node for node in chosen if node[0] == depth]
+        for level, i in (node for node in chosen if node[0] < depth):
+            for child in ((level + 1, 2 * i), (level + 1, 2 * i + 1)):
+                closed[child] = rank(child, above)
+    return list(closed), opened
+
+
+def listed(choose, q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start):
+    """Return the lists of all blocks, of nodes and leaves that a function chooses."""
     groups, blocks, _ = query_index.shape
     nodes = spread.shape[1]
     n, depth = keys.shape[1] - nodes, (nodes + 1).bit_length() - 2
@@ -68,40 +156,13 @@ def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variance
     for g, b in np.ndindex(groups, blocks):
         mine = query_index[g, b]
 
-        def weights_and_spreads(level, i, g=g, mine=mine):
+        def weights_and_errors(level, i, g=g, mine=mine):
             count, h = len(members(level, i)), 2**level - 1 + i
             spreads = np.array([spread_of(0.5 * coordinates[g, j] ** 2 @ variances[g, h], count) for j in mine])
             return scale * (q[g, mine] @ keys[g, h]) + spreads + np.log(count), spreads * sizes[g, h]
 
         own_rows = [] if own is None else list(own[g, b])
-        wanted = slots - len(own_rows)
-        top, first, end = start
-        closed, opened, error = [(top, i) for i in range(first, end)], [], {}
-        taken, f, refreshed = end - first, end - first, 0
-        while f < wanted:
-            found = {node: weights_and_spreads(*node) for node in closed + opened}
-            total = np.logaddexp.reduce([logs for logs, _ in found.values()], axis=0)
-            everything = f >= REFRESH * refreshed
-            refreshed = f if everything else refreshed
-            for node in closed:
-                if everything or node not in error:
-                    logs, shares = found[node]
-                    error[node] = ((np.exp(logs - total) * shares) ** 4).sum()
-            step = min(max(1, f // GROWTH), wanted - f)
-            f, before = f + step, taken
-            for node in sorted(closed, key=lambda node: -error[node])[:step]:
-                level, i = node
-                more = len(members(*node)) - 1 if level == depth else 1
-                if taken + more > wanted:
-                    continue
-                taken += more
-                closed.remove(node)
-                if level == depth:
-                    opened.append(node)
-                else:
-                    closed += [(level + 1, 2 * i), (level + 1, 2 * i + 1)]
-            if taken == before:
-                break
+        closed, opened = choose(weights_and_errors, members, depth, slots - len(own_rows), start)
         norm = scale**2 * np.mean([q[g, j] @ q[g, j] for j in mine])
         for place, position in enumerate(own_rows):
             index[g, b, place] = nodes + position
@@ -123,7 +184,7 @@ def opened_one_by_one(q, scale, coordinates, query_index, keys, spread, variance
 
 
 def assert_same_lists(found, expected):
-    """Assert that two results of `open_tree` hold the same rows with the same log-weights, in any order."""
+    """Assert that two results hold the same rows with the same log-weights, in any order."""
     for (index, weight), (true_index, true_weight) in zip(
         zip(*(x.reshape(-1, x.shape[-1]) for x in found), strict=True),
         zip(*(x.reshape(-1, x.shape[-1]) for x in expected), strict=True),

@@ -24,13 +24,29 @@ from triton.compiler import ASTSource
 
 from kdecore.kernels.attend_blocks import triton as forward
 from kdecore.kernels.attend_blocks import triton_backward as backward
+from kdecore.kernels.node_summaries import triton as summaries
+from kdecore.kernels.open_sweeps import triton as opening
+from kdecore.kernels.project_rows import triton as project
+from kdecore.kernels.rank_codes import triton as codes
 from kdecore.merge import Part
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """That a program may have."""
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
 SIZES = (2, 128, 512)
 """Blocks, their queries and their slots: what matters to the compiler is whether 16 divides them."""
+KERNELS = [
+    *((forward, name) for name in ("attend_tile", "clear_rows")),
+    *((backward, name) for name in ("gradient_of_queries", "gradient_of_keys")),
+    *((summaries, name) for name in ("summarise_rows", "summarise_nodes", "write_spreads")),
+    *((codes, name) for name in ("sort_samples", "deal_bits", "number_cells")),
+    (project, "project_tile"),
+    (opening, "open_blocks"),
+]
+"""Every kernel, as its module names it."""
+MULTIPLYING = ("attend_tile", "gradient_of_queries", "gradient_of_keys", "project_tile", "open_blocks")
+"""Those that are meant for tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,10 @@ def rows(dtype: torch.dtype, d: int, d_v: int) -> list[torch.Tensor]:
 
 
 def launch_all(dtype: torch.dtype, d: int, d_v: int, case: str) -> None:
-    """Launch the kernels of one case: of lists, with a bias and merging, or without lists."""
+    """Launch the kernels of one case: of a tree, or of lists, with a bias and merging, or without lists."""
+    if case == "tree":
+        build_tree(dtype, d, d_v)
+        return
     q, k, v = rows(dtype, d, d_v)
     blocks, b, s = SIZES
     lists = torch.zeros(blocks, b, dtype=torch.int64), torch.zeros(blocks, s, dtype=torch.int64), torch.zeros(blocks, s)
@@ -92,18 +111,31 @@ def launch_all(dtype: torch.dtype, d: int, d_v: int, case: str) -> None:
         )
 
 
+def build_tree(dtype: torch.dtype, d: int, d_v: int) -> None:
+    """Project keys, number their cells, summarise the nodes of a tree over them, and open it."""
+    groups, n, p = 2, 8192, 16
+    k, v = torch.zeros(groups, n, d, dtype=dtype), torch.zeros(groups, n, d_v, dtype=dtype)
+    coordinates, sizes, order = torch.zeros(groups, n, p), torch.zeros(groups, n), torch.zeros(groups, n, dtype=torch.int64)
+    for width in (p, d_v):
+        project.project_rows(torch, k, torch.zeros(groups, d, width))
+    codes.rank_codes(torch, coordinates, 24)
+    nodes = summaries.node_summaries(torch, k, v, coordinates, sizes, order, 4, torch.zeros(groups))
+    index, own = (torch.zeros(groups, n // 64, 64, dtype=torch.int64) for _ in range(2))
+    opening.open_sweeps(
+        torch, k, 0.125, coordinates, index, nodes.keys, nodes.spread, nodes.variances, nodes.sizes, own, 512, (6, 0, 64)
+    )
+
+
 def recorded(dtype: torch.dtype, d: int, d_v: int, case: str) -> list[Launch]:
     """Return the launches of one case."""
     launches: list[Launch] = []
-    kernels = [(forward, "attend_tile"), (forward, "clear_rows")]
-    kernels += [(backward, "gradient_of_queries"), (backward, "gradient_of_keys")]
-    originals = [getattr(module, name) for module, name in kernels]
-    for (module, name), kernel in zip(kernels, originals, strict=True):
+    originals = [getattr(module, name) for module, name in KERNELS]
+    for (module, name), kernel in zip(KERNELS, originals, strict=True):
         setattr(module, name, Recorder(kernel, launches))
     try:
         launch_all(dtype, d, d_v, case)
     finally:
-        for (module, name), kernel in zip(kernels, originals, strict=True):
+        for (module, name), kernel in zip(KERNELS, originals, strict=True):
             setattr(module, name, kernel)
     return launches
 
@@ -141,7 +173,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     problems = {
         "spills registers": spilled > 0,
         "takes too much shared memory": shared > SHARED_BYTES[architecture],
-        "multiplies without tensor cores": not products and launch.kernel is not forward.clear_rows,
+        "multiplies without tensor cores": not products and launch.kernel.__name__ in MULTIPLYING,
         "computes in float64": doubles > 0,
     }
     problem = ", ".join(name for name, holds in problems.items() if holds)
@@ -154,6 +186,8 @@ CASES = [
     *((dtype, 64, 65, "lists") for dtype in (torch.bfloat16, torch.float32)),
     (torch.bfloat16, 64, 65, "shared bias before"),
     *((dtype, 128, 128, "lists") for dtype in (torch.bfloat16, torch.float32)),
+    *((dtype, w, w, "tree") for dtype in (torch.bfloat16, torch.float32) for w in (64, 128)),
+    (torch.float16, 64, 64, "tree"),
 ]
 """Dtype, d, d_v and what is launched; 65 are the values of a tree's nodes, with their spread."""
 

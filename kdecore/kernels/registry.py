@@ -16,6 +16,7 @@ from kdecore.errors import KernelUnavailable, OptionError
 from kdecore.kernels import (
     attend_blocks,
     attend_dense,
+    balanced_view,
     bucket_order,
     bucket_windows,
     draw_indices,
@@ -23,6 +24,7 @@ from kdecore.kernels import (
     finite_rows,
     hash_codes,
     node_summaries,
+    open_sweeps,
     open_tree,
     project_rows,
     rank_codes,
@@ -75,9 +77,19 @@ def cuda_problem() -> str | None:
     from numba import cuda
 
     try:
-        return None if cuda.is_available() else "no CUDA driver or device found"
+        if not cuda.is_available():
+            return "no CUDA driver or device found"
     except Exception as error:  # a broken driver raises errors of many kinds
         return f"CUDA does not start: {error}"
+
+    def nothing() -> None:
+        """Do nothing."""
+
+    try:
+        cuda.jit("void()")(nothing)
+    except Exception as error:  # and so does a compiler that doesn't fit the driver, or the NumPy, it finds
+        return f"Numba does not compile for the device: {type(error).__name__}: {error}"
+    return None
 
 
 def _cuda_constants(site: Site) -> str | None:
@@ -90,14 +102,21 @@ def _cuda_floats(site: Site) -> str | None:
     return "records no gradients" if site.gradient else _cuda_constants(site)
 
 
-def _triton_floats(site: Site) -> str | None:
+def _cuda_without_a_sort(site: Site) -> str | None:
+    # A third of the time on an H200 (bench/NOTES.md).
+    return "PyTorch's own radix sort is faster" if site.library == "torch" else _cuda_constants(site)
+
+
+def _triton_constants(site: Site) -> str | None:
     if site.library != "torch" or not site.device.startswith("cuda"):
         return f"needs PyTorch tensors on a CUDA device, got {site.library} on {site.device}"
-    if site.gradient:
-        return "records no gradients"
     if site.dtype != "float32":
         return f"computes in float32, not in {site.dtype}"
     return None if find_spec("triton") is not None else "triton is not installed"
+
+
+def _triton_floats(site: Site) -> str | None:
+    return "records no gradients" if site.gradient else _triton_constants(site)
 
 
 def _recorded_tensors(site: Site) -> str | None:
@@ -150,7 +169,7 @@ def _late(module: str, name: str, like: Callable[..., Any]) -> Callable[..., Any
 
 
 def _implementations(
-    folder: Any, *, host: Unsupported = _host_constants, others: tuple[str, ...] = ()
+    folder: Any, *, host: Unsupported = _host_constants, cuda: Unsupported | None = None, others: tuple[str, ...] = ()
 ) -> tuple[Implementation, ...]:
     """Return the implementations of the kernel in a folder, with some of ``others``, fastest first."""
     name = folder.__name__.rpartition(".")[2]
@@ -162,8 +181,8 @@ def _implementations(
         return (Implementation(target, _late(module, name, reference), unsupported),)
 
     return (
-        *other("triton", f"{folder.__name__}.triton", _triton_floats),
-        *other("numba-cuda", f"{folder.__name__}.cuda", _cuda_floats if host is _host_floats else _cuda_constants),
+        *other("triton", f"{folder.__name__}.triton", _triton_floats if host is _host_floats else _triton_constants),
+        *other("numba-cuda", f"{folder.__name__}.cuda", cuda or (_cuda_floats if host is _host_floats else _cuda_constants)),
         *((Implementation("numba-cpu", getattr(folder.cpu, name), host),) if hasattr(folder, "cpu") else ()),
         *other("torch-autograd", "kdecore_adapters.torch_gradients", _recorded_tensors),
         Implementation("array-api", reference),
@@ -174,15 +193,17 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "finite_rows": _implementations(finite_rows, others=("numba-cuda",)),
     "row_norms": _implementations(row_norms, others=("numba-cuda",)),
     "hash_codes": _implementations(hash_codes, others=("numba-cuda",)),
-    "bucket_order": _implementations(bucket_order, others=("numba-cuda",)),
+    "bucket_order": _implementations(bucket_order, cuda=_cuda_without_a_sort, others=("numba-cuda",)),
     "bucket_windows": _implementations(bucket_windows, others=("numba-cuda",)),
     "draw_uniform": _implementations(draw_uniform, others=("numba-cuda",)),
     "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
-    "project_rows": _implementations(project_rows, host=_host_floats),
-    "rank_codes": _implementations(rank_codes, others=("numba-cuda",)),
-    "tree_order": _implementations(tree_order, others=("numba-cuda",)),
-    "node_summaries": _implementations(node_summaries, host=_host_floats, others=("numba-cuda", "torch-autograd")),
-    "open_tree": _implementations(open_tree, others=("numba-cuda",)),
+    "balanced_view": _implementations(balanced_view, others=("numba-cuda",)),
+    "project_rows": _implementations(project_rows, host=_host_floats, others=("triton",)),
+    "rank_codes": _implementations(rank_codes, others=("triton", "numba-cuda")),
+    "tree_order": _implementations(tree_order),
+    "node_summaries": _implementations(node_summaries, host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")),
+    "open_tree": _implementations(open_tree),
+    "open_sweeps": _implementations(open_sweeps, others=("triton", "numba-cuda")),
     "attend_blocks": _implementations(attend_blocks, host=_host_floats, others=("triton", "torch-autograd")),
     "attend_dense": _implementations(attend_dense, host=_host_floats, others=("triton", "torch-autograd")),
 }

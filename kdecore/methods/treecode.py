@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.open_sweeps import contract as open_sweeps
+from kdecore.kernels.open_tree import contract as open_tree
 from kdecore.kernels.open_tree.contract import first_nodes
-from kdecore.kernels.tree_order.contract import SUBTREE_ROWS
 from kdecore.namespaces import (
     Array,
     Namespace,
@@ -39,16 +40,12 @@ from kdecore.tree import depth, node_bounds, node_count
 
 MOMENT_ROWS = 2048
 """Rows, evenly spaced, that moments are taken from, at least."""
-RIDGE = 1e-6
-"""Part of the mean eigenvalue that is added to all."""
-ORTHOGONAL_ITERATIONS = 4
-SMALLEST_SQUARE = 1e-12
-"""Squared singular values of the logits count as this part of the largest at least."""
 DAMPING = 0.75
 """Of the first-order term; 0.7 to 0.85 err least on a vision transformer, 1 on all words (bench/NOTES.md)."""
 GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 CODE_BITS = 24
 """Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
+START_SHARES = {"open_tree": open_tree.START_SHARE, "open_sweeps": open_sweeps.START_SHARE}
 OWN_SHARE = 4
 """Own positions are listed where they take at most this part of the budget."""
 
@@ -88,7 +85,7 @@ class Prepared:
     order
         (G, n_q) int64: the query at each place of the queries' tree.
     blocks
-        That order in blocks of `Treecode.block_size`.
+        That order in blocks of `Treecode.block_size` queries.
     own
         (G, B, b) int64, ascending: positions in the keys' tree of each block's own keys, in self-attention; else None.
     seen
@@ -142,7 +139,7 @@ def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int,
     """Select for the queries of stretch ``number`` of 2**level, which see some stretches of the keys, not their own."""
     assert isinstance(plan.options, Treecode)
     queries = slice((number * problem.n_q) >> level, ((number + 1) * problem.n_q) >> level)
-    blocks = equal_blocks(problem.xp, prepared.order[:, queries], plan.options.block_size)
+    blocks = equal_blocks(problem.xp, prepared.order[:, queries], plan.options.rows)
     return open_for(problem, plan, replace(prepared, blocks=blocks, seen=(level, *keys)))
 
 
@@ -157,7 +154,7 @@ def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple["View",
     """Return the view, the keys' coordinates (G, n_k, p) and the sizes of the values (G, n_k), relative to the largest."""
     xp, kernels = problem.xp, plan.kernels
     k, v = without_gradient(problem.k), without_gradient(problem.v)
-    view = balanced_view(xp, moment, k, problem.scale, problem.dtype)
+    view = balanced_view(problem, plan, moment)
     coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
     norms = kernels["row_norms"].function(xp, v)
     top = xp.max(norms, axis=1, keepdims=True)
@@ -180,27 +177,26 @@ def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: in
     """Order the queries by a tree, its first levels as they are; a single block stays as it is."""
     xp, options = problem.xp, plan.options
     assert isinstance(options, Treecode)
-    if problem.n_q <= options.block_size:
+    if problem.n_q <= options.rows:
         every = xp.arange(problem.n_q, dtype=xp.int64, device=problem.device)
         return xp.broadcast_to(every, (problem.groups, problem.n_q))
-    return similar_together(problem, plan, coordinates, options.block_size, in_order)
+    return similar_together(problem, plan, coordinates, options.rows, in_order)
 
 
 def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size: int, in_order: int) -> Array:
     """Return the order of a tree over rows, int64 (G, n), whose first levels are as they are.
 
-    By a sort of codes (`kdecore.kernels.rank_codes`), the levels above subtrees of `SUBTREE_ROWS` rows are cut all at once.
+    A sort of codes (`kdecore.kernels.rank_codes`) cuts all levels at once.
     """
     xp, kernels, options = problem.xp, plan.kernels, plan.options
     assert isinstance(options, Treecode)
-    tree_order, top = kernels["tree_order"].function, depth(int(coordinates.shape[1]), SUBTREE_ROWS)
-    if options.ordering != "sort" or in_order >= top:
-        order: Array = tree_order(xp, coordinates, leaf_size, in_order)
-        return order
-    codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
-    order = kernels["bucket_order"].function(xp, codes, CODE_BITS)
-    sorted_ = take_along_rows(xp, coordinates, order)
-    return take_along_rows(xp, order, tree_order(xp, sorted_, leaf_size, top))
+    order: Array
+    if options.ordering == "sort":
+        codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
+        order = kernels["bucket_order"].function(xp, codes, CODE_BITS)
+    else:
+        order = kernels["tree_order"].function(xp, coordinates, leaf_size, in_order)
+    return order
 
 
 def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
@@ -209,7 +205,7 @@ def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
     assert isinstance(options, Treecode)
     coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
     order = order_queries(problem, plan, coordinates)
-    blocks = equal_blocks(xp, order, options.block_size)
+    blocks = equal_blocks(xp, order, options.rows)
     own = None
     if problem.is_self_attention:
         own_keys = blocks.index // problem.repeats
@@ -257,7 +253,7 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
         own = None
     node_count = int(nodes.spread.shape[1])
     own_count = 0 if own is None else int(own.shape[2])
-    key_index, log_weight = plan.kernels["open_tree"].function(
+    key_index, log_weight = plan.kernels[options.opener].function(
         xp,
         without_gradient(problem.q),
         problem.scale,
@@ -266,7 +262,7 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
         *(without_gradient(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)),
         own,
         options.budget,
-        first_nodes(options.budget - own_count, node_count, *prepared.seen),
+        first_nodes(options.budget - own_count, node_count, *prepared.seen, START_SHARES[options.opener]),
     )
     if options.far_field == "sample":
         holder = None if own is None else holders(xp, blocks, prepared.order, prepared.keys.order, problem.repeats)
@@ -294,17 +290,24 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
     # An odd step meets all places of a leaf.
     step = max(1, n // MOMENT_ROWS) | 1
-    position = xp.arange(0, n, step, dtype=xp.int64, device=nodes.keys.device)
-    leaf = (1 << last) - 1 + (((position + 1) << last) - 1) // n
-    keys, values = (take_columns(xp, x, count + position) - take_columns(xp, x, leaf) for x in (nodes.keys, nodes.values))
-    values = values[:, :, :-1]
+    # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.
+    first = ((n + 1) << last) - n - 1
+    leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=nodes.keys.device) // n
+
+    def within(x: Array) -> Array:
+        """Return rows less the mean of their leaf."""
+        rows, means = x[:, count::step, :], take_columns(xp, x, leaf)
+        return xp.astype(rows, nodes.spread.dtype, copy=False) - xp.astype(means, nodes.spread.dtype, copy=False)
+
+    keys, values = within(nodes.keys), within(nodes.values[:, :, :-1])
     rows = int(keys.shape[1])
-    size, value_size = (xp.sum(x * x, axis=(1, 2))[:, None, None] / rows for x in (keys, values))
+    size, value_size = (xp.sum(x * x, axis=(1, 2), keepdims=True) / rows for x in (keys, values))
     covariance = cross_moment(xp, keys, values)
     # Of rows that have nothing to do with each other, this much is left by chance.
-    signal, noise = xp.sum(covariance * covariance, axis=(1, 2))[:, None, None], size * value_size / rows
-    certain = xp.where(signal > noise, 1.0 - noise / xp.where(signal > 0, signal, 1.0), 0.0)
-    return DAMPING * certain * covariance / xp.where(size > 0, size, 1.0)
+    signal, noise = xp.sum(covariance * covariance, axis=(1, 2), keepdims=True), size * value_size / rows
+    above = signal > noise
+    certain = xp.where(above, signal - noise, 0.0) / xp.where(above, signal, 1.0)
+    return covariance * (DAMPING * certain / xp.where(size > 0, size, 1.0))
 
 
 def draw(
@@ -368,52 +371,29 @@ def second_moment(xp: Namespace, rows: Array) -> Array:
     return cross_moment(xp, rows, rows)
 
 
-def balanced_view(xp: Namespace, moment: Array, k: Array, scale: float, dtype: object) -> View:
-    """Find the coordinates of queries of a second moment (G, d, d) and keys k (G, n_k, d) that hold most of the logits.
-
-    All results are of ``dtype``.
+def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
+    """Find the coordinates of queries of a second moment (G, d, d), and of a problem's keys, that hold most of the logits.
 
     They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
     queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
     second moments of scaled queries and centred keys, the leading eigenvectors of S C are found by orthogonal iteration from
-    a fixed start, and balanced within their span, all by products and factors small enough for one thread. Other scalings
-    err more (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
+    a fixed start, and balanced within their span (`kdecore.kernels.balanced_view`). Other scalings err more
+    (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
     """
-    keys = finite_rows(xp, k)
+    xp, dtype, scale, d = problem.xp, problem.dtype, problem.scale, int(problem.k.shape[2])
+    keys = finite_rows(xp, without_gradient(problem.k))
     centre = xp.mean(keys, axis=1, keepdims=True)
     keys = keys - centre
-    c, s = moment * scale**2, cross_moment(xp, keys, keys)
-    d, p = int(k.shape[2]), min(Treecode.DIRECTIONS, int(k.shape[2]))
-    half_norm = xp.astype(xp.linalg.trace(c) * (0.5 / d), dtype)
-    c, s = with_ridge(xp, c), with_ridge(xp, s)
-    # The columns that are largest where both moments are.
-    size = xp.linalg.diagonal(s) * xp.linalg.diagonal(c)
-    largest = xp.argsort(-size, axis=1, stable=True)[:, :p]
-    basis = xp.astype(largest[:, None, :] == xp.arange(d, dtype=largest.dtype, device=k.device)[None, :, None], c.dtype)
-    for _ in range(ORTHOGONAL_ITERATIONS if p < d else 0):
-        basis, _ = xp.linalg.qr(s @ (c @ basis))
-    seen = c @ basis
-    root = xp.linalg.cholesky(xp.matrix_transpose(basis) @ seen)
-    # Query coordinates of unit moment, and the moment of the keys in what goes with them.
-    whitened = xp.matrix_transpose(xp.linalg.solve(root, xp.matrix_transpose(basis)))
-    eigenvalues, axes = xp.linalg.eigh(xp.matrix_transpose(whitened) @ (c @ (s @ (c @ whitened))))
-    singular = xp.sqrt(xp.maximum(eigenvalues, SMALLEST_SQUARE * eigenvalues[:, -1:]))[:, None, :]
-    of_queries = whitened @ axes
-    # Libraries differ in the signs of eigenvectors (and in all of them where eigenvalues repeat, which nothing mends).
-    of_queries = xp.where(xp.sum(of_queries**3, axis=1, keepdims=True) < 0, -of_queries, of_queries)
-    of_keys = xp.astype(c @ of_queries / xp.sqrt(singular), dtype)
-    of_queries = xp.astype(of_queries * xp.sqrt(singular) * scale, dtype)
-    return View(of_queries, of_keys, xp.astype(centre, dtype) @ of_keys, half_norm)
+    of_scaled = moment * scale**2
+    half_norm = xp.astype(xp.linalg.trace(of_scaled) * (0.5 / d), dtype)
+    find = plan.kernels["balanced_view"].function
+    queries, of_keys = find(xp, of_scaled, cross_moment(xp, keys, keys), min(Treecode.DIRECTIONS, d))
+    of_keys = xp.astype(of_keys, dtype)
+    return View(xp.astype(queries * scale, dtype), of_keys, xp.astype(centre, dtype) @ of_keys, half_norm)
 
 
 def finite_rows(xp: Namespace, rows: Array) -> Array:
     """Return at least `MOMENT_ROWS` rows or all, evenly spaced, in float64, with 0 for numbers that are not finite."""
     rows = xp.astype(rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :], xp.float64)
-    return xp.where(xp.isfinite(rows), rows, 0.0)
-
-
-def with_ridge(xp: Namespace, moment: Array) -> Array:
-    """Return a moment (G, d, d) with a little added to its diagonal, so that it is positive definite; 0 becomes 1."""
-    d = int(moment.shape[1])
-    size = xp.linalg.trace(moment)[:, None, None] / d
-    return moment + xp.where(size > 0, RIDGE * size, 1.0) * xp.eye(d, dtype=moment.dtype, device=moment.device)
+    # Half as many operations as `isfinite` takes of PyTorch.
+    return xp.where(xp.abs(rows) < math.inf, rows, 0.0)

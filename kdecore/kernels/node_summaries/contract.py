@@ -8,6 +8,9 @@ from kdecore.namespaces import Array, Namespace
 class TreeNodes(NamedTuple):
     """Means and spreads of the N = `kdecore.tree.node_count` nodes of a tree over n keys.
 
+    All are of the dtype computed in; on accelerators keys and values may be of that of k where it is bfloat16 (float16 might
+    not hold a spread), and rows of values may lie further apart than they are wide.
+
     Attributes
     ----------
     keys

@@ -8,8 +8,6 @@ SAMPLE = 256
 """Rows of a node, evenly spaced, that its direction is found from."""
 ITERATIONS = 3
 """Power iterations for it."""
-SUBTREE_ROWS = 128
-"""Subtrees of so many rows are cut in one step where a device has the kernel for it."""
 
 
 class TreeOrder(Protocol):

@@ -1,0 +1,41 @@
+"""What every implementation of `balanced_view` promises."""
+
+from typing import Protocol
+
+from kdecore.namespaces import Array, Namespace
+
+RIDGE = 1e-6
+"""Part of the mean eigenvalue that is added to all."""
+ORTHOGONAL_ITERATIONS = 4
+SMALLEST_SQUARE = 1e-12
+"""Squared singular values of the logits count as this part of the largest at least."""
+
+
+class BalancedView(Protocol):
+    """Find coordinates in which queries and keys have the same second moment, a diagonal one."""
+
+    def __call__(self, xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:
+        """Return what turns queries and keys into coordinates whose products add up to nearly the whole logit.
+
+        `RIDGE` times the mean eigenvalue is added to the diagonal of each moment, or 1 where that is 0: C and S. Of the d
+        columns of the unit matrix those p are the first basis whose products of the diagonals of S and C are largest (of
+        equal ones the first). Where p < d it becomes an orthonormal basis of S C times itself, `ORTHOGONAL_ITERATIONS`
+        times. With W the basis made orthonormal in C, and λ ascending and A the eigenvalues and eigenvectors of Wᵀ C S C W,
+        the coordinates are x ↦ (W A)ᵀ x λ^¼ of queries, and x ↦ (C W A)ᵀ x λ^-¼ of keys: both have the moment √λ. For
+        small λ, `SMALLEST_SQUARE` of the largest one takes its place. Signs are such that no column of W A has a negative
+        sum of cubes.
+
+        Parameters
+        ----------
+        xp
+            Array namespace of the arrays.
+        query_moment, key_moment
+            (G, d, d) float64, symmetric, positive semidefinite: mean x xᵀ of scaled queries and of centred keys.
+        p
+            Coordinates, 1 ≤ p ≤ d.
+
+        Returns
+        -------
+        queries, keys
+            (G, d, p) float64 each. O(G d² p).
+        """

@@ -1,0 +1,111 @@
+"""`open_sweeps` in the array API: all blocks at once, sweep by sweep."""
+
+from kdecore.kernels.open_sweeps.contract import (
+    GROWTH,
+    HALVINGS,
+    LARGEST_ERROR,
+    LARGEST_SHARE,
+    MORE_SWEEPS,
+    OCTAVES,
+)
+from kdecore.kernels.open_tree.reference import frozen, gather, listed, take_last
+from kdecore.namespaces import Array, Namespace, quiet
+from kdecore.tree import node_bounds
+
+
+def open_sweeps(
+    xp: Namespace,
+    q: Array,
+    scale: float,
+    coordinates: Array,
+    query_index: Array,
+    keys: Array,
+    spread: Array,
+    variances: Array,
+    sizes: Array,
+    own: Array | None,
+    slots: int,
+    start: tuple[int, int, int],
+) -> tuple[Array, Array]:
+    """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`."""
+    q, keys = (xp.astype(x, coordinates.dtype, copy=False) for x in (q, keys))
+    nodes = int(variances.shape[1])
+    n, first_leaf, last = int(keys.shape[1]) - nodes, nodes // 2, ((nodes + 1) // 2).bit_length() - 1
+    queries = gather(xp, xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale, query_index)
+    squares = coordinates * coordinates
+    squares = gather(xp, xp.where(xp.isfinite(squares), squares, 0.0), query_index)
+
+    def weigh(node: Array, lse: Array | None = None) -> tuple[Array, Array, Array]:
+        """Return ln w (G, B, b, f) of nodes (G, B, f), ranks beside ``lse`` or their own sum, and counts; −1 is none."""
+        at = xp.maximum(node, xp.zeros_like(node))
+        begin, end = node_bounds(xp, at, n)
+        count = xp.astype(end - begin, q.dtype)
+        log_count = xp.log(count)[:, :, None, :]
+        sigma = frozen(xp, 0.5 * (squares @ xp.matrix_transpose(gather(xp, variances, at))), log_count)
+        logits = queries @ xp.matrix_transpose(gather(xp, keys, at)) + sigma + log_count
+        logits = xp.where((node < 0)[:, :, None, :], -xp.inf, logits)
+        above = logits - (log_sum(xp, logits) if lse is None else lse)[..., None]
+        size = gather(xp, sizes[:, :, None], at)[:, :, None, :, 0]
+        with quiet():  # what is too large in float32 counts as the largest
+            share = xp.exp(xp.minimum(above, xp.full_like(above, LARGEST_SHARE)))
+            errors = xp.sum((share * sigma * size) ** 4, axis=2)
+        rank = xp.minimum(errors, xp.full_like(errors, LARGEST_ERROR)) ** (GROWTH / 4) / count
+        return logits, xp.where(node < 0, 0.0, rank), xp.where(node < 0, 0.0, count)
+
+    wanted = slots - (0 if own is None else int(own.shape[2]))
+    level, first, end = start
+    node = (1 << level) - 1 + xp.arange(first, end, dtype=xp.int64, device=q.device)
+    node = xp.broadcast_to(node, (*query_index.shape[:2], end - first))
+    logits, rank, count = weigh(node)
+    leaves = [node[:, :, :0]]
+    leaves_lse = xp.full_like(logits[..., 0], -xp.inf)
+    keys_listed = xp.zeros(query_index.shape[:2], dtype=q.dtype, device=q.device)
+    for _ in range(last - level + 1 + MORE_SWEEPS):
+        is_leaf = node >= first_leaf
+        opened = rank > threshold(xp, rank, count, is_leaf, wanted - keys_listed)[..., None]
+        lse = xp.logaddexp(log_sum(xp, logits), leaves_lse)
+        whole, split = opened & is_leaf, opened & ~is_leaf
+        leaves.append(xp.where(whole, node, -1))
+        leaves_lse = xp.logaddexp(leaves_lse, log_sum(xp, xp.where(whole[:, :, None, :], logits, -xp.inf)))
+        keys_listed = keys_listed + xp.sum(xp.where(whole, count, 0.0), axis=-1)
+        children = xp.concat([xp.where(split, 2 * node + 1, -1), xp.where(split, 2 * node + 2, -1)], axis=-1)
+        found = (
+            (xp.where(opened, -1, node), xp.where(opened[:, :, None, :], -xp.inf, logits), rank, count),
+            (
+                children,
+                *weigh(children, lse),
+            ),
+        )
+        node, logits, rank, count = (xp.concat(pair, axis=-1) for pair in zip(*found, strict=True))
+        # What counts comes first, no more than the slots do.
+        place = xp.argsort(xp.astype(node < 0, xp.int64), axis=-1, stable=True)[:, :, : min(wanted, int(node.shape[2]))]
+        node, logits, rank, count = (take_last(xp, x, place) for x in (node, logits, rank, count))
+        rank, count = (xp.where(node < 0, 0.0, x) for x in (rank, count))
+    norms = xp.mean(xp.sum(queries * queries, axis=-1), axis=-1)
+    half_spread = gather(xp, spread[:, :, None], xp.maximum(node, xp.zeros_like(node)))[..., 0] * (
+        norms[:, :, None] * (0.5 / int(q.shape[2]))
+    )
+    return listed(xp, node, half_spread, xp.concat(leaves, axis=-1), own, slots, n, nodes)
+
+
+def threshold(xp: Namespace, rank: Array, count: Array, is_leaf: Array, room: Array) -> Array:
+    """Return the least threshold for which nodes of ranks and counts (G, B, f), 0 for none, need at most ``room``."""
+    there, two = xp.astype(count > 0, rank.dtype), xp.full_like(rank, 2.0)
+    top = xp.max(rank, axis=-1)
+    high = xp.log2(xp.where(top > 0, top, 1.0)) + 1.0
+    low = high - OCTAVES
+    for _ in range(HALVINGS):
+        middle = 0.5 * (low + high)
+        limit = (2.0**middle)[..., None]
+        predicted = xp.where(is_leaf, count, xp.minimum(count, xp.maximum(two, rank / limit)))
+        fits = xp.sum(xp.where(rank > limit, predicted, there), axis=-1) <= room
+        low, high = xp.where(fits, low, middle), xp.where(fits, middle, high)
+    return 2.0**high
+
+
+def log_sum(xp: Namespace, logits: Array) -> Array:
+    """Return ln Σ exp over the last axis, −∞ of nothing."""
+    top = xp.max(logits, axis=-1)
+    top = xp.where(top == -xp.inf, 0.0, top)
+    total = xp.sum(xp.exp(logits - top[..., None]), axis=-1)
+    return xp.where(total > 0, xp.log(xp.where(total > 0, total, 1.0)) + top, -xp.inf)
