@@ -40,14 +40,14 @@ SECTIONS: dict[str, Callable[[Session], Findings]] = {
     "errors": error_rows,
     "graphs": graphs,
 }
-PROCESSES = (
-    (0.46, ("tests",)),
-    (0.67, ("calls", "kernels")),
-    (0.87, ("ceilings", "timings")),
-    (0.95, ("errors",)),
-    (0.985, ("graphs",)),
+STAGES = (
+    (0.46, (("tests",), ("calls",), ("kernels",))),
+    (0.87, (("ceilings", "timings"),)),
+    (0.95, (("errors",),)),
+    (0.985, (("graphs",),)),
 )
-"""The part of all time at whose end each process has to be done, and its sections."""
+"""The part of all time at whose end each stage has to be done, and the sections of each of its processes, which run beside
+each other: what is timed runs alone."""
 FEWEST_SECONDS = 8.0
 GRACE = 4.0
 """Seconds in which a process that is late may end by itself."""
@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vit", type=Path, help="file with a vision transformer's q, k and v")
     parser.add_argument("--export-vit", type=Path, metavar="FILE", help="write that file, and do nothing else")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--commit", help="to be noted where git doesn't know it")
     parser.add_argument("--seed", type=int, help="of random inputs; a new one by default")
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, help=argparse.SUPPRESS)
     # The clock of `time.monotonic` is that of the machine: what a process takes to start counts too.
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         session = Session(device, options.until, seed, options.vit)
         run_sections(session, options.sections, rows_path(options.out))
         return 0
-    return run_all(options.out, device, options.seconds, seed, options.vit)
+    return run_all(options.out, device, options.seconds, seed, options.vit, options.commit)
 
 
 def device_problem() -> str | None:
@@ -108,34 +109,30 @@ def run_sections(session: Session, sections: Sequence[str], path: Path) -> None:
             file.write(json.dumps({"kind": "section", "name": section, "seconds": time.monotonic() - started}) + "\n")
 
 
-def run_all(out: Path, device: str, seconds: float, seed: int, vit: Path | None) -> int:
-    """Run all sections in their processes; write and print what they found."""
+def run_all(out: Path, device: str, seconds: float, seed: int, vit: Path | None, known: str | None = None) -> int:
+    """Run all sections in their processes; write and print what they found, with the commit where it is ``known``."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}", flush=True)
     rows_path(out).write_text("", encoding="utf-8")
     own: list[tuple[str, Row]] = []
-    processes = ((PROCESSES[-1][0], tuple(SECTIONS)),) if device == "cpu" else PROCESSES
+    stages = ((STAGES[-1][0], (tuple(SECTIONS),)),) if device == "cpu" else STAGES
     with (out / "gpu.log").open("w", encoding="utf-8") as log:
-        for share, sections in processes:
+        for share, processes in stages:
             left = started + share * seconds - time.monotonic()
-            name = ", ".join(sections)
+            names = [", ".join(sections) for sections in processes]
             if left < FEWEST_SECONDS:
-                own.append(left_out(name, "no time left"))
+                own += [left_out(name, "no time left") for name in names]
                 continue
-            options = [
-                f"--until={time.monotonic() + left - GRACE}",
-                f"--seed={seed}",
-                "--sections",
-                *sections,
-                f"--out={out}",
-            ]
+            options = [f"--until={time.monotonic() + left - GRACE}", f"--seed={seed}", f"--out={out}"]
             options += (["--rehearse"] if device == "cpu" else []) + ([] if vit is None else [f"--vit={vit}"])
-            if problem := run_process([sys.executable, "-m", "bench.gpu", *options], left, log):
-                own.append(failure(name, RuntimeError(f"{problem}; {last_line(out / 'gpu.log')}")))
+            commands = [[sys.executable, "-m", "bench.gpu", *options, "--sections", *sections] for sections in processes]
+            for name, problem in zip(names, run_processes(commands, left, log), strict=True):
+                if problem is not None:
+                    own.append(failure(name, RuntimeError(f"{problem}; {last_line(out / 'gpu.log')}")))
     rows = grouped(rows_path(out), own)
     header: Row = {"machine": asdict(this_machine()), "device": device_header() if device == "cuda" else None}
-    header |= {"commit": commit(), "seed": seed, "seconds": time.monotonic() - started}
+    header |= {"commit": commit() or known, "seed": seed, "seconds": time.monotonic() - started}
     text = table(header, rows)
     record = {**header, "goals": [] if device == "cpu" else verdicts(rows), "failed": failed(rows), "found": rows}
     (out / "gpu.json").write_text(json.dumps(finite(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -145,11 +142,18 @@ def run_all(out: Path, device: str, seconds: float, seed: int, vit: Path | None)
     return 1 if failed(rows) else 0
 
 
-def run_process(arguments: list[str], seconds: float, log: Any) -> str | None:
-    """Run a process, and end it and those that it started after so many seconds; return what went wrong, or None."""
-    with subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as process:
+def run_processes(commands: list[list[str]], seconds: float, log: Any) -> list[str | None]:
+    """Run processes beside each other; return what went wrong with each, or None."""
+    until = time.monotonic() + seconds
+    started = [subprocess.Popen(one, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) for one in commands]
+    return [ended(process, until - time.monotonic()) for process in started]
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float) -> str | None:
+    """Wait for a process, and end it and those that it started after so many seconds; return what went wrong, or None."""
+    with process:
         try:
-            code = process.wait(seconds)
+            code = process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return "stopped, for it took longer than its limit of time"

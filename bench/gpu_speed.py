@@ -39,7 +39,7 @@ SIZES = tuple(2**power for power in range(12, 19))
 DTYPES = ("bfloat16", "float32")
 METHODS = ("sortlsh", "treecode")
 HYPER_SIZE, CHOICE_SIZE, CEILING_SIZE = 2**15, 2**13, 2**14
-CUPY_SIZES = (2**13, 2**15, 2**17)
+CUPY_SIZES = GRAPH_SIZES = (2**13, 2**15, 2**17)
 PROFILES, REHEARSED_PROFILES = {"bfloat16": SIZES, "float32": (2**17,)}, {"bfloat16": (256,)}
 INPUT_SETS = 3
 LONGEST_EXACT = 4.0
@@ -68,13 +68,14 @@ class Scale:
     choice_size: int
     ceiling_size: int
     cupy_sizes: tuple[int, ...]
+    graph_sizes: tuple[int, ...]
     budget: int
     copied: int
     product: int
 
 
-FULL = Scale(HEADS, SIZES, HYPER_SIZE, CHOICE_SIZE, CEILING_SIZE, CUPY_SIZES, BUDGET, 2**30, 8192)
-TINY = Scale(2, (256,), 256, 256, 256, (256,), 64, 2**20, 128)
+FULL = Scale(HEADS, SIZES, HYPER_SIZE, CHOICE_SIZE, CEILING_SIZE, CUPY_SIZES, GRAPH_SIZES, BUDGET, 2**30, 8192)
+TINY = Scale(2, (256,), 256, 256, 256, (256,), (256,), 64, 2**20, 128)
 
 
 def scale_of(session: Session) -> Scale:
@@ -240,10 +241,12 @@ def timings_at(session: Session, dtype: str, n: int, backend: str, measured: lis
         "sdpa_ms": 1e3 * seconds,
         "sdpa_predicted": predicted,
     }
-    for method in (*METHODS, *(("hyper",) if n == scale_of(session).hyper_size else ())):
-        found = time_method(session, sets, method, seconds)
+    budget = scale_of(session).budget
+    calls = [*((method, budget) for method in METHODS), ("treecode", 2 * budget)]
+    for method, slots in [*calls, ("hyper", budget)] if n == scale_of(session).hyper_size else calls:
+        found = time_method(session, sets, method, slots, seconds)
         yield "timing", row | found
-        name = f"{method} errs less than zeros would ({dtype}, n = {n:,})"
+        name = f"{method}, budget {slots}, errs less than zeros would ({dtype}, n = {n:,})"
         yield "check", {"name": name, "measured": found["frobenius"], "limit": 1.0, "passed": found["frobenius"] < 1.0}
 
 
@@ -265,9 +268,8 @@ def estimate(q: Any, k: Any, v: Any, method: str, budget: int) -> Any:
     return kdecore.attention(q, k, v, method=method, budget=budget, scale=GLOVE_SCALE)
 
 
-def time_method(session: Session, sets: list[Inputs], method: str, exact: float) -> dict[str, Any]:
-    """Return the row of one method."""
-    budget = scale_of(session).budget
+def time_method(session: Session, sets: list[Inputs], method: str, budget: int, exact: float) -> dict[str, Any]:
+    """Return the row of one method and budget, beside exact attention's seconds."""
     calls = [partial(estimate, *one, method, budget) for one in sets]
     seconds = median_seconds(session.device, calls)
     found = sampled_errors(session, sets[0], calls[0]())
@@ -363,15 +365,23 @@ def profile_of(session: Session, dtype: str, n: int, method: str) -> Findings:
 
 
 def graphs(session: Session) -> Findings:
-    """Yield whether one call can be captured in a CUDA graph, and what its replay takes."""
-    n, budget = scale_of(session).choice_size, scale_of(session).budget
-    for method in METHODS:
-        row = {"method": method, "dtype": "bfloat16", "n": n}
-        call = partial(estimate, *words(session, n, "bfloat16", 0), method, budget)
-        try:
-            yield "graph", row | captured(session.device, call)
-        except Exception as error:  # what can't be captured raises errors of many kinds
-            yield "graph", row | {"captured": False, "why": failure("", error)[1]["error"]}
+    """Yield whether calls can be captured in a CUDA graph, and what their replay takes."""
+    for n in scale_of(session).graph_sizes:
+        for method in METHODS:
+            if session.has(2.0):
+                yield "graph", graph_of(session, n, method)
+            else:
+                yield left_out(f"CUDA graph of {method}, n = {n:,}", OUT_OF_TIME)
+
+
+def graph_of(session: Session, n: int, method: str) -> dict[str, Any]:
+    """Return the row of one method and size."""
+    row = {"method": method, "dtype": "bfloat16", "n": n}
+    call = partial(estimate, *words(session, n, "bfloat16", 0), method, scale_of(session).budget)
+    try:
+        return row | captured(session.device, call)
+    except Exception as error:  # what can't be captured raises errors of many kinds
+        return row | {"captured": False, "why": failure("", error)[1]["error"]}
 
 
 def captured(device: str, call: Callable[[], Tensor]) -> dict[str, Any]:

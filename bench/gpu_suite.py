@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -45,7 +46,13 @@ def run_tests(arguments: list[str], seconds: float) -> tuple[int, bool, str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         with subprocess.Popen(
-            arguments, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            arguments,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            # A shell that runs this in the background has it ignore interrupts.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         ) as process:
             cut = False
             for wait, stop in ((max(seconds, 1.0), signal.SIGINT), (8.0, signal.SIGKILL)):

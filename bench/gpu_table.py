@@ -164,14 +164,14 @@ def timings(rows: Rows) -> list[str]:
     if not own and not others:
         return ["TIMINGS not measured", ""]
     lines = ["TIMINGS in ms (p: predicted from n²); errors, of norms, on words drawn from GloVe with noise"]
-    lines.append(
-        f"  {'':9}{'n':>8} {'PyTorch':>13} {'':8} {'kdecore':>9} {'×':>7} {'issued in':>9} {'spectral':>9} {'Frobenius':>9}"
-    )
+    columns = f"{'budget':>13} {'kdecore':>9} {'×':>7} {'issued in':>9} {'spectral':>9} {'Frobenius':>9}"
+    lines.append(f"  {'':9}{'n':>8} {'PyTorch':>13} {columns}")
     for row in own:
         exact = f"{row['sdpa_ms']:.4g}{'p' * row['sdpa_predicted']}"
         lines.append(
-            f"  {row['dtype']:<9}{row['n']:>8,} {row['sdpa']:>5.5}{exact:>8} {row['method']:<8} {row['ms']:>9.4g}"
-            f" {row['speedup']:>7.3g} {row['issue_ms']:>9.3g} {row['spectral']:>9.2%} {row['frobenius']:>9.2%}"
+            f"  {row['dtype']:<9}{row['n']:>8,} {row['sdpa']:>5.5}{exact:>8} {row['method']:<8}{row['budget']:>5}"
+            f" {row['ms']:>9.4g} {row['speedup']:>7.3g} {row['issue_ms']:>9.3g}"
+            f" {row['spectral']:>9.2%} {row['frobenius']:>9.2%}"
         )
     lines += [f"  {row['library']}, {row['dtype']}, n = {row['n']:,}, {row['method']}: {row['ms']:.4g} ms" for row in others]
     return [*lines, ""]

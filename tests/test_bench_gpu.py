@@ -65,11 +65,14 @@ def test_without_a_device(tmp_path, capsys):
 def test_a_process_that_hangs_or_crashes_is_a_failure(tmp_path):
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
         started = time.monotonic()
-        hung = gpu.run_process([sys.executable, "-c", "import time; time.sleep(60)"], 0.5, log)
+        hung, beside = gpu.run_processes(
+            [[sys.executable, "-c", x] for x in ("import time; time.sleep(60)", "pass")], 2, log
+        )
         assert time.monotonic() - started < 10
-        crashed = gpu.run_process([sys.executable, "-c", "import os; os.abort()"], 20, log)
-        fine = gpu.run_process([sys.executable, "-c", "pass"], 20, log)
+        (crashed,) = gpu.run_processes([[sys.executable, "-c", "import os; os.abort()"]], 20, log)
+        (fine,) = gpu.run_processes([[sys.executable, "-c", "pass"]], 20, log)
     assert "limit of time" in hung
+    assert beside is None
     assert str(-signal.SIGABRT) in crashed
     assert fine is None
 
@@ -276,6 +279,7 @@ def test_tests_that_take_too_long_are_interrupted():
 
 def timing(n, speedup, frobenius, method="treecode", dtype="bfloat16"):
     own = {"library": "torch", "dtype": dtype, "n": n, "method": method, "speedup": speedup, "frobenius": frobenius}
+    own["budget"] = 512
     return own | {"ms": 1.0, "issue_ms": 1.0, "spectral": 0.01, "sdpa": "flash", "sdpa_ms": speedup, "sdpa_predicted": False}
 
 
@@ -350,13 +354,15 @@ def test_what_counts_as_a_failure(rows, fails):
 
 
 def test_failures_end_the_command_with_1(tmp_path, monkeypatch, capsys):
-    def run_process(arguments, seconds, log):
+    def run_processes(commands, seconds, log):
         with gpu.rows_path(tmp_path).open("a", encoding="utf-8") as file:
             file.write(
                 json.dumps({"kind": "check", "name": "bad", "passed": False, "measured": math.nan, "limit": 1}) + "\n"
             )
 
-    monkeypatch.setattr(gpu, "run_process", run_process)
+        return [None for _ in commands]
+
+    monkeypatch.setattr(gpu, "run_processes", run_processes)
     assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 1
     assert "bad: nan, at most 1" in capsys.readouterr().out
     assert json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["failed"]

@@ -57,6 +57,7 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    most_registers: int | None
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,11 @@ class Recorder:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.record
 
-    def record(self, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **more: Any) -> None:
+    def record(
+        self, *arguments: Any, num_warps: int = 4, num_stages: int = 3, maxnreg: int | None = None, **more: Any
+    ) -> None:
         given = dict(zip(self.kernel.arg_names, arguments, strict=False)) | more
-        self.launches.append(Launch(self.kernel, given, num_warps, num_stages))
+        self.launches.append(Launch(self.kernel, given, num_warps, num_stages, maxnreg))
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def source(launch: Launch) -> ASTSource:
 def compile_launch(launch: Launch, architecture: str) -> Compiled:
     """Compile a kernel for one architecture."""
     version = int(architecture[3:])
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.most_registers}
     found = triton.compile(source(launch), target=GPUTarget("cuda", version, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -13,7 +13,7 @@ from kdecore.kernels.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, l
 from kdecore.namespaces import Array, Namespace
 
 THREADS = 256
-NUMBERS = 4
+NUMBERS = 8
 """Numbers that a thread reads, a block's width apart, so that several loads are under way at once."""
 
 

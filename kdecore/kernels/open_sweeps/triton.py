@@ -32,6 +32,7 @@ RANGE = tl.constexpr(OCTAVES)
 STEPS = tl.constexpr(HALVINGS)
 LEAST_SHARE = tl.constexpr(2.0**-20)
 
+MOST_REGISTERS = 255
 TILE, SMALL_TILE = 32, 16
 """Nodes that are weighed at once, and where queries leave the registers less room, or are few."""
 MOST_ROWS, MOST_SLOTS, WIDEST, MOST_NODES = 128, 4096, 256, 2**24
@@ -370,6 +371,8 @@ def open_sweeps(
             ROWS=triton.next_power_of_2(max(16, rows)), SLOTS=triton.next_power_of_2(slots),
             OWN=0 if own is None else triton.next_power_of_2(count_own),
             NODES=nodes_at_once(rows, d, keys.element_size()),
-            LEAF=-(-n >> last), SEARCH=count_own.bit_length(), num_warps=4, num_stages=2,
+            LEAF=-(-n >> last), SEARCH=count_own.bit_length(), num_warps=4, num_stages=1,
+            # Left to itself, the assembler spills a few registers for room that wide rows don't leave anyway.
+            maxnreg=MOST_REGISTERS if keys.element_size() == 4 else None,
         )  # fmt: skip
     return key_index, log_weight
