@@ -109,7 +109,7 @@ def sweep_by_sweep(weigh, members, depth, wanted, start):
 
     begin = [(top, i) for i in range(first, end)]
     closed, opened = {node: rank(node, total(begin)) for node in begin}, []
-    for _ in range(depth - top + 1 + in_sweeps.MORE_SWEEPS):
+    for sweep in range(depth - top + 1 + in_sweeps.MORE_SWEEPS):
         most = max(closed.values(), default=0.0)
         room = wanted - sum(len(members(*node)) for node in opened)
 
@@ -126,7 +126,8 @@ def sweep_by_sweep(weigh, members, depth, wanted, start):
         for _ in range(in_sweeps.HALVINGS):
             middle = 0.5 * (low + high)
             low, high = (low, middle) if needed(2.0**middle) <= room else (middle, high)
-        above = total([*closed, *opened])
+        if sweep < in_sweeps.SUMMED_SWEEPS:
+            above = total([*closed, *opened])
         chosen = [node for node, found in closed.items() if found > 2.0**high]
         if not chosen:
             break

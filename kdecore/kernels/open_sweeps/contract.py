@@ -9,6 +9,8 @@ GROWTH = 2.5
 1.5 to 4 err about as much (bench/NOTES.md)."""
 START_SHARE = 4
 """A list begins with the nodes of a level that are no more than one in so many of its slots, where there are such."""
+SUMMED_SWEEPS = 4
+"""Sweeps at whose beginning weights are summed anew: later ones change the sums little."""
 MORE_SWEEPS = 6
 """Sweeps beyond one for each level."""
 OCTAVES = 32
@@ -46,9 +48,10 @@ class OpenSweeps(Protocol):
         that, and it errs less: keys that stand out are hidden deep in the tree, and to open nodes that need many slots for
         few keys finds them.
 
-        A list begins with the nodes of ``start``. With L, for each query, ln of the sum of weights over what is listed when
-        a node's parent is opened (for the first nodes, over these), opened leaves among it, the error of a node h of m keys
-        for query i is exp(min(ln w − L, `LARGEST_SHARE`)) · σ · size, and its rank
+        A list begins with the nodes of ``start``. With L, for each query, ln of the sum of weights over what is listed,
+        opened leaves among it, at the beginning of the sweep that opens a node's parent (of the last of `SUMMED_SWEEPS` for
+        later ones; for the first nodes, over these), the error of a node h of m keys for query i is
+        exp(min(ln w − L, `LARGEST_SHARE`)) · σ · size, and its rank
         r_h = min(Σ_i error⁴, `LARGEST_ERROR`)**(`GROWTH` / 4) / m. A sweep takes T as the least threshold found for which
         what is listed needs at most slots − s: a node with r_h > T is predicted to need min(m, max(2, r_h / T)) slots, or m
         where it is a leaf, any other one, and so does a key. log₂ T is what `HALVINGS` halvings of [t − `OCTAVES`, t] leave

@@ -31,6 +31,7 @@ from kdecore.kernels.open_sweeps.contract import (
     LARGEST_SHARE,
     MORE_SWEEPS,
     OCTAVES,
+    SUMMED_SWEEPS,
 )
 from kdecore.namespaces import Array, Namespace, dtype_name
 
@@ -454,7 +455,8 @@ def open_blocks(stored: str, read: Any) -> CudaKernel:
             new = used
             for sweep in range(sweeps + 1):
                 weigh(group, keys, variances, sizes, queries, squares, lse, n, node, fresh, new, logits, ranks)
-                sum_weights(logits, used, lse)
+                if sweep <= SUMMED_SWEEPS:
+                    sum_weights(logits, used, lse)
                 # The first nodes are weighed again, beside their own sum.
                 if sweep > 0:
                     limit = find_threshold(ranks, node, used, first_leaf, n, number(wanted - aside))

@@ -7,6 +7,7 @@ from kdecore.kernels.open_sweeps.contract import (
     LARGEST_SHARE,
     MORE_SWEEPS,
     OCTAVES,
+    SUMMED_SWEEPS,
 )
 from kdecore.kernels.open_tree.reference import frozen, gather, listed, take_last
 from kdecore.namespaces import Array, Namespace, quiet
@@ -60,10 +61,11 @@ def open_sweeps(
     leaves = [node[:, :, :0]]
     leaves_lse = xp.full_like(logits[..., 0], -xp.inf)
     keys_listed = xp.zeros(query_index.shape[:2], dtype=q.dtype, device=q.device)
-    for _ in range(last - level + 1 + MORE_SWEEPS):
+    for sweep in range(last - level + 1 + MORE_SWEEPS):
         is_leaf = node >= first_leaf
         opened = rank > threshold(xp, rank, count, is_leaf, wanted - keys_listed)[..., None]
-        lse = xp.logaddexp(log_sum(xp, logits), leaves_lse)
+        if sweep < SUMMED_SWEEPS:
+            lse = xp.logaddexp(log_sum(xp, logits), leaves_lse)
         whole, split = opened & is_leaf, opened & ~is_leaf
         leaves.append(xp.where(whole, node, -1))
         leaves_lse = xp.logaddexp(leaves_lse, log_sum(xp, xp.where(whole[:, :, None, :], logits, -xp.inf)))

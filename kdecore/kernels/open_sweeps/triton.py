@@ -21,7 +21,15 @@ import triton
 import triton.language as tl
 
 from kdecore.kernels.open_sweeps import reference
-from kdecore.kernels.open_sweeps.contract import GROWTH, HALVINGS, LARGEST_ERROR, LARGEST_SHARE, MORE_SWEEPS, OCTAVES
+from kdecore.kernels.open_sweeps.contract import (
+    GROWTH,
+    HALVINGS,
+    LARGEST_ERROR,
+    LARGEST_SHARE,
+    MORE_SWEEPS,
+    OCTAVES,
+    SUMMED_SWEEPS,
+)
 from kdecore.namespaces import Array, Namespace
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -30,6 +38,8 @@ MOST_ERROR = tl.constexpr(LARGEST_ERROR)
 MOST_SHARE = tl.constexpr(LARGEST_SHARE * math.log2(math.e))
 RANGE = tl.constexpr(OCTAVES)
 STEPS = tl.constexpr(HALVINGS)
+SUMMED = tl.constexpr(SUMMED_SWEEPS - 1)
+"""Sums that a sweep changes are those of the next one's beginning."""
 LEAST_SHARE = tl.constexpr(2.0**-20)
 
 MOST_REGISTERS = 255
@@ -200,12 +210,12 @@ def open_listed(
 
 @triton.jit
 def weigh_children(
-    queries, squares, keys, variances, sizes, listed, rank_of, lse, counts, used, splits, n, factor, key_stride,
+    queries, squares, keys, variances, sizes, listed, rank_of, lse, counts, used, splits, summed, n, factor, key_stride,
     D: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, DIRECTIONS: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """Write the ranks of all children; return what their weights are more than their parents', as parts of 2**lse."""
+    """Write the ranks of all children; return lse, of what is listed now where it is to be ``summed`` anew."""
     change = tl.zeros([queries.shape[0]], tl.float32)
-    for begin in range(0, splits, NODES):
+    for begin in range(0, tl.where(summed, splits, 0), NODES):
         at = begin + tl.arange(0, NODES)
         there = at < splits
         parent = tl.load(listed + used + at, mask=there, other=2).to(tl.int32) // 2 - 1
@@ -224,7 +234,8 @@ def weigh_children(
         rank, total = ranks(logits, sigma, count, sizes, node, there, lse, counts)
         tl.store(rank_of + tl.where(is_right == 1, pair, left_place), rank, mask=there)
         change += total
-    return change
+    # What is left of a sum that was nearly all one parent's is rounding.
+    return tl.where(summed, lse + tl.log2(tl.maximum(1.0 + change, LEAST_SHARE)), lse)
 
 
 @triton.jit
@@ -294,12 +305,10 @@ def open_blocks(
         tl.debug_barrier()
         splits, aside = open_listed(listed, rank_of, wanted, used, put_aside, n, nodes, SLOTS, LEAF)
         tl.debug_barrier()
-        change = weigh_children(
-            queries, squares, keys, variances, sizes, listed, rank_of, lse, counts, used, splits, n, factor, key_stride,
-            D, COLUMNS, P, DIRECTIONS, NODES,
+        lse = weigh_children(
+            queries, squares, keys, variances, sizes, listed, rank_of, lse, counts, used, splits, sweep < SUMMED, n, factor,
+            key_stride, D, COLUMNS, P, DIRECTIONS, NODES,
         )  # fmt: skip
-        # What is left of a sum that was nearly all one parent's is rounding.
-        lse += tl.log2(tl.maximum(1.0 + change, LEAST_SHARE))
         used, put_aside = used + splits, put_aside + aside
         sweep = tl.where(splits + aside > 0, sweep + 1, sweeps)
     tl.debug_barrier()
