@@ -41,9 +41,9 @@ SECTIONS: dict[str, Callable[[Session], Findings]] = {
     "graphs": graphs,
 }
 STAGES = (
-    (0.46, (("tests",), ("calls",), ("kernels",))),
-    (0.87, (("ceilings", "timings"),)),
-    (0.95, (("errors",),)),
+    (0.42, (("tests",), ("calls",), ("kernels",))),
+    (0.82, (("ceilings", "timings"),)),
+    (0.92, (("errors",),)),
     (0.985, (("graphs",),)),
 )
 """The part of all time at whose end each stage has to be done, and the sections of each of its processes, which run beside

@@ -202,14 +202,14 @@ def input_sets(session: Session, n: int, dtype: str) -> list[Inputs]:
 
 
 def timings(session: Session) -> Findings:
-    """Yield what calls take beside PyTorch's fused attention, with their errors, and then where their time goes."""
+    """Yield what calls take beside PyTorch's fused attention, with their errors, and where their time goes."""
     for dtype in dtypes(session):
         if session.has(8.0):
             yield from attempted(f"timings ({dtype})", partial(timings_of, session, dtype))
         else:
             yield left_out(f"timings ({dtype})", OUT_OF_TIME)
+        yield from profiles(session, dtype)
     yield from cupy_timings(session)
-    yield from profiles(session)
 
 
 def timings_of(session: Session, dtype: str) -> Findings:
@@ -340,17 +340,16 @@ def cupy_seconds(call: Callable[[], Any]) -> float:
     return statistics.median(seconds[1:])
 
 
-def profiles(session: Session) -> Findings:
+def profiles(session: Session, dtype: str) -> Findings:
     """Yield where the time of calls goes, the longest inputs first."""
-    for dtype, sizes in REHEARSED_PROFILES.items() if session.rehearsal else PROFILES.items():
-        for n in reversed(sizes):
-            for method in METHODS:
-                what = f"profiles ({dtype}, n = {n:,}, {method})"
-                if session.has(5.0):
-                    yield from attempted(what, partial(profile_of, session, dtype, n, method))
-                else:
-                    yield left_out(what, OUT_OF_TIME)
-                free_memory(session.device)
+    for n in reversed((REHEARSED_PROFILES if session.rehearsal else PROFILES)[dtype]):
+        for method in METHODS:
+            what = f"profiles ({dtype}, n = {n:,}, {method})"
+            if session.has(5.0):
+                yield from attempted(what, partial(profile_of, session, dtype, n, method))
+            else:
+                yield left_out(what, OUT_OF_TIME)
+            free_memory(session.device)
 
 
 def profile_of(session: Session, dtype: str, n: int, method: str) -> Findings:
