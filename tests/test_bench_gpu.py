@@ -19,7 +19,7 @@ from bench.gpu_checks import check_kernel, difference, garbage, judged, lists_di
 from bench.gpu_errors import cases, error_rows, errors_of, export_vit
 from bench.gpu_profile import COUNTABLE, Work, counted, launches_in, rates, stage_of, summarise, work_of
 from bench.gpu_session import Session, attempted, exact_rows, median_seconds, timed
-from bench.gpu_speed import ceilings, fused_seconds, profiles, timings
+from bench.gpu_speed import ceilings, fused_seconds, timings
 from kdecore.kernels.registry import KERNELS, Implementation
 from kdecore.merge import Part
 from kdecore.namespaces import host
@@ -87,7 +87,7 @@ def test_what_a_process_wrote_before_it_ended_is_kept(tmp_path):
     }
 
 
-@pytest.mark.parametrize("section", [ceilings, timings, error_rows, check_calls, profiles])
+@pytest.mark.parametrize("section", [ceilings, timings, error_rows, check_calls])
 def test_what_there_is_no_time_for_is_said(section):
     started = time.monotonic()
     found = list(section(session(1.0)))
