@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vit", type=Path, help="file with a vision transformer's q, k and v")
     parser.add_argument("--export-vit", type=Path, metavar="FILE", help="write that file, and do nothing else")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
-    parser.add_argument("--commit", help="to be noted where git doesn't know it")
+    parser.add_argument("--commit", help="to be noted in place of git's")
     parser.add_argument("--seed", type=int, help="of random inputs; a new one by default")
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, help=argparse.SUPPRESS)
     # The clock of `time.monotonic` is that of the machine: what a process takes to start counts too.
@@ -110,7 +110,7 @@ def run_sections(session: Session, sections: Sequence[str], path: Path) -> None:
 
 
 def run_all(out: Path, device: str, seconds: float, seed: int, vit: Path | None, known: str | None = None) -> int:
-    """Run all sections in their processes; write and print what they found, with the commit where it is ``known``."""
+    """Run all sections in their processes; write and print what they found, with the commit, git's unless it is ``known``."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}", flush=True)
@@ -132,7 +132,7 @@ def run_all(out: Path, device: str, seconds: float, seed: int, vit: Path | None,
                     own.append(failure(name, RuntimeError(f"{problem}; {last_line(out / 'gpu.log')}")))
     rows = grouped(rows_path(out), own)
     header: Row = {"machine": asdict(this_machine()), "device": device_header() if device == "cuda" else None}
-    header |= {"commit": commit() or known, "seed": seed, "seconds": time.monotonic() - started}
+    header |= {"commit": known or commit(), "seed": seed, "seconds": time.monotonic() - started}
     text = table(header, rows)
     record = {**header, "goals": [] if device == "cpu" else verdicts(rows), "failed": failed(rows), "found": rows}
     (out / "gpu.json").write_text(json.dumps(finite(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

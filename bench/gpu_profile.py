@@ -41,7 +41,7 @@ def triton_names() -> dict[str, str]:
     """Return the function name of each Triton kernel → the folder that it lies in."""
     folder = Path(kdecore.kernels.__path__[0])
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/triton*.py"))}
-    found = re.compile(r"^@triton\.jit\s+def (\w+)", re.MULTILINE)
+    found = re.compile(r"^@triton\.jit(?:\(.*\))?\s+def (\w+)", re.MULTILINE)
     return {name: path.parent.name for path, text in texts.items() for name in found.findall(text)}
 
 
@@ -50,9 +50,9 @@ def stage_of(name: str) -> str:
     if name.startswith(("Memcpy", "Memset")):
         return COPIES
     if "kdecore" in name:
-        # Numba mangles module names with their lengths before them, as in 7kernels10hash_codes4cuda.
+        # Numba mangles module names with their lengths before them, as in 7kernels10hash_codes4cuda; profilers undo that.
         for kernel in sorted(KERNELS, key=len, reverse=True):
-            if f"{len(kernel)}{kernel}" in name or f".{kernel}." in name:
+            if f"{len(kernel)}{kernel}" in name or f".{kernel}." in name or f"::{kernel}::" in name:
                 return kernel
     return triton_names().get(name, OTHERS)
 

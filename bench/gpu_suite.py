@@ -1,15 +1,16 @@
 """The part of `bench.gpu` that runs the tests which need a device, in a process of their own."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 from bench.gpu_session import Findings, Row, Session
 
@@ -22,18 +23,18 @@ REHEARSED_TESTS = ("tests/test_metrics.py", "--noconftest")
 def suite(session: Session) -> Findings:
     """Run the tests; yield one row."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
+        report = Path(folder) / "outcomes.jsonl"
         selected = REHEARSED_TESTS if session.rehearsal else DEVICE_TESTS
         code, cut, last = run_tests(command(report, selected), min(SECONDS, session.left() - 10.0))
         text = report.read_text(encoding="utf-8") if report.exists() else ""
-    row = {"selected": " ".join(selected), "exit_code": code, "cut_off": cut, **read_report(text)}
+    row = {"selected": " ".join(selected), "exit_code": code, "cut_off": cut, **read_outcomes(text)}
     # pytest says 5 where nothing was selected.
     yield "tests", row | ({} if row["passed"] or row["failed"] else {"said": last})
 
 
 def command(report: Path, selected: Iterable[str]) -> list[str]:
     """Return pytest's command line, in several processes and with limits of time where the plug-ins are there."""
-    options = ["-q", "-p", "no:cacheprovider", "-W", "default", "-o", "junit_logging=no", f"--junitxml={report}"]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "bench.gpu_outcomes", "-W", "default", f"--outcomes={report}"]
     if find_spec("xdist") is not None:
         options += ["-n", "8", "--dist", "loadfile"]
     if find_spec("pytest_timeout") is not None:
@@ -61,7 +62,7 @@ def run_tests(arguments: list[str], seconds: float) -> tuple[int, bool, str]:
                     break
                 except subprocess.TimeoutExpired:
                     cut = True
-                    # An interrupt lets pytest report what it has done.
+                    # An interrupt lets tests end as they should.
                     interrupt(process.pid, stop)
             code = process.wait()
         said.seek(0)
@@ -76,20 +77,20 @@ def interrupt(process: int, stop: signal.Signals) -> None:
         os.kill(process, stop)
 
 
-def read_report(text: str) -> Row:
-    """Return the counts and the first failures of a JUnit report; none of an empty one."""
-    cases = list(ET.fromstring(text).iter("testcase")) if text else []
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    failures = [{"name": f"{x.get('classname')}::{x.get('name')}", "error": last_error(x)} for x in bad[:MOST_FAILURES]]
-    return {"passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped, "failures": failures}
-
-
-def last_error(case: ET.Element) -> str:
-    """Return the last line that says what went wrong."""
-    found = case.find("failure")
-    found = case.find("error") if found is None else found
-    assert found is not None
-    lines = [line[1:].strip() for line in (found.text or "").splitlines() if line.startswith("E ")]
-    message = (found.get("message") or "").strip().splitlines()
-    return (lines or message or [""])[-1][:300]
+def read_outcomes(text: str) -> Row:
+    """Return counts and first failures of what `bench.gpu_outcomes` wrote; a line that was not finished is not read."""
+    outcomes: dict[str, str] = {}
+    failures: dict[str, str] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        # A test that fails after its call has failed.
+        if outcomes.get(row["name"]) != "failed":
+            outcomes[row["name"]] = row["outcome"]
+        if row["outcome"] == "failed":
+            failures.setdefault(row["name"], row["error"])
+    counts = Counter(outcomes.values())
+    first = [{"name": name, "error": error} for name, error in list(failures.items())[:MOST_FAILURES]]
+    return {name: counts[name] for name in ("passed", "failed", "skipped")} | {"failures": first}

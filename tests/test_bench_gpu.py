@@ -109,7 +109,9 @@ def test_no_section_is_run_without_time(tmp_path, capsys):
 def test_stages_by_kernel_names():
     assert stage_of(HASHED) == "hash_codes"
     assert stage_of("kdecore.kernels.row_norms.cuda.norms") == "row_norms"
+    assert stage_of("kdecore::kernels::hash_codes::cuda::project::_3clocals_3e::project[abi:v7]") == "hash_codes"
     assert stage_of("attend_tile") == "attend_blocks"
+    assert stage_of("open_blocks") == "open_sweeps"
     assert stage_of("Memcpy DtoD (Device -> Device)") == stage_of("Memset (Device)") == "copies"
     assert stage_of("void at::native::elementwise_kernel<128, 4>") == "array operations"
 
@@ -250,23 +252,30 @@ def test_rounding_may_change_few_integers_only():
     assert not judged("bucket_order", {"": few}, right, "float32")["passed"]
 
 
-REPORT = """<testsuites><testsuite tests="4"><testcase classname="tests.test_a" name="test_x[torch-cuda (3, 5)]"/>
-<testcase classname="tests.test_a" name="test_y[cupy]"><failure message="AssertionError: far">def test_y():
-E       AssertionError: far
-E       assert 2 == 3</failure></testcase>
-<testcase classname="tests.test_a" name="test_z"><skipped message="none"/></testcase>
-<testcase classname="tests.test_b" name="test_w"><error message="setup failed">no line of its own</error></testcase>
-</testsuite></testsuites>"""
+TESTS = """
+import pytest
+
+def test_passes(): pass
+def test_fails(): assert 2 == 3
+def test_skips(): pytest.skip("none")
+@pytest.fixture
+def broken():
+    yield
+    raise ValueError("not ended well")
+def test_ends_badly(broken): pass
+"""
 
 
-def test_reports_of_tests():
-    found = gpu_suite.read_report(REPORT)
+def test_outcomes_of_tests(tmp_path):
+    (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
+    report = tmp_path / "outcomes"
+    command = gpu_suite.command(report, (str(tmp_path / "test_it.py"), "--noconftest"))
+    assert gpu_suite.run_tests(command, 60.0)[0] == 1
+    found = gpu_suite.read_outcomes(report.read_text(encoding="utf-8") + '{"name": "cut o')
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, 1)
-    assert found["failures"] == [
-        {"name": "tests.test_a::test_y[cupy]", "error": "assert 2 == 3"},
-        {"name": "tests.test_b::test_w", "error": "setup failed"},
-    ]
-    assert gpu_suite.read_report("")["passed"] == 0
+    errors = {one["name"].rpartition("::")[2]: one["error"] for one in found["failures"]}
+    assert errors == {"test_fails": "assert 2 == 3", "test_ends_badly": "ValueError: not ended well"}
+    assert gpu_suite.read_outcomes("")["passed"] == 0
 
 
 def test_tests_that_take_too_long_are_interrupted():
