@@ -110,7 +110,7 @@ def run_sections(session: Session, sections: Sequence[str], path: Path) -> None:
 
 
 def run_all(out: Path, device: str, seconds: float, seed: int, vit: Path | None, known: str | None = None) -> int:
-    """Run all sections in their processes; write and print what they found, with the commit, git's unless it is ``known``."""
+    """Run all sections in their processes; write and print what they found, with the commit that is ``known``, or git's."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}", flush=True)

@@ -498,7 +498,7 @@ def test_one_sort_is_exact_at_full_budget(rng):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=str)
 def test_one_sort_errs_about_as_much_as_a_tree_where_keys_are_grouped(rng, options):
-    """1.6 times as much in the mean of 6 draws of three; sortlsh errs ten times as much."""
+    """1.6 times as much in the mean of 6 draws; sortlsh errs ten times as much."""
     errors = {"tree": 0.0, "sort": 0.0, "sortlsh": 0.0}
     methods = Treecode(ordering="tree"), Treecode(ordering="sort"), "sortlsh"
     for _ in range(3):

@@ -6,7 +6,7 @@ from kdecore.namespaces import Array, Namespace
 
 SAMPLE = 1023
 """Rows, evenly spaced, that quantiles and variances are taken from."""
-RATIO = 2.0
+RATIO = 3.0
 """A direction's variance counts so many times less after each bit that it is given. 4 would be right for uniform
 coordinates, and errs more (bench/NOTES.md)."""
 
