@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
+from kdecore.kernels.open_sweeps.contract import RESIDENT
 from kdecore.kernels.registry import Choice, Site, choose
 from kdecore.kernels.threads import thread_count
 from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, gradient_mode, host, on_accelerator
@@ -450,6 +451,9 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
     total += problem.groups * d * 8 * (3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * d)
     # Results before and after the first-order term.
     total += blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
+    if kernels[options.opener].target == "numba-cuda":
+        # Logits of all that is listed, for the blocks that are worked on at once.
+        total += size * min(RESIDENT, blocks) * (slots + d + p + 2) * (options.rows + 3)
     if kernels[options.opener].target == "array-api":
         # Sorted rows and their products; logits and errors of all blocks' queries, and what a round makes of them.
         total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + p) + 16 * 8 * rows_k

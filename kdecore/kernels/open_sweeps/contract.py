@@ -16,6 +16,8 @@ MORE_SWEEPS = 6
 OCTAVES = 32
 """Thresholds are looked for so many octaves below the largest rank, in so many halvings as `HALVINGS`."""
 HALVINGS = 9
+RESIDENT = 264
+"""Blocks of queries that are worked on at once, where they need memory of their own: two on each of 132 multiprocessors."""
 LARGEST_SHARE = 60.0
 """A node's logit counts as at most so much more than the logarithm of all that was listed when its parent was opened."""
 LARGEST_ERROR = 1e30

@@ -31,6 +31,7 @@ from kdecore.kernels.open_sweeps.contract import (
     LARGEST_SHARE,
     MORE_SWEEPS,
     OCTAVES,
+    RESIDENT,
     SUMMED_SWEEPS,
 )
 from kdecore.namespaces import Array, Namespace, dtype_name
@@ -49,9 +50,6 @@ DEPTH = 16
 PITCH = DEPTH + 1
 ADDERS = 8
 """Threads that add up what all have."""
-RESIDENT = 264
-"""Thread blocks at once: two on each of 132 multiprocessors, as many as their registers allow. Their memory, 41 MB for 512
-slots and blocks of 64 in float32, stays in L2."""
 TO_RANK = GROWTH / 4
 TINY = {
     "THREADS": 8, "SIDE": 2, "LANES": 2, "PARTS": 4, "ROWS": 4, "NODES": 8, "DEPTH": 2, "PITCH": 3, "ADDERS": 2,
