@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
-from kdecore.kernels.open_sweeps.contract import RESIDENT
+from kdecore.kernels.open_sweeps.contract import PART, RESIDENT
 from kdecore.kernels.registry import Choice, Site, choose
 from kdecore.kernels.threads import thread_count
 from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, gradient_mode, host, on_accelerator
@@ -455,9 +455,13 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
         # Logits of all that is listed, for the blocks that are worked on at once.
         total += size * min(RESIDENT, blocks) * (slots + d + p + 2) * (options.rows + 3)
     if kernels[options.opener].target == "array-api":
-        # Sorted rows and their products; logits and errors of all blocks' queries, and what a round makes of them.
+        # Sorted rows and their products; logits and errors of blocks' queries, and what a round, or a sweep, makes of them.
         total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + p) + 16 * 8 * rows_k
-        total += size * blocks * slots * (8 * options.rows + 8 * 8)
+        if options.opener == "open_sweeps":
+            at_once = max(problem.groups, min(blocks, PART // (options.rows * slots)))
+            total += blocks * slots * (2 * 8 + size) + size * at_once * slots * (24 * options.rows + 64 * 8)
+        else:
+            total += size * blocks * slots * (8 * options.rows + 8 * 8)
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 2 * rows_q * (d_v + 1))
     return total
 

@@ -102,9 +102,9 @@ def _cuda_floats(site: Site) -> str | None:
     return "records no gradients" if site.gradient else _cuda_constants(site)
 
 
-def _cuda_without_a_sort(site: Site) -> str | None:
+def _sorted_by_torch(site: Site) -> str | None:
     # A third of the time on an H200 (bench/NOTES.md).
-    return "PyTorch's own radix sort is faster" if site.library == "torch" else _cuda_constants(site)
+    return "PyTorch's own radix sort is faster" if site.library == "torch" else None
 
 
 def _triton_constants(site: Site) -> str | None:
@@ -141,11 +141,14 @@ class Implementation:
         Follows the kernel's contract.
     unsupported
         Why it cannot run at a site, or None where it can.
+    slower
+        Why another one is preferred at a site where it can, or None.
     """
 
     target: str
     function: Callable[..., Any]
     unsupported: Unsupported = _anywhere
+    slower: Unsupported = _anywhere
 
 
 @dataclass(frozen=True)
@@ -169,20 +172,25 @@ def _late(module: str, name: str, like: Callable[..., Any]) -> Callable[..., Any
 
 
 def _implementations(
-    folder: Any, *, host: Unsupported = _host_constants, cuda: Unsupported | None = None, others: tuple[str, ...] = ()
+    folder: Any, *, host: Unsupported = _host_constants, slower: Unsupported = _anywhere, others: tuple[str, ...] = ()
 ) -> tuple[Implementation, ...]:
-    """Return the implementations of the kernel in a folder, with some of ``others``, fastest first."""
+    """Return the implementations of the kernel in a folder, with some of ``others``, fastest first.
+
+    ``slower`` is of the one in Numba CUDA.
+    """
     name = folder.__name__.rpartition(".")[2]
     reference = getattr(folder.reference, name)
 
-    def other(target: str, module: str, unsupported: Unsupported) -> tuple[Implementation, ...]:
+    def other(
+        target: str, module: str, unsupported: Unsupported, slower: Unsupported = _anywhere
+    ) -> tuple[Implementation, ...]:
         if target not in others:
             return ()
-        return (Implementation(target, _late(module, name, reference), unsupported),)
+        return (Implementation(target, _late(module, name, reference), unsupported, slower),)
 
     return (
         *other("triton", f"{folder.__name__}.triton", _triton_floats if host is _host_floats else _triton_constants),
-        *other("numba-cuda", f"{folder.__name__}.cuda", cuda or (_cuda_floats if host is _host_floats else _cuda_constants)),
+        *other("numba-cuda", f"{folder.__name__}.cuda", _cuda_floats if host is _host_floats else _cuda_constants, slower),
         *((Implementation("numba-cpu", getattr(folder.cpu, name), host),) if hasattr(folder, "cpu") else ()),
         *other("torch-autograd", "kdecore_adapters.torch_gradients", _recorded_tensors),
         Implementation("array-api", reference),
@@ -193,7 +201,7 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "finite_rows": _implementations(finite_rows, others=("numba-cuda",)),
     "row_norms": _implementations(row_norms, others=("numba-cuda",)),
     "hash_codes": _implementations(hash_codes, others=("numba-cuda",)),
-    "bucket_order": _implementations(bucket_order, cuda=_cuda_without_a_sort, others=("numba-cuda",)),
+    "bucket_order": _implementations(bucket_order, slower=_sorted_by_torch, others=("numba-cuda",)),
     "bucket_windows": _implementations(bucket_windows, others=("numba-cuda",)),
     "draw_uniform": _implementations(draw_uniform, others=("numba-cuda",)),
     "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
@@ -241,7 +249,7 @@ def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     for one in every:
         if target not in ("auto", one.target):
             continue
-        reason = one.unsupported(site)
+        reason = one.unsupported(site) or (one.slower(site) if target == "auto" else None)
         if reason is None:
             why = "asked for by name" if target != "auto" else "; ".join(passed_over) or "first choice"
             return Choice(kernel, one.target, why, one.function)

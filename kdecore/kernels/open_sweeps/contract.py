@@ -18,6 +18,8 @@ OCTAVES = 32
 HALVINGS = 9
 RESIDENT = 264
 """Blocks of queries that are worked on at once, where they need memory of their own: two on each of 132 multiprocessors."""
+PART = 2**20
+"""Logits, at most, of what the blocks list that the array API opens at once, but for one block of each group."""
 LARGEST_SHARE = 60.0
 """A node's logit counts as at most so much more than the logarithm of all that was listed when its parent was opened."""
 LARGEST_ERROR = 1e30

@@ -1,4 +1,4 @@
-"""`open_sweeps` in the array API: all blocks at once, sweep by sweep."""
+"""`open_sweeps` in the array API: many blocks at once, sweep by sweep."""
 
 from kdecore.kernels.open_sweeps.contract import (
     GROWTH,
@@ -7,10 +7,11 @@ from kdecore.kernels.open_sweeps.contract import (
     LARGEST_SHARE,
     MORE_SWEEPS,
     OCTAVES,
+    PART,
     SUMMED_SWEEPS,
 )
 from kdecore.kernels.open_tree.reference import frozen, gather, listed, take_last
-from kdecore.namespaces import Array, Namespace, quiet
+from kdecore.namespaces import Array, Namespace, quiet, spans
 from kdecore.tree import node_bounds
 
 
@@ -28,7 +29,35 @@ def open_sweeps(
     slots: int,
     start: tuple[int, int, int],
 ) -> tuple[Array, Array]:
-    """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`."""
+    """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`, in parts whose logits memory holds."""
+    groups, blocks, rows = query_index.shape
+    found = [
+        open_part(
+            xp, q, scale, coordinates, query_index[:, part, :], keys, spread, variances, sizes,
+            None if own is None else own[:, part, :], slots, start,
+        )
+        for part in spans(blocks, max(1, PART // (groups * rows * slots)))
+    ]  # fmt: skip
+    if len(found) == 1:
+        return found[0]
+    return xp.concat([index for index, _ in found], axis=1), xp.concat([weight for _, weight in found], axis=1)
+
+
+def open_part(
+    xp: Namespace,
+    q: Array,
+    scale: float,
+    coordinates: Array,
+    query_index: Array,
+    keys: Array,
+    spread: Array,
+    variances: Array,
+    sizes: Array,
+    own: Array | None,
+    slots: int,
+    start: tuple[int, int, int],
+) -> tuple[Array, Array]:
+    """Return the lists of some of the blocks."""
     q, keys = (xp.astype(x, coordinates.dtype, copy=False) for x in (q, keys))
     nodes = int(variances.shape[1])
     n, first_leaf, last = int(keys.shape[1]) - nodes, nodes // 2, ((nodes + 1) // 2).bit_length() - 1

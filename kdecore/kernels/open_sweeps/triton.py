@@ -7,14 +7,16 @@ the result, with ranks in the place of log-weights, and keys of opened leaves ar
 2. children and keys to their places, by sums of what goes before them;
 3. tiles of parents and of their children, weighed for all queries on tensor cores: ranks, and how sums of weights change.
 
-On paper, for 131,072 queries of 16 heads in blocks of 64, d = 64, p = 16, 512 slots in bfloat16: some 400 nodes of a block
-are split, and each and its children weighed, 1,200 · 64 · 2 (64 + 16) operations for each of 32,768 blocks, 0.4 TFLOP,
-0.5 ms at an H100's 798 TFLOP/s; beside them 2.5 · 10⁹ exp, 0.7 ms at 16 for each of 132 multiprocessors and cycle, and some
-25 other instructions for each, 2 ms. Means and variances are read from the second-level cache, 192 bytes each, 7.5 GB,
-1.4 ms at 5.5 TB/s. Lists are written once, 0.4 GB. Sums over all threads, some 12 a sweep, are not counted here.
+On paper, for 131,072 queries of 16 heads in blocks of 64, d = 64, p = 16, 512 slots in bfloat16: lists begin with 64 to 128
+nodes, weighed twice, some 300 are split, their 600 children weighed, and half of the parents again, 1,000 · 64 · 2 (64 + 16)
+operations for each of 32,768 blocks, 0.34 TFLOP, 0.4 ms at an H100's 798 TFLOP/s; beside them 2 · 10⁹ exp, 0.6 ms at 16 for
+each of 132 multiprocessors and cycle, and some 25 other instructions for each, 1.8 ms. Means and variances are read from the
+second-level cache, 192 bytes each, 6.3 GB, 1.1 ms at 5.5 TB/s. Lists are written once, 0.4 GB. Sums over all threads, some
+12 a sweep, are not counted here: an H200 took 16.6 ms.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +32,7 @@ from kdecore.kernels.open_sweeps.contract import (
     OCTAVES,
     SUMMED_SWEEPS,
 )
+from kdecore.kernels.registry import cuda_problem
 from kdecore.namespaces import Array, Namespace
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -232,6 +235,8 @@ def weigh_children(
             queries, squares, keys, variances, node, there, n, factor, key_stride, D, COLUMNS, P, DIRECTIONS
         )
         rank, total = ranks(logits, sigma, count, sizes, node, there, lse, counts)
+        # Where the left child lies was read from the place of the right one's rank.
+        tl.debug_barrier()
         tl.store(rank_of + tl.where(is_right == 1, pair, left_place), rank, mask=there)
         change += total
     # What is left of a sum that was nearly all one parent's is rounding.
@@ -339,6 +344,16 @@ def fits(rows: int, d: int, p: int, slots: int, nodes: int) -> bool:
     return rows <= MOST_ROWS and max(d, p) <= WIDEST and slots <= MOST_SLOTS and nodes < MOST_NODES
 
 
+def without_tiles(xp: Namespace, q: Array, *others: Any) -> tuple[Array, Array]:
+    """Open trees by the kernel in Numba, which has no such limits, or in the array API where that cannot run."""
+    if q.is_cuda and cuda_problem() is None:
+        from kdecore.kernels.open_sweeps import cuda
+
+        found: tuple[Array, Array] = cuda.open_sweeps(xp, q, *others)
+        return found
+    return reference.open_sweeps(xp, q, *others)
+
+
 def open_sweeps(
     xp: Namespace,
     q: Array,
@@ -353,12 +368,12 @@ def open_sweeps(
     slots: int,
     start: tuple[int, int, int],
 ) -> tuple[Array, Array]:
-    """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`; what the registers don't hold takes the reference."""
+    """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`; what the registers don't hold goes to `without_tiles`."""
     groups, blocks, rows = query_index.shape
     d, p, nodes = int(q.shape[2]), int(coordinates.shape[2]), int(spread.shape[1])
     if not fits(rows, d, p, slots, nodes):
-        given = q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start
-        return reference.open_sweeps(xp, *given)
+        given = xp, q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start
+        return without_tiles(*given)
     q, coordinates, query_index, spread, variances, sizes = (
         x.contiguous() for x in (q, coordinates, query_index, spread, variances, sizes)
     )
