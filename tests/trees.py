@@ -100,7 +100,7 @@ def sweep_by_sweep(weigh, members, depth, wanted, start):
 
     def rank(node, above):
         logs, errors = weigh(*node)
-        share = np.exp(np.minimum(logs - above, in_sweeps.LARGEST_SHARE))
+        share = np.exp(np.clip(logs - above, in_sweeps.LEAST_SHARE, in_sweeps.LARGEST_SHARE))
         error = min(((share * errors) ** 4).sum(), in_sweeps.LARGEST_ERROR)
         return error ** (in_sweeps.GROWTH / 4) / len(members(*node))
 

@@ -1,6 +1,6 @@
 """Treecode: near and important keys one by one, the others through the means of tree nodes (beyond the paper; derived).
 
-1. Queries and keys are each ordered by a balanced tree of similar rows; consecutive queries form a block.
+1. Queries and keys are each ordered by a balanced tree of similar rows, or by one sort; consecutive queries form a block.
 2. For each block the tree over the keys is opened where its closed nodes are estimated to err most, until the list is full.
 3. A closed node is one key: the mean key, at log-weight ln(count) + spread, with the mean value. The keys of an open leaf
    are listed one by one, and exact.

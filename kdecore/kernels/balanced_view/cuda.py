@@ -1,7 +1,7 @@
 """`balanced_view` in Numba CUDA: a thread block a group, everything in one launch.
 
 In float64, as the contract is. Moments are divided by their sizes, on which the results depend by a factor alone, and so
-numbers of any unit stay in range. A basis is made orthonormal by modified Gram–Schmidt, once: near dependence costs it some
+numbers of any unit stay in range. A basis is made orthonormal by Gram–Schmidt, once: near dependence costs it some
 orthogonality, but not its span, on which alone the results depend. In the inner product of a moment the same steps whiten
 it. Eigenvectors are found by Jacobi's method, in rounds of disjoint rotations.
 

@@ -13,15 +13,16 @@ SUMMED_SWEEPS = 4
 """Sweeps at whose beginning weights are summed anew: later ones change the sums little."""
 MORE_SWEEPS = 6
 """Sweeps beyond one for each level."""
-OCTAVES = 32
+OCTAVES = 96
 """Thresholds are looked for so many octaves below the largest rank, in so many halvings as `HALVINGS`."""
-HALVINGS = 9
+HALVINGS = 11
 RESIDENT = 264
 """Blocks of queries that are worked on at once, where they need memory of their own: two on each of 132 multiprocessors."""
 PART = 2**20
 """Logits, at most, of what the blocks list that the array API opens at once, but for one block of each group."""
-LARGEST_SHARE = 60.0
-"""A node's logit counts as at most so much more than the logarithm of all that was listed when its parent was opened."""
+LEAST_SHARE, LARGEST_SHARE = -20.0, 60.0
+"""A node's logit counts as at least, and at most, so much more than the logarithm of all that was listed when its parent
+was opened: of what hardly counts, nodes of large spread are opened where slots are left, which may hide a key that does."""
 LARGEST_ERROR = 1e30
 """Of the sum of fourth powers, so that ranks are finite."""
 
@@ -55,7 +56,7 @@ class OpenSweeps(Protocol):
         A list begins with the nodes of ``start``. With L, for each query, ln of the sum of weights over what is listed,
         opened leaves among it, at the beginning of the sweep that opens a node's parent (of the last of `SUMMED_SWEEPS` for
         later ones; for the first nodes, over these), the error of a node h of m keys for query i is
-        exp(min(ln w − L, `LARGEST_SHARE`)) · σ · size, and its rank
+        exp(ln w − L, within `LEAST_SHARE` and `LARGEST_SHARE`) · σ · size, and its rank
         r_h = min(Σ_i error⁴, `LARGEST_ERROR`)**(`GROWTH` / 4) / m. A sweep takes T as the least threshold found for which
         what is listed needs at most slots − s: a node with r_h > T is predicted to need min(m, max(2, r_h / T)) slots, or m
         where it is a leaf, any other one, and so does a key. log₂ T is what `HALVINGS` halvings of [t − `OCTAVES`, t] leave

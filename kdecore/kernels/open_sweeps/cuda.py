@@ -29,6 +29,7 @@ from kdecore.kernels.open_sweeps.contract import (
     HALVINGS,
     LARGEST_ERROR,
     LARGEST_SHARE,
+    LEAST_SHARE,
     MORE_SWEEPS,
     OCTAVES,
     RESIDENT,
@@ -223,7 +224,8 @@ def weigh(group, keys, variances, sizes, queries, squares, lse, n, node, fresh, 
                     row = first + lane + a * LANES
                     if row < rows and c < count:
                         logits[places[c], row] = found[a, b]
-                        error = math.exp(min(found[a, b] - lse[row], number(LARGEST_SHARE))) * sigma[a, b] * size
+                        above = max(min(found[a, b] - lse[row], number(LARGEST_SHARE)), number(LEAST_SHARE))
+                        error = math.exp(above) * sigma[a, b] * size
                         error *= error
                         partial[c, lane] += error * error
         cuda.syncthreads()

@@ -5,6 +5,7 @@ from kdecore.kernels.open_sweeps.contract import (
     HALVINGS,
     LARGEST_ERROR,
     LARGEST_SHARE,
+    LEAST_SHARE,
     MORE_SWEEPS,
     OCTAVES,
     PART,
@@ -77,7 +78,7 @@ def open_part(
         above = logits - (log_sum(xp, logits) if lse is None else lse)[..., None]
         size = gather(xp, sizes[:, :, None], at)[:, :, None, :, 0]
         with quiet():  # what is too large in float32 counts as the largest
-            share = xp.exp(xp.minimum(above, xp.full_like(above, LARGEST_SHARE)))
+            share = xp.exp(xp.clip(above, LEAST_SHARE, LARGEST_SHARE))
             errors = xp.sum((share * sigma * size) ** 4, axis=2)
         rank = xp.minimum(errors, xp.full_like(errors, LARGEST_ERROR)) ** (GROWTH / 4) / count
         return logits, xp.where(node < 0, 0.0, rank), xp.where(node < 0, 0.0, count)

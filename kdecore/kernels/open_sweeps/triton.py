@@ -28,6 +28,7 @@ from kdecore.kernels.open_sweeps.contract import (
     HALVINGS,
     LARGEST_ERROR,
     LARGEST_SHARE,
+    LEAST_SHARE,
     MORE_SWEEPS,
     OCTAVES,
     SUMMED_SWEEPS,
@@ -39,11 +40,12 @@ LOG2E = tl.constexpr(math.log2(math.e))
 TO_RANK = tl.constexpr(GROWTH / 4)
 MOST_ERROR = tl.constexpr(LARGEST_ERROR)
 MOST_SHARE = tl.constexpr(LARGEST_SHARE * math.log2(math.e))
+FEWEST_SHARE = tl.constexpr(LEAST_SHARE * math.log2(math.e))
 RANGE = tl.constexpr(OCTAVES)
 STEPS = tl.constexpr(HALVINGS)
 SUMMED = tl.constexpr(SUMMED_SWEEPS - 1)
 """Sums that a sweep changes are those of the next one's beginning."""
-LEAST_SHARE = tl.constexpr(2.0**-20)
+LEAST_SUM = tl.constexpr(2.0**-20)
 
 MOST_REGISTERS = 255
 TILE, SMALL_TILE = 32, 16
@@ -122,13 +124,14 @@ def weigh(
 @triton.jit
 def ranks(logits, sigma, count, sizes, node, there, lse, counts):
     """Return the ranks of nodes, and each query's sum of weights as parts of 2**lse."""
-    share = tl.exp2(tl.minimum(logits - lse[:, None], MOST_SHARE))
+    above = tl.minimum(logits - lse[:, None], MOST_SHARE)
+    share = tl.exp2(tl.maximum(above, FEWEST_SHARE))
     size = tl.load(sizes + node, mask=there, other=0.0)
     error = tl.where(counts[:, None], share * sigma * size[None, :], 0.0)
     error *= error
     errors = tl.minimum(tl.sum(error * error, 0), MOST_ERROR)
     rank = tl.where(errors > 0, tl.exp2(tl.log2(tl.where(errors > 0, errors, 1.0)) * TO_RANK), 0.0)
-    return rank / count.to(tl.float32), tl.sum(share, 1)
+    return rank / count.to(tl.float32), tl.sum(tl.where(there[None, :], share, 0.0), 1)
 
 
 @triton.jit
@@ -240,7 +243,7 @@ def weigh_children(
         tl.store(rank_of + tl.where(is_right == 1, pair, left_place), rank, mask=there)
         change += total
     # What is left of a sum that was nearly all one parent's is rounding.
-    return tl.where(summed, lse + tl.log2(tl.maximum(1.0 + change, LEAST_SHARE)), lse)
+    return tl.where(summed, lse + tl.log2(tl.maximum(1.0 + change, LEAST_SUM)), lse)
 
 
 @triton.jit
