@@ -5,15 +5,13 @@ import pytest
 
 import kdecore
 from kdecore import Treecode
-from kdecore.kernels.node_summaries.reference import node_summaries
 from kdecore.kernels.open_sweeps import contract, reference
-from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.registry import KERNELS
 from kdecore.loading import glove_case
 from kdecore.metrics import errors
 from kdecore.namespaces import host
 from tests.implementations import implementations, run
-from tests.trees import LEAF_SIZE, assert_same_lists, opened_in_sweeps, tree_problem
+from tests.trees import assert_same_lists, far_key_problem, opened_in_sweeps, tree_problem
 
 
 @pytest.mark.parametrize(
@@ -63,20 +61,11 @@ def test_errors_of_any_size(rng, sizes):
 @pytest.mark.parametrize("length", [30.0, 300.0])
 def test_a_key_far_above_all_others_is_found(rng, length):
     """Logits of thousands, beside which all others count for nothing: no overflow in float32, and the key is listed."""
-    q, scale, coordinates, index, keys, spread, *_ = tree_problem(rng, groups=1, n=256, n_q=16, rows=16, slots=60, own=False)
-    direction = rng.standard_normal(6)
-    ordered, n = keys[:, spread.shape[1] :, :], 256
-    ordered[0, 77] = length * direction
-    q[0] = length * direction + 0.1 * rng.standard_normal(q[0].shape)
-    nodes = node_summaries(
-        host, ordered, ordered, ordered[:, :, :3], np.ones((1, n)), np.arange(n)[None], LEAF_SIZE, np.ones(1)
-    )
-    given = [q, q[:, :, :3], nodes.keys, nodes.spread, nodes.variances, nodes.sizes]
-    q, coordinates, *tree = (x.astype(np.float32) for x in given)
-    start = first_nodes(60, nodes.spread.shape[1])
-    key_index, log_weight = reference.open_sweeps(host, q, scale, coordinates, index, *tree, None, 60, start)
+    arguments = far_key_problem(rng, length)
+    arguments = [x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x for x in arguments]
+    key_index, log_weight = reference.open_sweeps(host, *arguments)
     assert not np.isnan(log_weight).any()
-    assert (key_index[0, 0] == nodes.spread.shape[1] + 77).any()
+    assert (key_index[0, 0] == arguments[5].shape[1] + 77).any()
 
 
 def test_parts_of_the_blocks_are_opened_like_all(rng, monkeypatch):

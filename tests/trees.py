@@ -52,6 +52,19 @@ def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=
     return q, scale, coordinates, query_index, *summaries, own_positions, slots, start
 
 
+def far_key_problem(rng, length, n=256, slots=60):
+    """The same for one block of queries that look like key 77, of logits about ``length``² beside those of all others."""
+    q, scale, _, index, keys, spread, *_ = tree_problem(rng, groups=1, n=n, n_q=16, slots=slots, own=False)
+    direction = rng.standard_normal(q.shape[2])
+    ordered = keys[:, spread.shape[1] :, :]
+    ordered[0, 77] = length * direction
+    q[0] = length * direction + 0.1 * rng.standard_normal(q[0].shape)
+    along, order = ordered[:, :, :3], np.arange(n)[None]
+    nodes = node_summaries(host, ordered, ordered, along, np.ones((1, n)), order, LEAF_SIZE, np.ones(1))
+    summaries = nodes.keys, nodes.spread, nodes.variances, nodes.sizes
+    return q, scale, q[:, :, :3], index, *summaries, None, slots, first_nodes(slots, nodes.spread.shape[1])
+
+
 def opened_one_by_one(*arguments):
     """What `open_tree` promises, from its contract, for one block and one node at a time."""
     return listed(largest_errors_first, *arguments)

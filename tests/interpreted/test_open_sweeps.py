@@ -8,7 +8,7 @@ import torch
 from bench.gpu_checks import lists_differ
 from kdecore.kernels.open_sweeps import reference, triton
 from kdecore.namespaces import host
-from tests.trees import tree_problem
+from tests.trees import far_key_problem, tree_problem
 
 CASES = [
     {"n": 300, "n_q": 70, "rows": 16, "slots": 60},
@@ -59,6 +59,15 @@ def test_tiles_of_any_width(rng, monkeypatch, tile):
     monkeypatch.setattr(triton, "nodes_at_once", lambda *sizes: tile)
     given = tensors(tree_problem(rng, n=701, n_q=66, rows=33, slots=200))
     assert lists_differ(*(x.numpy() for x in triton.open_sweeps(xp, *given)), *expected(given)) <= 0.02
+
+
+@pytest.mark.parametrize("length", [30.0, 300.0])
+def test_slots_that_a_key_far_above_all_others_leaves(rng, length):
+    """It is listed, and so is what hardly counts beside it: which, rounding may decide."""
+    given = tensors(far_key_problem(rng, length))
+    key_index, log_weight = (x.numpy()[0, 0] for x in triton.open_sweeps(xp, *given))
+    assert (key_index[log_weight == 0.0] == given[5].shape[1] + 77).any()
+    assert np.isfinite(log_weight).sum() > 40
 
 
 def test_own_positions_that_come_again(rng):
