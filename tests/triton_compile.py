@@ -123,10 +123,11 @@ def build_tree(dtype: torch.dtype, d: int, d_v: int) -> None:
         project.project_rows(torch, k, torch.zeros(groups, d, width))
     codes.rank_codes(torch, coordinates, 24)
     nodes = summaries.node_summaries(torch, k, v, coordinates, sizes, order, 4, torch.zeros(groups))
-    index, own = (torch.zeros(groups, n // 64, 64, dtype=torch.int64) for _ in range(2))
-    opening.open_sweeps(
-        torch, k, 0.125, coordinates, index, nodes.keys, nodes.spread, nodes.variances, nodes.sizes, own, 512, (6, 0, 64)
-    )
+    tree = nodes.keys, nodes.spread, nodes.variances, nodes.sizes
+    for rows, slots in ((64, 512), (64, opening.MOST_SLOTS), (opening.MOST_ROWS, 512)):
+        index, own = (torch.zeros(groups, n // rows, rows, dtype=torch.int64) for _ in range(2))
+        if opening.fits(rows, d, p, slots, nodes.spread.shape[1], nodes.keys.element_size()):
+            opening.open_sweeps(torch, k, 0.125, coordinates, index, *tree, own, slots, (6, 0, 64))
 
 
 def recorded(dtype: torch.dtype, d: int, d_v: int, case: str) -> list[Launch]:

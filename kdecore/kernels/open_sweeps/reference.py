@@ -32,13 +32,23 @@ def open_sweeps(
 ) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`, in parts whose logits memory holds."""
     groups, blocks, rows = query_index.shape
+    q, keys = (xp.astype(x, coordinates.dtype, copy=False) for x in (q, keys))
+    queries = xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale
+    squares = coordinates * coordinates
+    squares = xp.where(xp.isfinite(squares), squares, 0.0)
+    tree = keys, spread, variances, sizes
     found = [
         open_part(
-            xp, q, scale, coordinates, query_index[:, part, :], keys, spread, variances, sizes,
-            None if own is None else own[:, part, :], slots, start,
+            xp,
+            gather(xp, queries, query_index[:, part, :]),
+            gather(xp, squares, query_index[:, part, :]),
+            *tree,
+            None if own is None else own[:, part, :],
+            slots,
+            start,
         )
         for part in spans(blocks, max(1, PART // (groups * rows * slots)))
-    ]  # fmt: skip
+    ]
     if len(found) == 1:
         return found[0]
     return xp.concat([index for index, _ in found], axis=1), xp.concat([weight for _, weight in found], axis=1)
@@ -46,10 +56,8 @@ def open_sweeps(
 
 def open_part(
     xp: Namespace,
-    q: Array,
-    scale: float,
-    coordinates: Array,
-    query_index: Array,
+    queries: Array,
+    squares: Array,
     keys: Array,
     spread: Array,
     variances: Array,
@@ -58,19 +66,15 @@ def open_part(
     slots: int,
     start: tuple[int, int, int],
 ) -> tuple[Array, Array]:
-    """Return the lists of some of the blocks."""
-    q, keys = (xp.astype(x, coordinates.dtype, copy=False) for x in (q, keys))
-    nodes = int(variances.shape[1])
+    """Return the lists of some blocks, of scaled queries (G, B, b, d) and squares of their coordinates (G, B, b, p)."""
+    nodes, dtype, device = int(variances.shape[1]), queries.dtype, queries.device
     n, first_leaf, last = int(keys.shape[1]) - nodes, nodes // 2, ((nodes + 1) // 2).bit_length() - 1
-    queries = gather(xp, xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale, query_index)
-    squares = coordinates * coordinates
-    squares = gather(xp, xp.where(xp.isfinite(squares), squares, 0.0), query_index)
 
     def weigh(node: Array, lse: Array | None = None) -> tuple[Array, Array, Array]:
         """Return ln w (G, B, b, f) of nodes (G, B, f), ranks beside ``lse`` or their own sum, and counts; −1 is none."""
         at = xp.maximum(node, xp.zeros_like(node))
         begin, end = node_bounds(xp, at, n)
-        count = xp.astype(end - begin, q.dtype)
+        count = xp.astype(end - begin, dtype)
         log_count = xp.log(count)[:, :, None, :]
         sigma = frozen(xp, 0.5 * (squares @ xp.matrix_transpose(gather(xp, variances, at))), log_count)
         logits = queries @ xp.matrix_transpose(gather(xp, keys, at)) + sigma + log_count
@@ -85,12 +89,12 @@ def open_part(
 
     wanted = slots - (0 if own is None else int(own.shape[2]))
     level, first, end = start
-    node = (1 << level) - 1 + xp.arange(first, end, dtype=xp.int64, device=q.device)
-    node = xp.broadcast_to(node, (*query_index.shape[:2], end - first))
+    node = (1 << level) - 1 + xp.arange(first, end, dtype=xp.int64, device=device)
+    node = xp.broadcast_to(node, (*queries.shape[:2], end - first))
     logits, rank, count = weigh(node)
     leaves = [node[:, :, :0]]
     leaves_lse = xp.full_like(logits[..., 0], -xp.inf)
-    keys_listed = xp.zeros(query_index.shape[:2], dtype=q.dtype, device=q.device)
+    keys_listed = xp.zeros(queries.shape[:2], dtype=dtype, device=device)
     for sweep in range(last - level + 1 + MORE_SWEEPS):
         is_leaf = node >= first_leaf
         opened = rank > threshold(xp, rank, count, is_leaf, wanted - keys_listed)[..., None]
@@ -115,7 +119,7 @@ def open_part(
         rank, count = (xp.where(node < 0, 0.0, x) for x in (rank, count))
     norms = xp.mean(xp.sum(queries * queries, axis=-1), axis=-1)
     half_spread = gather(xp, spread[:, :, None], xp.maximum(node, xp.zeros_like(node)))[..., 0] * (
-        norms[:, :, None] * (0.5 / int(q.shape[2]))
+        norms[:, :, None] * (0.5 / int(queries.shape[3]))
     )
     return listed(xp, node, half_spread, xp.concat(leaves, axis=-1), own, slots, n, nodes)
 

@@ -50,9 +50,11 @@ LEAST_SUM = tl.constexpr(2.0**-20)
 MOST_REGISTERS = 255
 TILE, SMALL_TILE = 32, 16
 """Nodes that are weighed at once, and where queries leave the registers less room, or are few."""
-MOST_ROWS, MOST_SLOTS, WIDEST, MOST_NODES = 128, 4096, 256, 2**24
-"""Queries of a block, slots of a list and columns of a key, at most: the registers hold no more; and nodes of a tree, whose
-numbers float32 holds."""
+MOST_ROWS, MOST_SLOTS, WIDEST, MOST_BYTES = 128, 1024, 128, 2**15
+"""Queries of a block, slots of a list, columns of a key, and bytes of all a block's queries, at most: of more, registers are
+spilled on sm_80 or sm_90 (tests/triton_compile.py)."""
+MOST_NODES = 2**24
+"""Of a tree: float32 holds their numbers."""
 
 
 @triton.jit
@@ -339,12 +341,18 @@ def open_blocks(
 
 def nodes_at_once(rows: int, d: int, itemsize: int) -> int:
     """Return how many nodes are weighed at once for so many queries of d numbers of so many bytes."""
-    return TILE if rows > 16 and rows * max(64, d) * itemsize <= 2**14 else SMALL_TILE
+    return SMALL_TILE if rows <= 16 or is_wide(rows, d, itemsize) else TILE
 
 
-def fits(rows: int, d: int, p: int, slots: int, nodes: int) -> bool:
-    """Return whether the kernel holds so much."""
-    return rows <= MOST_ROWS and max(d, p) <= WIDEST and slots <= MOST_SLOTS and nodes < MOST_NODES
+def is_wide(rows: int, d: int, itemsize: int) -> bool:
+    """Return whether a block's queries leave the registers little room."""
+    return rows * max(64, d) * itemsize > 2**14
+
+
+def fits(rows: int, d: int, p: int, slots: int, nodes: int, itemsize: int) -> bool:
+    """Return whether the kernel holds so much; ``itemsize`` is the bytes of a number of a mean key."""
+    narrow = max(d, p) <= WIDEST and rows * d * itemsize <= MOST_BYTES
+    return narrow and rows <= MOST_ROWS and slots <= MOST_SLOTS and nodes < MOST_NODES
 
 
 def without_tiles(xp: Namespace, q: Array, *others: Any) -> tuple[Array, Array]:
@@ -374,7 +382,7 @@ def open_sweeps(
     """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`; what the registers don't hold goes to `without_tiles`."""
     groups, blocks, rows = query_index.shape
     d, p, nodes = int(q.shape[2]), int(coordinates.shape[2]), int(spread.shape[1])
-    if not fits(rows, d, p, slots, nodes):
+    if not fits(rows, d, p, slots, nodes, keys.element_size()):
         given = xp, q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start
         return without_tiles(*given)
     q, coordinates, query_index, spread, variances, sizes = (
@@ -400,6 +408,6 @@ def open_sweeps(
             NODES=nodes_at_once(rows, d, keys.element_size()),
             LEAF=-(-n >> last), SEARCH=count_own.bit_length(), num_warps=4, num_stages=1,
             # Left to itself, the assembler spills a few registers for room that wide rows don't leave anyway.
-            maxnreg=MOST_REGISTERS if keys.element_size() == 4 else None,
+            maxnreg=MOST_REGISTERS if keys.element_size() == 4 or is_wide(rows, d, keys.element_size()) else None,
         )  # fmt: skip
     return key_index, log_weight
