@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any
 
 from kdecore.certificate import check_share
-from kdecore.inputs import Problem, canonicalise
+from kdecore.inputs import canonicalise
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
 from kdecore.namespaces import Array, device_context
 from kdecore.nonfinite import finite_queries, spoilt
-from kdecore.options import Exact, Options, integer_at_least
+from kdecore.options import Options, integer_at_least
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
-from kdecore.planning import Plan, make_plan
+from kdecore.planning import Plan, check_method, check_settings, make_plan
 from kdecore.report import make_report
-from kdecore.shares import check_finite_inputs, check_restrictions, shares
+from kdecore.shares import aligned, check_finite_inputs, check_restrictions, shares
 from kdecore.tolerance import check_tolerance, to_try
 
 
@@ -31,6 +31,7 @@ def attention(
     rtol_norm: str = "frobenius",
     causal: bool = False,
     window: int | None = None,
+    diagonal: int | None = None,
     key_lengths: Any = None,
     mask: Array | None = None,
     scale: float | None = None,
@@ -71,8 +72,9 @@ def attention(
         What ``rtol`` bounds: ``"frobenius"``, ‖out − exact‖_F / ‖exact‖_F, or ``"spectral"``, the same in the spectral norm;
         means over the leading dimensions.
     causal
-        Query i sees the keys j ≤ i + n_k − n_q only: the last query is aligned to the last key, as for decoding with cached
-        keys. With n_q = 3 and n_k = 5, and the other way round (a query that sees no key gives 0 and lse −∞)::
+        Query i sees the keys j ≤ i + ``diagonal`` only, which is n_k − n_q if it isn't given: the last query is aligned to
+        the last key, as for decoding with cached keys. With n_q = 3 and n_k = 5, and the other way round (a query that sees
+        no key gives 0 and lse −∞)::
 
             keys →                     1 1 1 0 0          0 0 0
             queries ↓                  1 1 1 1 0          0 0 0
@@ -80,8 +82,13 @@ def attention(
                                                           1 1 0
                                                           1 1 1
     window
-        Keys seen around a query, at least 1: with ``causal`` the last ``window`` up to its position i + n_k − n_q, else so
-        many to either side, its own among both. None for all.
+        Keys seen around a query, at least 1: with ``causal`` the last ``window`` up to its position i + ``diagonal``
+        (n_k − n_q if it isn't given), else so many to either side, its own among both. None for all.
+    diagonal
+        Query i stands at the position of key i + diagonal, as in ``numpy.tril``. It says what ``causal`` and ``window`` are
+        aligned to (0: PyTorch's ``is_causal``), and that this key is the query's own, as in self-attention: treecode lists
+        own keys one by one, which counts where rows attend to themselves most, such as words with K = Q. None: n_k − n_q
+        with ``causal`` or ``window``; otherwise queries have no keys of their own. Nothing is taken from equal shapes.
     key_lengths
         Integers of the shape of k's leading dimensions, or of the first of them, such as (batch,): the keys from there on
         are padding, which nobody sees and which costs nothing.
@@ -167,33 +174,32 @@ def attention(
     """
     started, compiled = time.perf_counter(), compile_seconds()
     share = check_share(certificate)
-    problem = canonicalise(q, k, v, scale)
+    problem = canonicalise(q, k, v, scale, diagonal)
     restrictions = check_restrictions(problem, causal, window, key_lengths, mask, q)
     limit = math.inf if max_memory is None else integer_at_least(1, "max_memory", max_memory)
     if check_finite:
         check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
-    settings: dict[str, Any] = {"seed": seed, "kernels": kernels, "threads": threads}
-    # Raises for what it doesn't know, whatever the shares are.
-    certain = make_plan(problem, method=Exact(), **settings)
-    plan_for: Callable[[Problem], Plan] = partial(make_plan, method=method, budget=budget, **settings)
-    plan_for(problem)
-    tried = [] if rtol is None else to_try(method, budget, partial(make_plan, problem, **settings))
+    settings = check_settings(seed, kernels, threads)
+    check_method(method, budget)
+    tried = [] if rtol is None else to_try(method, budget, problem, kernels)
     tolerance = None if rtol is None else check_tolerance(rtol, rtol_norm)
-    with team(certain.threads), device_context(problem.q):
-        problem, bad = finite_queries(problem, certain)
+    plan_for: Callable[..., Plan] = partial(make_plan, method=method, budget=budget, **settings)
+    with team(settings["threads"]), device_context(problem.q):
+        problem, bad = finite_queries(aligned(problem, restrictions), kernels)
         whole = shares(problem, restrictions)
+        held = held_bytes(problem, restrictions, whole)
         outcomes: list[Outcome] = []
         for one in whole:
             if one.problem is None:
-                outcomes.append(unseen(problem, one, certain))
+                outcomes.append(unseen(problem, one, settings))
             elif tolerance is None:
-                outcomes += run(one, plan_for, limit, keep=return_report, held=held_bytes(problem, restrictions, whole))
+                outcomes += run(one, plan_for, limit, keep=return_report, held=held)
             else:
                 outcomes += find(one, settings, tried, tolerance, rtol_norm, limit)
         part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
         found, seconds = None, 0.0
         if return_report and share > 0 and rtol is None:
-            found, seconds = certify_all(problem, whole, outcomes, share, settings)
+            found, seconds = certify_all(problem, whole, outcomes, share, settings["seed"])
     results: list[Any] = [problem.xp.astype(problem.unfolded(part.out), q.dtype, copy=False)]
     if return_lse:
         results.append(problem.unfolded(part.lse))

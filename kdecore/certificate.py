@@ -36,7 +36,7 @@ from kdecore.namespaces import (
     without_gradient,
 )
 from kdecore.options import Exact
-from kdecore.planning import Plan
+from kdecore.planning import Plan, steps
 from kdecore.randomness import uniform
 from kdecore.shares import single
 
@@ -171,8 +171,10 @@ def exact_rows(problem: Problem, plan: Plan, rows: Array) -> Array:
         out: Array = plan.exact.function(xp, some.q, some.k, some.v, some.scale).out
         return out
     # Queries of different groups see different keys.
-    plan, numbers = replace(plan, options=Exact()), to_host(rows)
-    return xp.concat([evaluate(single(problem, group, numbers[group]), plan).out for group in range(problem.groups)], axis=0)
+    numbers = to_host(rows)
+    alone = [single(problem, group, numbers[group]) for group in range(problem.groups)]
+    parts = [evaluate(one, replace(plan, options=Exact(), steps=steps(one, Exact()))) for one in alone]
+    return xp.concat([part.out for part in parts], axis=0)
 
 
 def estimate_errors(estimate: Array, exact: Array, queries: int) -> Certificate:

@@ -22,7 +22,7 @@ from kdecore.merge import Part
 from kdecore.methods import SELECT, STRETCHES
 from kdecore.namespaces import host, spans, to_host
 from kdecore.options import Exact
-from kdecore.planning import TILE_BIAS, Plan, Step, steps
+from kdecore.planning import TILE_BIAS, Plan, Step
 from kdecore.selection import Selection, equal_blocks, shifted, together
 from kdecore.shares import single
 from kdecore.stretches import Described, Remainder, Span, cut, inner_keys, put_back, remainder, stacked
@@ -47,7 +47,7 @@ def evaluate(problem: Problem, plan: Plan, pieces: list[Piece] | None = None) ->
     if problem.visible is not None and problem.mask is None:
         method = STRETCHES.get(plan.method)
         described = method.describe(replace(problem, visible=None), plan) if method else Described((), ())
-        return by_stretches(problem, plan, steps(problem, plan.options), described, nothing(problem), pieces)
+        return by_stretches(problem, plan, plan.steps, described, nothing(problem), pieces)
     selection = SELECT[plan.method](problem, plan)
     if pieces is not None:
         pieces.append(Piece(problem, selection))
@@ -100,15 +100,15 @@ def by_stretches(
         if pieces is not None:
             pieces.append(Piece(problem, selection))
         part = attend(problem, plan, selection, part)
-    alike: dict[tuple[int, bytes, bytes], list[Remainder]] = {}
+    alike: dict[tuple[object, ...], list[Remainder]] = {}
     for one in remainders:
-        alike.setdefault(one.kind, []).append(one)
+        alike.setdefault((left_diagonal(problem, one), *one.kind), []).append(one)
     for number, some in enumerate(alike.values()):
         queries, keys = [one.queries for one in some], [key for one in some for key in one.keys]
         q, out, lse = (stacked(xp, x, queries, len(some)) for x in (problem.q, part.out, part.lse))
         k, v = (stacked(xp, x, keys, len(some)) for x in (problem.k, problem.v))
         found = by_stretches(
-            replace(problem, q=q, k=k, v=v, visible=some[0].visible),
+            replace(problem, q=q, k=k, v=v, visible=some[0].visible, diagonal=left_diagonal(problem, some[0])),
             plan.part(number),
             levels[1:],
             described.stacked(xp, queries, keys, len(some)),
@@ -117,6 +117,17 @@ def by_stretches(
         )
         part = Part(*(put_back(xp, x, changed, queries) for x, changed in ((part.out, found.out), (part.lse, found.lse))))
     return part
+
+
+def left_diagonal(problem: Problem, rest: Remainder) -> int | None:
+    """Return `Problem.diagonal` of a remainder; None where the keys that are left are not all of its queries' own."""
+    own = problem.own_keys(*rest.queries)
+    before = 0
+    for low, high in rest.keys:
+        if own is not None and low <= own[0] and own[1] <= high:
+            return problem.diagonal_from(rest.queries[0], low - before)
+        before += high - low
+    return None
 
 
 def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> tuple[list[Selection], list[Remainder]]:

@@ -20,6 +20,7 @@ from kdecore.namespaces import (
     to_float,
     without_gradient,
 )
+from kdecore.options import integer
 from kdecore.visibility import Mask, Visible
 
 
@@ -51,6 +52,9 @@ class Problem:
         Which keys each query sees, where it isn't all.
     mask
         What else is hidden or added.
+    diagonal
+        Row i of q stands at the position of key ⌊(i + diagonal) / repeats⌋, its own key where there is one of that number;
+        None where queries stand at no positions among the keys.
     """
 
     q: Array
@@ -65,6 +69,7 @@ class Problem:
     repeats: int = 1
     visible: Visible | None = None
     mask: Mask | None = None
+    diagonal: int | None = None
 
     @property
     def groups(self) -> int:
@@ -114,21 +119,28 @@ class Problem:
 
     def with_queries(self, rows: Array) -> "Problem":
         """Return the same problem for some of the queries only, rows (G, m) int64; they are to see all keys."""
-        return replace(self, q=take_along_rows(self.xp, self.q, rows))
+        return replace(self, q=take_along_rows(self.xp, self.q, rows), diagonal=None)
 
     def rows(self, first: int, end: int) -> "Problem":
         """Return the same problem for the queries first … end − 1 only, without what hides keys."""
-        return replace(self, q=contiguous(self.q[:, first:end, :]), visible=None, mask=None)
+        q = contiguous(self.q[:, first:end, :])
+        return replace(self, q=q, visible=None, mask=None, diagonal=self.diagonal_from(first, 0))
 
     def keys(self, first: int, end: int) -> "Problem":
         """Return the same problem for the keys first … end − 1 only, without what hides keys."""
         k, v = (contiguous(x[:, first:end, :]) for x in (self.k, self.v))
-        return replace(self, k=k, v=v, visible=None, mask=None)
+        return replace(self, k=k, v=v, visible=None, mask=None, diagonal=self.diagonal_from(0, first))
 
-    @property
-    def is_self_attention(self) -> bool:
-        """Whether there are as many positions of queries as keys, so that query i is taken to have the key i // repeats."""
-        return self.n_q == self.n_k * self.repeats
+    def diagonal_from(self, query: int, key: int) -> int | None:
+        """Return ``diagonal`` of a problem that begins with row ``query`` of q, and with key ``key``, of this one."""
+        return None if self.diagonal is None else self.diagonal + query - key * self.repeats
+
+    def own_keys(self, query: int, end: int) -> tuple[int, int] | None:
+        """Return the span of the own keys of the rows ``query`` … ``end`` − 1 of q; None where none is among these keys."""
+        if self.diagonal is None or query >= end:
+            return None
+        first, last = ((self.diagonal + row) // self.repeats for row in (query, end - 1))
+        return (first, last + 1) if first < self.n_k and last >= 0 else None
 
     def unfolded(self, rows: Array) -> Array:
         """Return results (G, n_q, …) by query heads, with the leading dimensions of the inputs."""
@@ -139,8 +151,8 @@ class Problem:
         return self.xp.reshape(rows, (*self.lead, self.n_q // self.repeats, *tail))
 
 
-def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Problem:
-    """Check q, k, v and scale, and bring them into canonical form.
+def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diagonal: int | None = None) -> Problem:
+    """Check q, k, v, scale and diagonal, and bring them into canonical form.
 
     Parameters
     ----------
@@ -149,6 +161,8 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
         The last leading dimension of k and v may divide q's: then so many query heads share each key head.
     scale
         Factor on ⟨q, k⟩, finite; 1/√d if None.
+    diagonal
+        Query i stands at the position of key i + diagonal; None where it stands at none.
 
     Returns
     -------
@@ -196,6 +210,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
             if not is_contiguous(x) or x.dtype != dtype or (repeats > 1 and label == "q")
         ),
         repeats=repeats,
+        diagonal=None if diagonal is None else integer("diagonal", diagonal) * repeats,
     )
 
 

@@ -1,8 +1,6 @@
 """`KeyIndex`: the key side of the treecode, built once for many batches of queries, and for keys that are appended."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from kdecore.attend import attend
@@ -15,7 +13,7 @@ from kdecore.namespaces import Array, device_context, gradient_mode, without_gra
 from kdecore.nonfinite import merge_not_finite
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, integer_at_least
 from kdecore.outcomes import run_all
-from kdecore.planning import Plan, make_plan
+from kdecore.planning import Plan, check_settings, make_plan
 from kdecore.selection import Selection
 from kdecore.shares import check_restrictions
 
@@ -112,12 +110,13 @@ class KeyIndex:
         if budget is not None:
             budget = integer_at_least(1, "budget", budget)
         self._options = (method if isinstance(method, Treecode) else Treecode()).resolve(budget)
-        self._settings: dict[str, Any] = {"seed": seed, "kernels": kernels, "threads": threads}
+        self._settings = check_settings(seed, kernels, threads)
         self._plans: dict[Any, Plan] = {}
         self._one, self._scale = (k[..., :1, :], v[..., :1, :]), problem.scale
         seen = problem.k if queries is None else self._fitting(queries).q
-        self._threads = self._plan(problem, Exact()).threads
-        with team(self._threads), device_context(self._one[0]):
+        # Raises where the kernels asked for can't run, however few the keys.
+        self._plan(problem, Exact())
+        with team(self._settings["threads"]), device_context(self._one[0]):
             self._moment = treecode.second_moment(problem.xp, without_gradient(seen))
             self._pieces: tuple[Piece, ...] = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 
@@ -150,7 +149,7 @@ class KeyIndex:
             Naming what doesn't fit the keys.
         """
         problem = self._fitting(q)
-        with team(self._threads), device_context(self._one[0]):
+        with team(self._settings["threads"]), device_context(self._one[0]):
             part = self._attend_pieces(problem)
         return self._result(problem, part, q.dtype, return_lse)
 
@@ -178,10 +177,10 @@ class KeyIndex:
         """
         problem, added = self._fitting(q), self._added(k, v)
         new = replace(added, q=problem.q, repeats=problem.repeats, lead=problem.lead)
-        plan_for: Callable[[Problem], Plan] = partial(make_plan, method=self._options, **self._settings)
-        with team(self._threads), device_context(self._one[0]):
+        with team(self._settings["threads"]), device_context(self._one[0]):
             causal = check_restrictions(new, True, None, None, None, q)
-            part = merge_not_finite(problem.xp, self._attend_pieces(problem), run_all(new, causal, plan_for))
+            of_new = run_all(new, causal, self._options, self._settings)
+            part = merge_not_finite(problem.xp, self._attend_pieces(problem), of_new)
             self._append(added)
         return self._result(problem, part, q.dtype, return_lse)
 
@@ -194,7 +193,7 @@ class KeyIndex:
             Naming what doesn't fit; the index is then as it was.
         """
         added = self._added(k, v)
-        with team(self._threads), device_context(self._one[0]):
+        with team(self._settings["threads"]), device_context(self._one[0]):
             self._append(added)
 
     def _added(self, k: Array, v: Array) -> Problem:

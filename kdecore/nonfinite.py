@@ -14,6 +14,7 @@ from functools import partial, reduce
 
 from kdecore.attend import mask_bias
 from kdecore.inputs import Problem
+from kdecore.kernels.registry import choose
 from kdecore.merge import Part, merge, softmax_part
 from kdecore.namespaces import (
     TILE_ELEMENTS,
@@ -26,7 +27,7 @@ from kdecore.namespaces import (
     to_host,
     without_gradient,
 )
-from kdecore.planning import Plan
+from kdecore.planning import Plan, site_of
 
 
 def surely_finite(xp: Namespace, array: Array) -> bool:
@@ -50,11 +51,14 @@ def not_finite_keys(problem: Problem) -> Array | None:
     return bad if bool(host.any(bad)) else None
 
 
-def finite_queries(problem: Problem, plan: Plan) -> tuple[Problem, Array | None]:
-    """Return a problem with 0 for queries that are not finite, and which these are, bool (G, n_q); None for none."""
+def finite_queries(problem: Problem, target: str) -> tuple[Problem, Array | None]:
+    """Return a problem with 0 for queries that are not finite, and which these are, bool (G, n_q); None for none.
+
+    On accelerators by the kernel that ``target``, `kdecore.attention`'s ``kernels``, means.
+    """
     xp = problem.xp
     if on_accelerator(problem.q):
-        bad = ~plan.kernels["finite_rows"].function(xp, problem.q)
+        bad = ~choose("finite_rows", site_of(problem), target).function(xp, problem.q)
     elif surely_finite(xp, problem.q):
         return problem, None
     else:

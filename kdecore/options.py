@@ -27,6 +27,14 @@ def integer_at_least(minimum: int, name: str, value: object) -> int:
     return number
 
 
+def integer(name: str, value: object) -> int:
+    """Return ``value`` as an int, or raise `OptionError` naming it."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionError(f"{name} must be an integer, got {value!r}") from None
+
+
 @dataclass(frozen=True)
 class Exact:
     """Every query attends to every key; no options."""

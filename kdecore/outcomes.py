@@ -15,12 +15,9 @@ from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, host, invert_permutation
 from kdecore.nonfinite import finite_queries, merge_not_finite, not_finite_part, spoilt, spoilt_by_keys
 from kdecore.options import Exact, Options
-from kdecore.planning import Plan, expected_cost, item_bytes, make_plan
-from kdecore.shares import Restrictions, Share, in_halves, shares
+from kdecore.planning import FEWEST_QUERIES, Plan, expected_cost, item_bytes, make_plan
+from kdecore.shares import Restrictions, Share, aligned, in_halves, shares
 from kdecore.tolerance import Round, search
-
-FEWEST_QUERIES = 64
-"""A share of so few queries isn't cut for want of memory."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,13 @@ def held_bytes(problem: Problem, restrictions: Restrictions, whole: list[Share])
     return looked_at + item_bytes(problem) * (own + 3 * problem.groups * problem.n_q * (problem.d_v + 1))
 
 
-def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep: bool, held: int = 0) -> Iterator[Outcome]:
+def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, keep: bool, held: int = 0) -> Iterator[Outcome]:
     """Evaluate a share as planned, in parts where its temporaries would take more than ``limit`` bytes.
 
     Parameters
     ----------
     share, plan_for
-        What, and how.
+        What, and how: a problem and ``limit=`` → plan.
     limit
         In bytes.
     keep
@@ -80,7 +77,7 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep
         One group and few queries take more.
     """
     assert share.problem is not None
-    plan = plan_for(share.problem)
+    plan = plan_for(share.problem, limit=limit - held)
     # Other groups and queries of a call draw other numbers.
     place = (share.groups[0] if share.groups else 0, share.queries[0])
     plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=() if place == (0, 0) else place)
@@ -98,13 +95,14 @@ def run(share: Share, plan_for: Callable[[Problem], Plan], limit: float, *, keep
         yield from run(half, plan_for, limit, keep=keep, held=held)
 
 
-def run_all(problem: Problem, restrictions: Restrictions, plan_for: Callable[[Problem], Plan]) -> Part:
+def run_all(problem: Problem, restrictions: Restrictions, options: Options, settings: dict[str, Any]) -> Part:
     """Evaluate a problem whose keys are restricted, the numbers that are not finite among them."""
-    problem, bad = finite_queries(problem, plan_for(problem))
+    problem, bad = finite_queries(aligned(problem, restrictions), settings["kernels"])
+    plan_for: Callable[..., Plan] = partial(make_plan, method=options, **settings)
     outcomes: list[Outcome] = []
     for one in shares(problem, restrictions):
         if one.problem is None:
-            outcomes.append(unseen(problem, one, plan_for(problem)))
+            outcomes.append(unseen(problem, one, settings))
         else:
             outcomes += run(one, plan_for, math.inf, keep=False)
     return spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
@@ -121,7 +119,7 @@ def find(
     plan_for = partial(make_plan, share.problem, **settings)
     exact = plan_for(method=Exact())
     if exact.temporary_bytes <= limit:
-        found = search(share.problem, plan_for, tried, rtol, norm, limit)
+        found = search(share.problem, plan_for, exact, tried, rtol, norm, limit)
         part = spoilt_by_keys(share.problem, exact, found.part)
         yield Outcome(share, found.plan, part, found.pieces, found.certificate, found.rounds)
         return
@@ -139,8 +137,9 @@ def too_small(limit: float, plan: Plan) -> MemoryLimitError:
     )
 
 
-def unseen(problem: Problem, share: Share, plan: Plan) -> Outcome:
+def unseen(problem: Problem, share: Share, settings: dict[str, Any]) -> Outcome:
     """Return the outcome of a share that sees no key."""
+    plan = make_plan(problem, method=Exact(), **settings)
     part = nothing(replace(problem, q=problem.q[: len(share.groups), ...]))
     return Outcome(share, replace(plan, reason="no query sees a key"), part, [])
 
@@ -176,7 +175,7 @@ def in_order(xp: Namespace, rows: list[Array], arrays: tuple[Array, ...], proble
 
 
 def certify_all(
-    problem: Problem, whole: list[Share], outcomes: list[Outcome], share: float, settings: dict[str, Any]
+    problem: Problem, whole: list[Share], outcomes: list[Outcome], share: float, seed: int
 ) -> tuple[Certificate | None, float]:
     """Compare some rows of a call with exact attention; return what was found, and the seconds it took.
 
@@ -190,8 +189,8 @@ def certify_all(
         What came of them.
     share
         Exact rows may take this part of the expected cost.
-    settings
-        seed, kernels and threads, as in `kdecore.attention`.
+    seed
+        Of the choice of rows.
     """
     xp = problem.xp
     approximate = [one for one in outcomes if one.plan.method != "exact"]
@@ -203,13 +202,14 @@ def certify_all(
     cost = sum(expected_cost(some, options).total for some, options in costs)
     row_cost = sum(expected_cost(some, Exact()).total for some, _ in costs) / problem.n_q
     out = assembled(problem, outcomes, finite=True).out
+    plans = {group: one.plan for one in outcomes for group in one.share.groups}
 
     def exact(rows: Array) -> Array:
-        parts = [share_exact_rows(problem, one, take_groups(xp, rows, one.groups), settings) for one in whole]
+        parts = [share_exact_rows(problem, one, take_groups(xp, rows, one.groups), plans[one.groups[0]]) for one in whole]
         order = host.argsort(host.asarray([group for one in whole for group in one.groups]))
         return take_groups(xp, xp.concat(parts, axis=0), order)
 
-    return certify(problem, out, exact, cost, row_cost, share, settings["seed"]), time.perf_counter() - started
+    return certify(problem, out, exact, cost, row_cost, share, seed), time.perf_counter() - started
 
 
 def take_groups(xp: Namespace, rows: Array, groups: Sequence[int]) -> Array:
@@ -217,8 +217,8 @@ def take_groups(xp: Namespace, rows: Array, groups: Sequence[int]) -> Array:
     return xp.take(rows, xp.asarray(groups, dtype=xp.int64, device=rows.device), axis=0)
 
 
-def share_exact_rows(problem: Problem, share: Share, rows: Array, settings: dict[str, Any]) -> Array:
-    """Return exact attention of the queries ``rows`` (…, m) of a share's groups: (…, m, d_v)."""
+def share_exact_rows(problem: Problem, share: Share, rows: Array, plan: Plan) -> Array:
+    """Return exact attention of the queries ``rows`` (…, m) of a share's groups, by its kernels: (…, m, d_v)."""
     if share.problem is None:
         return problem.xp.zeros((*rows.shape, problem.d_v), dtype=problem.dtype, device=problem.device)
-    return exact_rows(share.problem, make_plan(share.problem, method=Exact(), **settings), rows)
+    return exact_rows(share.problem, plan, rows)

@@ -1,13 +1,14 @@
 """`make_plan`: what will be done, from shapes and options alone. Touches no array data."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
 from kdecore.kernels.open_sweeps.contract import PART, RESIDENT
-from kdecore.kernels.registry import Choice, Site, choose
+from kdecore.kernels.registry import Choice, Site, check_target, choose
 from kdecore.kernels.threads import thread_count
 from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, gradient_mode, host, on_accelerator
 from kdecore.options import (
@@ -51,11 +52,18 @@ class CostModel:
     call: float
 
 
+WORTHWHILE = 1.3
+"""``"auto"`` estimates where that is expected to be so many times as fast as exact: an error for no gain helps nobody."""
+
 COST_MODELS = {
     "treecode": CostModel(3.5, 265.0, 375.0, 33_000.0, 2.2e8),
     "sortlsh": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
     "hyper": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
 }
+
+
+FEWEST_QUERIES = 64
+"""So few queries of one group aren't cut for want of memory."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def expected_cost(problem: Problem | Sizes, options: Options) -> Cost:
         seen = 1.0 if visible is None else visible.pairs / (problem.n_q * problem.n_k)
         return Cost(0.0, problem.groups * problem.n_q * exact_row_cost(problem) * seen)
     # Each level orders all rows again.
-    times = 1 if isinstance(problem, Sizes) or visible is None else len(steps(problem, options))
+    times = 1 if isinstance(problem, Sizes) or visible is None else len(levels_and_tile(problem, visible, options.budget)[0])
     model, size = COST_MODELS[options.name], _element_cost(problem)
     key = size * (problem.d + problem.d_v + EXP_DIMENSIONS)
     row = size * (problem.d + problem.d_v) * model.row_dimension + model.row
@@ -150,28 +158,22 @@ class Step(NamedTuple):
 
 
 def steps(problem: Problem, options: Options) -> tuple[Step, ...]:
-    """Return how a problem whose queries see intervals of its keys is cut, and cut again; () for one tile.
+    """Return how a problem whose queries see intervals of its keys is cut, and cut again; () for one tile, and any other.
 
     Tiles of at most a quarter of the budget are exact, after their own halves, where one sees all of the other; the rest of
     the budget is for the levels. Only T − 1 of T stretches of causal attention have keys that all of their queries see:
     these get so much more, that the mean is the budget.
     """
     visible = problem.visible
-    assert visible is not None
+    if visible is None or problem.mask is not None:
+        return ()
     # Of grouped heads, queries at one position see the same keys.
     n_q = problem.n_q // problem.repeats
     if isinstance(options, Exact):
         rows = min(EXACT_STRETCH, max(LEAST_STRETCH, visible.pairs // problem.n_q))
         return (Step((-(-n_q // rows) - 1).bit_length(), 0),)
     budget = options.budget or DEFAULT_BUDGET
-    tile = max(8, budget // TILE_SHARE)
-    bits = (-(-n_q // tile) - 1).bit_length()
-    count = -(-bits // LEVEL_BITS)
-    levels = [(bits * (i + 1)) // count - (bits * i) // count for i in reversed(range(count))]
-    first, end = visible.inner
-    if end - first > COMMON_SHARE * visible.pairs / problem.n_q:
-        levels = [0, *levels]
-    tile_rows = -(-n_q >> bits)
+    levels, tile_rows = levels_and_tile(problem, visible, budget)
     if not levels:
         return ()
     weights = [LEVEL_RATIO**-i for i in range(len(levels))]
@@ -187,6 +189,19 @@ def steps(problem: Problem, options: Options) -> tuple[Step, ...]:
     if abs(factor - 1.0) > ROUGHLY:
         found = (*(Step(level, max(1, int(number * factor))) for level, number in found[: len(levels)]), *halves)
     return found
+
+
+def levels_and_tile(problem: Problem, visible: Visible, budget: int) -> tuple[list[int], int]:
+    """Return the levels of an approximate method, each cutting into 2**level stretches, and the queries of a tile."""
+    n_q = problem.n_q // problem.repeats
+    tile = max(8, budget // TILE_SHARE)
+    bits = (-(-n_q // tile) - 1).bit_length()
+    count = -(-bits // LEVEL_BITS)
+    levels = [(bits * (i + 1)) // count - (bits * i) // count for i in reversed(range(count))]
+    first, end = visible.inner
+    if end - first > COMMON_SHARE * visible.pairs / problem.n_q:
+        levels = [0, *levels]
+    return levels, -(-n_q >> bits)
 
 
 def slots_of_levels(visible: Visible, n_k: int, levels: tuple[Step, ...]) -> list[int]:
@@ -248,6 +263,8 @@ class Plan:
         Threads of the Numba kernels.
     temporary_bytes
         Upper bound of temporaries above inputs and results.
+    steps
+        How a problem whose queries see intervals of its keys is cut; else ().
     piece
         Path to the piece of the call that this plans, so that each draws random numbers of its own.
     """
@@ -260,6 +277,7 @@ class Plan:
     exact: Choice
     threads: int
     temporary_bytes: int
+    steps: tuple[Step, ...] = ()
     piece: tuple[int, ...] = ()
 
     @property
@@ -279,6 +297,32 @@ class Plan:
         return int.from_bytes(hashlib.blake2b(repr((self.seed, self.piece)).encode(), digest_size=8).digest())
 
 
+def check_settings(seed: object = 0, kernels: str = "auto", threads: int | None = None) -> dict[str, Any]:
+    """Return what all plans of a call share, each in its range, or raise `OptionError`."""
+    count = thread_count(None if threads is None else integer_at_least(1, "threads", threads))
+    return {"seed": check_seed(seed), "kernels": check_target(kernels), "threads": count}
+
+
+def check_method(method: str | Options, budget: int | None) -> Options | None:
+    """Return the options that a method and a budget mean, every field set; None for ``"auto"``; or raise `OptionError`."""
+    if budget is not None:
+        budget = integer_at_least(1, "budget", budget)
+    if isinstance(method, Options):
+        return method.resolve(budget)
+    if not isinstance(method, str):
+        raise OptionError(f"method must be a name or one of kdecore's options objects, got {method!r}")
+    if method != "auto" and method not in METHODS:
+        raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))} or an options object, got {method!r}")
+    return None if method == "auto" else METHODS[method]().resolve(budget)
+
+
+def site_of(problem: Problem) -> Site:
+    """Return where the kernels of a problem are to run."""
+    masks = [] if problem.mask is None else [problem.mask.values]
+    gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
+    return Site(problem.library, device_name(problem.q), ACCUMULATION[problem.input_dtype], gradient)
+
+
 def make_plan(
     problem: Problem,
     *,
@@ -287,47 +331,57 @@ def make_plan(
     seed: int = 0,
     kernels: str = "auto",
     threads: int | None = None,
+    limit: float = math.inf,
 ) -> Plan:
-    """Resolve method, budget and kernels for a problem; parameters as in `kdecore.attention`."""
-    seed = check_seed(seed)
-    if budget is not None:
-        budget = integer_at_least(1, "budget", budget)
-    count = thread_count(None if threads is None else integer_at_least(1, "threads", threads))
-    masks = [] if problem.mask is None else [problem.mask.values]
-    gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
-    site = Site(problem.library, device_name(problem.q), ACCUMULATION[problem.input_dtype], gradient)
-    options, reason = _resolve_method(problem, method, budget, site, kernels)
+    """Resolve method, budget and kernels for a problem; parameters as in `kdecore.attention`.
+
+    Where ``"auto"`` would take what even for few queries of one group takes more than ``limit`` bytes, exact is planned.
+    """
+    seed, kernels, count = check_settings(seed, kernels, threads).values()
+    site = site_of(problem)
+    options, reason = _resolve_method(problem, check_method(method, budget), budget, site, kernels)
     if isinstance(options, Treecode):
         options = options.at(on_accelerator(problem.q))
+    chosen = _kernels(problem, options, site, kernels)
+    if method == "auto" and limit < math.inf and not isinstance(options, Exact):
+        few = _few_queries(problem)
+        least = _temporary_bytes(few, options, steps(few, options), chosen, count)
+        if least > limit:
+            reason = f"auto: {options.name} takes at least {least} bytes here, of which max_memory leaves {limit:.0f}"
+            options = Exact()
+            chosen = _kernels(problem, options, site, kernels)
+    exact = choose("attend_dense", replace(site, gradient=""), kernels)
+    cuts = steps(problem, options)
+    temporary_bytes = _temporary_bytes(problem, options, cuts, chosen, count)
+    return Plan(options, reason, budget, seed, chosen, exact, count, temporary_bytes, cuts)
+
+
+def _kernels(problem: Problem, options: Options, site: Site, kernels: str) -> dict[str, Choice]:
     needed = dict.fromkeys(options.kernels)
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
     if problem.visible is not None or problem.mask is not None:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
-    chosen = {name: choose(name, site, kernels) for name in needed}
-    exact = choose("attend_dense", replace(site, gradient=""), kernels)
-    return Plan(options, reason, budget, seed, chosen, exact, count, _temporary_bytes(problem, options, chosen, count))
+    return {name: choose(name, site, kernels) for name in needed}
+
+
+def _few_queries(problem: Problem) -> Problem:
+    """Return a problem of one group and so few queries that it isn't cut for want of memory."""
+    visible = None if problem.visible is None else problem.visible.rows(slice(FEWEST_QUERIES))
+    q, k, v = problem.q[:1, :FEWEST_QUERIES, :], problem.k[:1, ...], problem.v[:1, ...]
+    return replace(problem, q=q, k=k, v=v, visible=visible)
 
 
 def _resolve_method(
-    problem: Problem, method: str | Options, budget: int | None, site: Site, kernels: str
+    problem: Problem, options: Options | None, budget: int | None, site: Site, kernels: str
 ) -> tuple[Options, str]:
-    options: Options = Exact()
-    if isinstance(method, Options):
-        options = method.resolve(budget)
-    elif not isinstance(method, str):
-        raise OptionError(f"method must be a name or one of kdecore's options objects, got {method!r}")
-    elif method in METHODS:
-        options = METHODS[method]().resolve(budget)
-    elif method != "auto":
-        raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))} or an options object, got {method!r}")
     if problem.groups * problem.n_q == 0:
         return Exact(), "there are no queries"
     if problem.visible is not None and problem.visible.pairs == 0:
         return Exact(), "no query sees a key"
     if problem.mask is not None:
-        return _masked_method(problem, method, options if method != "auto" else None)
-    if method == "auto":
+        return _masked_method(problem, options)
+    if options is None:
         return _choose_method(problem, DEFAULT_BUDGET if budget is None else budget, site, kernels)
     if options.budget is not None and options.budget >= _most_seen(problem):
         return Exact(), f"a budget of {options.budget} covers all {_most_seen(problem)} keys"
@@ -343,7 +397,7 @@ def _most_seen(problem: Problem) -> int:
     return problem.n_k if visible is None else int(host.max(visible.end - visible.first))
 
 
-def _masked_method(problem: Problem, method: str | Options, options: Options | None) -> tuple[Options, str]:
+def _masked_method(problem: Problem, options: Options | None) -> tuple[Options, str]:
     if options is None:
         return Exact(), "auto: a mask that is no interval may hide whatever an estimate rests on"
     if options.budget is not None and options.budget >= _most_seen(problem):
@@ -359,13 +413,18 @@ def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> t
     if budget >= _most_seen(problem):
         return Exact(), f"auto: a budget of {budget} covers all {_most_seen(problem)} keys"
     ratio = exact_over_treecode(problem, budget)
-    if ratio <= 1.0:
-        return Exact(), f"auto: below the crossover, exact is expected to take {ratio:.2g} × treecode's time"
-    opener = Treecode().at(on_accelerator(problem.q)).opener
-    if (found := choose(opener, site, kernels)).target == "array-api":
+    expected = f"treecode is expected to be {ratio:.2g} × as fast as exact, where an estimate has to be {WORTHWHILE} ×"
+    if ratio < WORTHWHILE:
+        return Exact(), f"auto: {expected}"
+    if (found := tree_opener(problem, site, kernels)).target == "array-api":
         # Many small steps for each round of opening: slower than exact for long.
-        return SortLSH().resolve(budget), f"auto: above the crossover, but no kernel opens trees here ({found.reason})"
-    return Treecode().resolve(budget), f"auto: above the crossover, expected {ratio:.1f} × faster than exact"
+        return SortLSH().resolve(budget), f"auto: {expected}, but no kernel opens trees here ({found.reason})"
+    return Treecode().resolve(budget), f"auto: {expected}"
+
+
+def tree_opener(problem: Problem, site: Site, kernels: str) -> Choice:
+    """Return what opens trees for the treecode as it is where nothing is said."""
+    return choose(Treecode().at(on_accelerator(problem.q)).opener, site, kernels)
 
 
 def item_bytes(problem: Problem) -> int:
@@ -373,14 +432,16 @@ def item_bytes(problem: Problem) -> int:
     return 8 if ACCUMULATION[problem.input_dtype] == "float64" else 4
 
 
-def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choice], threads: int) -> int:
+def _temporary_bytes(
+    problem: Problem, options: Options, cuts: tuple[Step, ...], kernels: dict[str, Choice], threads: int
+) -> int:
     """Bound the temporaries from above: copied inputs, the Selection while it is made, and what the kernels work in."""
     size = item_bytes(problem)
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     sizes = {"q": rows_q * problem.d, "k": rows_k * problem.d, "v": rows_k * problem.d_v}
     total = size * sum(sizes[name] for name in problem.copied)
     if problem.visible is not None or problem.mask is not None:
-        total += _restricted_bytes(problem, options, size)
+        total += _restricted_bytes(problem, options, cuts, size)
     if options.name == "exact":
         if problem.visible is not None and problem.mask is None and kernels["attend_blocks"].target == "array-api":
             # Keys and values are gathered for each stretch.
@@ -413,7 +474,7 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
     return total
 
 
-def _restricted_bytes(problem: Problem, options: Options, size: int) -> int:
+def _restricted_bytes(problem: Problem, options: Options, levels: tuple[Step, ...], size: int) -> int:
     """Bound what intervals and masks take: rows stacked again for each level, results merged, lists kept, and biases."""
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     width = problem.d + problem.d_v
@@ -422,7 +483,6 @@ def _restricted_bytes(problem: Problem, options: Options, size: int) -> int:
         tile = min(MASK_TILE, problem.groups * problem.n_q * problem.n_k)
         slots = 0 if isinstance(options, Exact) else problem.n_q * problem.groups * min(options.budget or 0, problem.n_k)
         return max(tile, slots) * (3 * 8 + 3 * size) + size * rows_q * (problem.d_v + 1)
-    levels = steps(problem, options)
     cuts = 1 << sum(step.level for step in levels)
     alike = problem.n_q == problem.n_k and problem.n_q % cuts == 0 and int(host.max(visible.first)) == 0
     # Stretches that are alike and cover everything are stacked without a copy.

@@ -30,6 +30,8 @@ class Report:
         Keys evaluated per query, measured: the mean over queries of the slots that counted.
     shape
         (groups, n_q, n_k, d, d_v).
+    diagonal
+        Query i stands at the position of key i + diagonal; None where that was not said.
     dtype
         The inputs' dtype.
     library, device
@@ -60,6 +62,7 @@ class Report:
     budget: int | None
     keys_per_query: float
     shape: tuple[int, int, int, int, int]
+    diagonal: int | None
     dtype: str
     library: str
     device: str
@@ -91,6 +94,7 @@ class Report:
     def __str__(self) -> str:
         groups, n_q, n_k, d, d_v = self.shape
         options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        place = "" if self.diagonal is None else f", query i at key i{f' {self.diagonal:+d}' if self.diagonal else ''}"
         asked = "not given" if self.budget is None else str(self.budget)
         rows = [
             ("method", f"{self.method} ({self.reason})"),
@@ -98,7 +102,8 @@ class Report:
             *(("tried", str(one)) for one in self.rounds),
             ("error", self._error()),
             ("keys per query", f"{self.keys_per_query:.1f} of {n_k} (budget asked: {asked})"),
-            ("problem", f"{groups} × {n_q} queries, d = {d}, d_v = {d_v}, {self.dtype}, {self.library} on {self.device}"),
+            ("problem", f"{groups} × {n_q} queries{place}, d = {d}, d_v = {d_v}, {self.dtype}"),
+            ("arrays", f"{self.library} on {self.device}"),
             *([("copied", f"{', '.join(self.copied)} (dtype, layout or grouped heads)")] if self.copied else []),
             *((f"kernel {name}", choice) for name, choice in self.kernels.items()),
             ("temporaries planned", f"{self.temporary_bytes / 2**20:.1f} MiB"),
@@ -141,6 +146,7 @@ def make_report(
         budget=plan.budget_asked,
         keys_per_query=sum(keys) / max(1, sum(rows)),
         shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
+        diagonal=None if problem.diagonal is None else problem.diagonal // problem.repeats,
         dtype=problem.input_dtype,
         library=problem.library,
         device=device_name(problem.q),

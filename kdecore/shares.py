@@ -129,8 +129,15 @@ def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
     return Mask(values, host.reshape(matrix, (problem.groups, problem.repeats)))
 
 
+def aligned(problem: Problem, restrictions: Restrictions) -> Problem:
+    """Return a problem whose last query stands at the last key, where it says nothing else and restrictions go by it."""
+    if problem.diagonal is not None or not (restrictions.causal or restrictions.window is not None):
+        return problem
+    return replace(problem, diagonal=problem.n_k * problem.repeats - problem.n_q)
+
+
 def shares(problem: Problem, restrictions: Restrictions) -> list[Share]:
-    """Cut a problem into shares: every group is in one of them, with all of its queries.
+    """Cut an `aligned` problem into shares: every group is in one of them, with all of its queries.
 
     O(G n_k (d + d_v)) to look for numbers that are not finite among the keys that are seen, and a pass over the mask if
     there is one.
@@ -146,15 +153,21 @@ def seen_alike(problem: Problem, restrictions: Restrictions) -> list[Share]:
     if not everything or (whole and bool(host.all(lengths == problem.n_k))):
         return [Share(everything, (0, problem.n_q), problem)]
     positions = problem.n_q // problem.repeats
-    seen = sliding(positions, problem.n_k, restrictions.causal, restrictions.window)
+    offset = 0 if problem.diagonal is None else problem.diagonal // problem.repeats
+    seen = sliding(positions, problem.n_k, restrictions.causal, restrictions.window, offset)
     intervals = {} if mask is None else mask_intervals(problem, mask)
-    kinds: dict[tuple[object, ...], tuple[list[int], list[Array], Visible, bool]] = {}
+    # To cut intervals takes O(n), and most groups are alike: once for each length and mask.
+    alike: dict[tuple[int, ...], list[int]] = {}
     for group in everything:
-        found = intervals.get(tuple(mask.matrix[group].tolist())) if mask is not None else None
+        row = () if mask is None else mask.matrix[group].tolist()
+        alike.setdefault((int(lengths[group]), *row), []).append(group)
+    kinds: dict[tuple[object, ...], tuple[list[int], list[Array], Visible, bool]] = {}
+    for (length, *row), groups in alike.items():
+        found = intervals.get(tuple(row))
         masked = mask is not None and found is None
-        visible, keys = seen, host.arange(int(lengths[group]))
+        visible, keys = seen, host.arange(length)
         if found is not None:
-            visible, keys = both(seen, found.visible), keys[found.columns[: len(keys)]]
+            visible, keys = both(seen, found.visible), keys[found.columns[:length]]
         of_keys = repeated(visible.among(keys), problem.repeats)
         if not masked:
             low, high = of_keys.outer
@@ -162,12 +175,18 @@ def seen_alike(problem: Problem, restrictions: Restrictions) -> list[Share]:
         # A mask goes by the numbers of keys, which must be the same then; otherwise as many will do.
         kind = (masked, keys.tobytes() if masked else len(keys), of_keys.first.tobytes(), of_keys.end.tobytes())
         entry = kinds.setdefault(kind, ([], [], of_keys, masked))
-        entry[0].append(group)
-        entry[1].append(keys)
+        entry[0].extend(groups)
+        entry[1].extend([keys] * len(groups))
     return [
-        Share(tuple(groups), (0, problem.n_q), part_of(problem, groups, keys, visible, mask if masked else None))
-        for groups, keys, visible, masked in kinds.values()
+        share_of(problem, some, keys, visible, mask if masked else None) for some, keys, visible, masked in kinds.values()
     ]
+
+
+def share_of(problem: Problem, groups: list[int], keys: list[Array], visible: Visible, mask: Mask | None) -> Share:
+    """Return the share of some groups, in their order, and of as many keys of each."""
+    order = sorted(range(len(groups)), key=groups.__getitem__)
+    groups, keys = [groups[i] for i in order], [keys[i] for i in order]
+    return Share(tuple(groups), (0, problem.n_q), part_of(problem, groups, keys, visible, mask))
 
 
 def finite_apart(share: Share) -> list[Share]:
@@ -203,10 +222,13 @@ def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Vis
         return xp.take(x, xp.asarray(groups, dtype=xp.int64, device=problem.device), axis=0)
 
     count = len(keys[0])
-    if all(bool(host.all(one == host.arange(count))) for one in keys):
+    # Where all groups have the same keys in a row, the first of them.
+    firsts = {int(one[0]) if bool(host.all(one == host.arange(one[0], one[0] + count))) else -1 for one in distinct(keys)}
+    first = firsts.pop() if len(firsts) == 1 else -1
+    if first >= 0:
 
         def some_keys(x: Array) -> Array:
-            return contiguous(x[:, :count, :])
+            return contiguous(x[:, first : first + count, :])
     else:
         index = xp.asarray(host.stack(keys), dtype=xp.int64, device=problem.device)
 
@@ -219,7 +241,22 @@ def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Vis
         mask = mask.groups(host.asarray(groups)).keys(xp, keys[0])
     # Of each group the first keys, or some: either is a copy, unless they are all.
     copied = {*problem.copied, *(("k", "v") if count < problem.n_k else ())}
-    return replace(problem, q=q, k=k, v=v, visible=None if sees_all else visible, mask=mask, copied=tuple(sorted(copied)))
+    return replace(
+        problem,
+        q=q,
+        k=k,
+        v=v,
+        visible=None if sees_all else visible,
+        mask=mask,
+        copied=tuple(sorted(copied)),
+        # Where keys between others are left out, a query's own key is no longer at one offset.
+        diagonal=problem.diagonal_from(0, first) if first >= 0 else None,
+    )
+
+
+def distinct(arrays: list[Array]) -> list[Array]:
+    """Return each array once, however often it is there."""
+    return list({id(one): one for one in arrays}.values())
 
 
 def repeated(visible: Visible, times: int) -> Visible:

@@ -28,7 +28,7 @@ from kdecore.merge import Part
 from kdecore.methods import STAGES
 from kdecore.namespaces import Array, host, on_accelerator, take_along_rows, to_float, to_host
 from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode
-from kdecore.planning import Plan, exact_row_cost, expected_cost
+from kdecore.planning import Plan, exact_row_cost, expected_cost, site_of, tree_opener
 
 NORMS = ("frobenius", "spectral")
 CANDIDATES: tuple[Options, ...] = (SortLSH(), Treecode())
@@ -128,13 +128,17 @@ def check_tolerance(rtol: object, norm: str) -> float:
     return number
 
 
-def to_try(method: str | Options, budget: int | None, plan_for: Callable[..., Plan]) -> list[Options]:
-    """Return the options of the methods that ``method`` allows besides exact, or raise `OptionError`."""
+def to_try(method: str | Options, budget: int | None, problem: Problem, target: str) -> list[Options]:
+    """Return the options of the methods that ``method`` allows besides exact, or raise `OptionError`.
+
+    Where no kernel of ``target``, `kdecore.attention`'s ``kernels``, opens trees, ``"auto"`` tries none: array operations
+    take longer than exact for long.
+    """
     if budget is not None:
         raise OptionError(f"budget must be None with rtol, which chooses it, got {budget!r}")
-    plan_for(method=method)  # raises for what it doesn't know
     if method == "auto":
-        return [options for options in CANDIDATES if _has_kernels(options, plan_for)]
+        opens_trees = tree_opener(problem, site_of(problem), target).target != "array-api"
+        return [options for options in CANDIDATES if opens_trees or not isinstance(options, Treecode)]
     options = METHODS[method]() if isinstance(method, str) else method
     if isinstance(options, Exact):
         return []
@@ -148,15 +152,10 @@ def to_try(method: str | Options, budget: int | None, plan_for: Callable[..., Pl
     return [options]
 
 
-def _has_kernels(options: Options, plan_for: Callable[..., Plan]) -> bool:
-    """Return whether a kernel opens trees, where the method does: array operations take longer than exact for long."""
-    plan = plan_for(method=options.resolve(FIRST_BUDGET[options.name]))
-    return not isinstance(plan.options, Treecode) or plan.kernels[plan.options.opener].target != "array-api"
-
-
 def search(
     problem: Problem,
     plan_for: Callable[..., Plan],
+    exact_plan: Plan,
     tried: Sequence[Options],
     rtol: float,
     norm: str,
@@ -170,6 +169,8 @@ def search(
         Canonical inputs.
     plan_for
         Turns ``method=`` into a plan.
+    exact_plan
+        The plan of exact attention.
     tried
         Options of the methods to choose from besides exact, their budgets open.
     rtol, norm
@@ -201,7 +202,7 @@ def search(
             return Found(replace(trial.plan, reason=why), *trial.evaluate(), found, tuple(rounds))
         trial.learn(upper if kind == "certified" else MARGIN * error, rtol)
         reason = "exact is expected to be cheaper than what would meet it"
-    plan = replace(plan_for(method=Exact()), reason=f"rtol {rtol:g}: {reason}")
+    plan = replace(exact_plan, reason=f"rtol {rtol:g}: {reason}")
     pieces: list[Piece] = []
     part = evaluate(problem, plan, pieces)
     return Found(plan, pieces, part, None, tuple(rounds))
@@ -250,6 +251,7 @@ class Trial:
         self._stages = STAGES[self.method]
         self._restricts = self._stages.restrict is not None and not self._in_pieces
         self._prepared: Any = None
+        self._plan: Plan | None = None
         self._samples: dict[bool, Sample] = {}
         self._evaluated: tuple[int, list[Piece], Part] | None = None
         b = options.at(on_accelerator(problem.q)).rows if isinstance(options, Treecode) and self._restricts else 1
@@ -259,7 +261,9 @@ class Trial:
     @property
     def plan(self) -> Plan:
         """The plan for all queries with this budget."""
-        return self._plan_for(method=self._options.resolve(self.budget))
+        if self._plan is None or self._plan.options.budget != self.budget:
+            self._plan = self._plan_for(method=self._options.resolve(self.budget))
+        return self._plan
 
     @property
     def rest(self) -> float:

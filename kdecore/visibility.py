@@ -68,14 +68,17 @@ def normal(first: Array, end: Array) -> Visible:
     return Visible(first, end)
 
 
-def sliding(n_q: int, n_k: int, causal: bool, window: int | None) -> Visible:
-    """Return what causal attention and a sliding window let each query see, the last query aligned to the last key."""
-    position = host.arange(n_q, dtype=host.int64) + (n_k - n_q)
-    window = None if window is None else min(window, n_q + n_k)
-    none, every = host.zeros_like(position), host.full_like(position, n_k)
-    end = position + 1 if causal else (every if window is None else position + window)
-    first = none if window is None else position + 1 - window
-    return normal(host.clip(first, 0, n_k), host.clip(end, 0, n_k))
+def sliding(n_q: int, n_k: int, causal: bool, window: int | None, diagonal: int) -> Visible:
+    """Return what causal attention and a sliding window let each query see, query i standing at key i + diagonal."""
+
+    def edge(of_first_query: int) -> Array:
+        # Python's integers hold what any window and diagonal add up to.
+        return host.clip(host.arange(n_q, dtype=host.int64) + max(-n_q, min(n_k, of_first_query)), 0, n_k)
+
+    first = edge(-n_q) if window is None else edge(diagonal + 1 - window)
+    if causal:
+        return normal(first, edge(diagonal + 1))
+    return normal(first, edge(n_k) if window is None else edge(diagonal + window))
 
 
 def both(a: Visible, b: Visible) -> Visible:

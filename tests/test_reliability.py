@@ -1,5 +1,6 @@
 """Hostile inputs, memory that is limited, threads, interrupts and numbers that are not finite."""
 
+import re
 import threading
 
 import numpy as np
@@ -131,6 +132,21 @@ def test_what_cannot_fit_says_how_much_it_needs(rng, options):
     needed = int(str(caught.value).split("at least ")[1].split(" bytes")[0])
     attention(*arrays, max_memory=needed, **options)
     assert isinstance(caught.value, MemoryError)
+
+
+def test_auto_takes_exact_where_nothing_else_fits(rng):
+    arrays = rng.standard_normal((3, 2, 12000, 16), dtype=np.float32)
+    call = {"budget": 64, "return_report": True, "certificate": 0.0}
+    _, plenty = attention(*arrays, **call)
+    assert plenty.method == "treecode"
+    limit = plenty.temporary_bytes // 9
+    out, report = attention(*arrays, max_memory=limit, **call)
+    assert report.method == "exact"
+    assert report.temporary_bytes <= limit
+    assert re.search(r"auto: treecode takes at least \d+ bytes here, of which max_memory leaves \d+", report.reason)
+    np.testing.assert_allclose(out, attention(*arrays, method="exact"), rtol=1e-4, atol=1e-5)
+    with pytest.raises(MemoryLimitError):
+        attention(*arrays, max_memory=limit, **{**call, "method": "treecode"})
 
 
 def test_parts_of_a_call_draw_numbers_of_their_own(rng):

@@ -57,14 +57,23 @@ def test_rows_with_gaps_are_no_intervals(rows):
     assert (as_intervals(seen) is None) == any(gaps)
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.booleans(), st.one_of(st.none(), st.integers(1, 15)))
-def test_sliding_windows_follow_their_definition(n_q, n_k, causal, window):
-    distance = np.arange(n_q)[:, None] + n_k - n_q - np.arange(n_k)
+FAR = st.sampled_from((-(10**30), -(2**63), 2**62, 10**30))
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(1, 15), FAR.map(abs)),
+    st.one_of(st.integers(-15, 15), FAR),
+)
+def test_sliding_windows_follow_their_definition(n_q, n_k, causal, window, diagonal):
+    distance = np.arange(n_q).astype(object)[:, None] + diagonal - np.arange(n_k)
     seen = (distance >= 0) if causal else np.ones_like(distance, dtype=bool)
     if window is not None:
         seen &= np.abs(distance) < window
-    np.testing.assert_array_equal(matrix(sliding(n_q, n_k, causal, window), n_k), seen)
-    if causal:
+    np.testing.assert_array_equal(matrix(sliding(n_q, n_k, causal, window, diagonal), n_k), seen)
+    if causal and diagonal == n_k - n_q and (window is None or window < 100):
         np.testing.assert_array_equal(seen, oracles.causal_bias(n_q, n_k, window) == 0)
 
 

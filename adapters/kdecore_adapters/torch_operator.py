@@ -26,6 +26,7 @@ OPTIONS = (
     "rtol",
     "rtol_norm",
     "window",
+    "diagonal",
     "key_lengths",
     "kernels",
     "threads",

@@ -220,6 +220,13 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
 TARGETS = tuple(dict.fromkeys(i.target for implementations in KERNELS.values() for i in implementations))
 
 
+def check_target(target: str) -> str:
+    """Return the name of a target or ``"auto"``, or raise `OptionError`."""
+    if target not in ("auto", *TARGETS):
+        raise OptionError(f"kernels must be one of {', '.join(('auto', *TARGETS))}, got {target!r}")
+    return target
+
+
 def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     """Choose the implementation of ``kernel`` for ``site``.
 
@@ -240,10 +247,8 @@ def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     KernelUnavailable
         The target asked for cannot run here; the message says why.
     """
-    if target not in ("auto", *TARGETS):
-        raise OptionError(f"kernels must be one of {', '.join(('auto', *TARGETS))}, got {target!r}")
     every = KERNELS[kernel]
-    if target != "auto" and target not in (one.target for one in every):
+    if check_target(target) != "auto" and target not in (one.target for one in every):
         return Choice(kernel, every[-1].target, f"it has no target {target}", every[-1].function)
     passed_over: list[str] = []
     for one in every:

@@ -5,7 +5,7 @@
 3. A closed node is one key: the mean key, at log-weight ln(count) + spread, with the mean value. The keys of an open leaf
    are listed one by one, and exact.
 4. To a closed node's mean value is added what its keys of larger logits make of it, to first order, by one matrix for all.
-5. In self-attention (as many queries as keys) the block's own positions are exact too, and taken out of the nodes that hold
+5. Where queries have keys of their own (`Problem.diagonal`) these are exact too, and taken out of the nodes that hold
    them: out of their counts; taking them out of the means too erred no less on the data measured (bench/NOTES.md).
 
 Rows are compared by what the other side sees of them, in few coordinates whose products add up to nearly the whole logit
@@ -27,6 +27,7 @@ from kdecore.namespaces import (
     contiguous,
     cross_moment,
     invert_permutation,
+    searchsorted_rows,
     take_along_rows,
     take_columns,
     without_gradient,
@@ -87,7 +88,7 @@ class Prepared:
     blocks
         That order in blocks of `Treecode.block_size` queries.
     own
-        (G, B, b) int64, ascending: positions in the keys' tree of each block's own keys, in self-attention; else None.
+        (G, B, b) int64, ascending: positions in the keys' tree of each block's own keys; None where queries have none.
     seen
         (level, first, end): the queries see the nodes first … end − 1 of a level.
     """
@@ -136,11 +137,15 @@ def prepare_in_order(problem: Problem, plan: Plan, level: int, described: Descri
 
 
 def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int, number: int, keys: Stretch) -> Selection:
-    """Select for the queries of stretch ``number`` of 2**level, which see some stretches of the keys, not their own."""
+    """Select for the queries of stretch ``number`` of 2**level, which see some stretches of the keys."""
     assert isinstance(plan.options, Treecode)
     queries = slice((number * problem.n_q) >> level, ((number + 1) * problem.n_q) >> level)
     blocks = equal_blocks(problem.xp, prepared.order[:, queries], plan.options.rows)
-    return open_for(problem, plan, replace(prepared, blocks=blocks, seen=(level, *keys)))
+    own = problem.own_keys(queries.start, queries.stop)
+    seen = (keys.first * problem.n_k) >> level, (keys.end * problem.n_k) >> level
+    sees_own = own is not None and seen[0] <= own[0] and own[1] <= seen[1]
+    own_keys = own_positions(problem, blocks, prepared.keys.order) if sees_own else None
+    return open_for(problem, plan, replace(prepared, blocks=blocks, own=own_keys, seen=(level, *keys)))
 
 
 def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
@@ -206,11 +211,17 @@ def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
     coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
     order = order_queries(problem, plan, coordinates)
     blocks = equal_blocks(xp, order, options.rows)
-    own = None
-    if problem.is_self_attention:
-        own_keys = blocks.index // problem.repeats
-        own = xp.sort(take_along_rows(xp, invert_permutation(xp, keys.order), own_keys), axis=-1)
-    return Prepared(keys, coordinates, order, blocks, own)
+    return Prepared(keys, coordinates, order, blocks, own_positions(problem, blocks, keys.order))
+
+
+def own_positions(problem: Problem, blocks: Blocks, order: Array) -> Array | None:
+    """Return the places of each block's own keys in ``order`` (G, n_k), int64 (G, B, b), ascending; None for none."""
+    if problem.diagonal is None or problem.own_keys(0, problem.n_q) is None:
+        return None
+    xp = problem.xp
+    # A query whose own key is not among these has the nearest one, which does no harm.
+    own = xp.clip((blocks.index + problem.diagonal) // problem.repeats, 0, problem.n_k - 1)
+    return xp.sort(take_along_rows(xp, invert_permutation(xp, order), own), axis=-1)
 
 
 def restrict(problem: Problem, prepared: Prepared, numbers: Array) -> tuple[Problem, Prepared, Array]:
@@ -265,10 +276,9 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
         first_nodes(options.budget - own_count, node_count, *prepared.seen, START_SHARES[options.opener]),
     )
     if options.far_field == "sample":
-        holder = None if own is None else holders(xp, blocks, prepared.order, prepared.keys.order, problem.repeats)
         shape = (problem.groups, int(blocks.index.shape[1]))
         starts = plan.kernels["draw_uniform"].function(xp, plan.draw_seed, SAMPLES_STREAM, shape, problem.device)
-        key_index, log_weight = draw(xp, key_index, log_weight, starts, holder, problem.n_k, node_count)
+        key_index, log_weight = draw(xp, key_index, log_weight, starts, own, problem.n_k, node_count)
         position = xp.maximum(key_index - node_count, xp.zeros_like(key_index))
         return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), log_weight)
     values = nodes.values if prepared.keys.slope is not None else contiguous(nodes.values[:, :, :-1])
@@ -311,16 +321,15 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
 
 
 def draw(
-    xp: Namespace, key_index: Array, log_weight: Array, starts: Array, holder: Array | None, n: int, nodes: int
+    xp: Namespace, key_index: Array, log_weight: Array, starts: Array, own: Array | None, n: int, nodes: int
 ) -> tuple[Array, Array]:
     """Replace each closed node of c keys by one of them, drawn with probability 1 / c, at log-weight ln c (derived).
 
     The larger a node's part of the attention, the further it was opened: these are samples without replacement, one
     from each of many strata of about equal importance. ``starts`` (G, B) is uniform in [0, 1); each node's number is its
-    block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block, one of ``holder``
-    (G, n, r), lists as its own does not count again.
+    block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block lists as its own,
+    at one of the positions ``own`` (G, B, s), ascending, does not count again.
     """
-    blocks = int(key_index.shape[1])
     closed = (key_index < nodes) & (log_weight > -xp.inf)
     node = xp.where(closed, key_index, 0)
     first, end = node_bounds(xp, node, n)
@@ -329,20 +338,15 @@ def draw(
     place = xp.astype((number - xp.floor(number)) * count, xp.int64)
     position = xp.minimum(first + place, end - 1)
     weight = xp.astype(xp.log(count), log_weight.dtype)
-    if holder is not None:
-        block = xp.arange(blocks, dtype=xp.int64, device=holder.device)[None, :, None, None]
-        mine = xp.any(take_along_rows(xp, holder, position) == block, axis=-1)
+    if own is not None:
+        # Positions numbered through all blocks ascend in each group, so that one search finds them.
+        block = xp.arange(int(own.shape[1]), dtype=xp.int64, device=own.device)[None, :, None] * n
+        listed = xp.reshape(own + block, (int(own.shape[0]), -1))
+        place = searchsorted_rows(xp, listed, position + block, side="left")
+        last = int(listed.shape[1]) - 1
+        mine = take_along_rows(xp, listed, xp.clip(place, 0, last)) == position + block
         weight = xp.where(mine, -xp.inf, weight)
     return xp.where(closed, nodes + position, key_index), xp.where(closed, weight, log_weight)
-
-
-def holders(xp: Namespace, blocks: Blocks, query_order: Array, key_order: Array, repeats: int) -> Array:
-    """Return the blocks that the queries of each position of the keys' tree are in, int64 (G, n, repeats)."""
-    n, place = int(query_order.shape[1]), xp.arange(query_order.shape[1], dtype=xp.int64, device=query_order.device)
-    # Blocks are equal: number i begins at the place ⌊i n / B⌋.
-    of_place = xp.broadcast_to(((place + 1) * (len(blocks.starts) - 1) - 1) // n, query_order.shape)
-    of_query = take_along_rows(xp, of_place, invert_permutation(xp, query_order))
-    return take_along_rows(xp, xp.reshape(of_query, (*key_order.shape, repeats)), key_order)
 
 
 @dataclass(frozen=True)
