@@ -193,7 +193,7 @@ def attention(
             if one.problem is None:
                 outcomes.append(unseen(problem, one, settings))
             elif tolerance is None:
-                outcomes += run(one, plan_for, limit, keep=return_report, held=held)
+                outcomes += run(one, plan_for, limit, count=return_report, held=held)
             else:
                 outcomes += find(one, settings, tried, tolerance, rtol_norm, limit)
         part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)

@@ -12,18 +12,19 @@ with a mask. The parts are merged by log-sum-exp. For causal attention:
       ███▒
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from kdecore.attend import attend
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.methods import SELECT, STRETCHES
-from kdecore.namespaces import host, spans, to_host
+from kdecore.namespaces import Array, host, spans, to_host
 from kdecore.options import Exact
 from kdecore.planning import TILE_BIAS, Plan, Step
-from kdecore.selection import Selection, equal_blocks, shifted, together
+from kdecore.selection import Selection, equal_blocks, shifted, slots_evaluated, together
 from kdecore.shares import single
 from kdecore.stretches import Described, Remainder, Span, cut, inner_keys, put_back, remainder, stacked
 
@@ -31,26 +32,29 @@ ROOM = 4
 """A list that begins with stretches has room for so many times more."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Queries, and the keys that they were evaluated on, beside other pieces."""
-
-    problem: Problem
-    selection: Selection
+Watch: TypeAlias = Callable[[Problem, Selection], object]
+"""Told of every Selection that is evaluated, and of the problem whose queries and keys it is of."""
 
 
-def evaluate(problem: Problem, plan: Plan, pieces: list[Piece] | None = None) -> Part:
-    """Return attention as planned: out (G, n_q, d_v) and lse (G, n_q), 0 and −inf where a query sees no key.
+def counting(slots: list[Array | int]) -> Watch:
+    """Return what adds to ``slots`` how many each Selection evaluates, for all queries together."""
 
-    What it was made of is added to ``pieces``.
-    """
+    def count(problem: Problem, selection: Selection) -> None:
+        every = selection.blocks is None
+        slots.append(problem.groups * problem.n_q * problem.n_k if every else slots_evaluated(problem.xp, selection))
+
+    return count
+
+
+def evaluate(problem: Problem, plan: Plan, watch: Watch | None = None) -> Part:
+    """Return attention as planned: out (G, n_q, d_v) and lse (G, n_q), 0 and −inf where a query sees no key."""
     if problem.visible is not None and problem.mask is None:
         method = STRETCHES.get(plan.method)
         described = method.describe(replace(problem, visible=None), plan) if method else Described((), ())
-        return by_stretches(problem, plan, plan.steps, described, nothing(problem), pieces)
+        return by_stretches(problem, plan, plan.steps, described, nothing(problem), watch)
     selection = SELECT[plan.method](problem, plan)
-    if pieces is not None:
-        pieces.append(Piece(problem, selection))
+    if watch is not None:
+        watch(problem, selection)
     part = attend(problem, plan, selection)
     return part if problem.mask is None or plan.method == "exact" else rescued(problem, plan, part)
 
@@ -83,7 +87,7 @@ def by_stretches(
     levels: tuple[Step, ...],
     described: Described,
     before: Part,
-    pieces: list[Piece] | None,
+    watch: Watch | None,
 ) -> Part:
     """Evaluate a problem whose queries see intervals of its keys by the first of ``levels``, the rest of it by the others.
 
@@ -97,8 +101,8 @@ def by_stretches(
         selections, remainders = of_level(problem, plan, levels[0], described)
     part = before
     for selection in selections:
-        if pieces is not None:
-            pieces.append(Piece(problem, selection))
+        if watch is not None:
+            watch(problem, selection)
         part = attend(problem, plan, selection, part)
     alike: dict[tuple[object, ...], list[Remainder]] = {}
     for one in remainders:
@@ -113,7 +117,7 @@ def by_stretches(
             levels[1:],
             described.stacked(xp, queries, keys, len(some)),
             Part(out, lse),
-            pieces,
+            watch,
         )
         part = Part(*(put_back(xp, x, changed, queries) for x, changed in ((part.out, found.out), (part.lse, found.lse))))
     return part

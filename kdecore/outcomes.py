@@ -9,7 +9,7 @@ from typing import Any
 
 from kdecore.certificate import Certificate, certify, exact_rows
 from kdecore.errors import MemoryLimitError
-from kdecore.evaluate import Piece, evaluate, nothing
+from kdecore.evaluate import counting, evaluate, nothing
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, host, invert_permutation
@@ -32,8 +32,8 @@ class Outcome:
         What was done.
     part
         The result, without keys that are not finite.
-    pieces
-        Which keys it was evaluated on.
+    slots
+        How many slots of each Selection counted, for all queries together: numbers, or 0-d arrays not yet waited for.
     certificate, rounds
         Of a search for a tolerance.
     """
@@ -41,7 +41,7 @@ class Outcome:
     share: Share
     plan: Plan
     part: Part
-    pieces: list[Piece]
+    slots: Sequence[Array | int]
     certificate: Certificate | None = None
     rounds: tuple[Round, ...] = ()
 
@@ -57,7 +57,7 @@ def held_bytes(problem: Problem, restrictions: Restrictions, whole: list[Share])
     return looked_at + item_bytes(problem) * (own + 3 * problem.groups * problem.n_q * (problem.d_v + 1))
 
 
-def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, keep: bool, held: int = 0) -> Iterator[Outcome]:
+def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, count: bool, held: int = 0) -> Iterator[Outcome]:
     """Evaluate a share as planned, in parts where its temporaries would take more than ``limit`` bytes.
 
     Parameters
@@ -66,8 +66,8 @@ def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, keep: bool
         What, and how: a problem and ``limit=`` → plan.
     limit
         In bytes.
-    keep
-        Whether to keep the pieces, which hold lists of keys, for a report.
+    count
+        Whether to count slots, for a report.
     held
         What other shares take, in bytes.
 
@@ -82,9 +82,9 @@ def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, keep: bool
     place = (share.groups[0] if share.groups else 0, share.queries[0])
     plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=() if place == (0, 0) else place)
     if plan.temporary_bytes <= limit:
-        pieces: list[Piece] = []
-        part = evaluate(share.problem, plan, pieces if keep else None)
-        yield Outcome(share, plan, spoilt_by_keys(share.problem, plan, part), pieces)
+        slots: list[Array | int] = []
+        part = evaluate(share.problem, plan, counting(slots) if count else None)
+        yield Outcome(share, plan, spoilt_by_keys(share.problem, plan, part), slots)
         return
     if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:
         raise too_small(limit, plan)
@@ -92,7 +92,7 @@ def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, keep: bool
         # Results of parts, and what they are put together in.
         held = 3 * item_bytes(share.problem) * share.problem.groups * share.problem.n_q * (share.problem.d_v + 1)
     for half in in_halves(share):
-        yield from run(half, plan_for, limit, keep=keep, held=held)
+        yield from run(half, plan_for, limit, count=count, held=held)
 
 
 def run_all(problem: Problem, restrictions: Restrictions, options: Options, settings: dict[str, Any]) -> Part:
@@ -104,7 +104,7 @@ def run_all(problem: Problem, restrictions: Restrictions, options: Options, sett
         if one.problem is None:
             outcomes.append(unseen(problem, one, settings))
         else:
-            outcomes += run(one, plan_for, math.inf, keep=False)
+            outcomes += run(one, plan_for, math.inf, count=False)
     return spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
 
 
@@ -121,7 +121,7 @@ def find(
     if exact.temporary_bytes <= limit:
         found = search(share.problem, plan_for, exact, tried, rtol, norm, limit)
         part = spoilt_by_keys(share.problem, exact, found.part)
-        yield Outcome(share, found.plan, part, found.pieces, found.certificate, found.rounds)
+        yield Outcome(share, found.plan, part, found.slots, found.certificate, found.rounds)
         return
     if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:
         raise too_small(limit, exact)

@@ -1,11 +1,9 @@
 """`Report`: what a call did, printed as a small table."""
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 from kdecore.certificate import Certificate
-from kdecore.evaluate import Piece
 from kdecore.inputs import Problem
 from kdecore.namespaces import device_name, to_float
 from kdecore.outcomes import Outcome
@@ -129,9 +127,9 @@ def make_report(
     Where groups were treated differently, it says what was done with those of an approximate method that took most.
     """
     rows = [len(one.share.groups) * (one.share.queries[1] - one.share.queries[0]) for one in outcomes]
-    keys = [_keys_evaluated(piece) for one in outcomes for piece in one.pieces]
-    approximate = [one for one in outcomes if one.plan.method != "exact"] or outcomes
-    main = max(approximate, key=lambda one: sum(map(_keys_evaluated, one.pieces))) if len(outcomes) > 1 else outcomes[0]
+    keys = [sum(map(to_float, one.slots)) for one in outcomes]
+    approximate = [i for i, one in enumerate(outcomes) if one.plan.method != "exact"] or range(len(outcomes))
+    main = outcomes[max(approximate, key=keys.__getitem__)]
     plan, reason = main.plan, main.plan.reason
     unlike = sum(count for one, count in zip(outcomes, rows, strict=True) if one.plan.options != plan.options)
     if unlike:
@@ -162,13 +160,3 @@ def make_report(
         certificate_seconds=certificate_seconds,
         rounds=tuple(one for outcome in outcomes for one in outcome.rounds),
     )
-
-
-def _keys_evaluated(piece: Piece) -> float:
-    problem, selection = piece.problem, piece.selection
-    if selection.blocks is None:
-        return float(problem.groups * problem.n_q * problem.n_k)
-    xp = problem.xp
-    counts = xp.sum(xp.astype(xp.isfinite(selection.log_weight), xp.float64), axis=-1)
-    sizes = [end - start for start, end in pairwise(selection.blocks.starts)]
-    return to_float(xp.sum(counts * xp.asarray(sizes, dtype=xp.float64, device=problem.device)))

@@ -63,6 +63,14 @@ class Selection:
     bias: Array | None = None
 
 
+def slots_evaluated(xp: Namespace, selection: Selection) -> Array:
+    """Return how many slots count, for all queries together: a 0-d float64 array, which nothing waits for. O(G B s)."""
+    assert selection.blocks is not None
+    counts = xp.sum(xp.astype(xp.isfinite(selection.log_weight), xp.float64), axis=-1)
+    sizes = [end - start for start, end in pairwise(selection.blocks.starts)]
+    return xp.sum(counts * xp.asarray(sizes, dtype=xp.float64, device=counts.device))
+
+
 def shifted(selection: Selection, query: int, key: int) -> Selection:
     """Turn a Selection of some queries and keys into one of all: these begin with the query and the key given."""
     assert selection.blocks is not None

@@ -22,7 +22,7 @@ from typing import Any
 from kdecore.attend import attend
 from kdecore.certificate import FEWEST_ROWS, Certificate, estimate_errors, exact_rows, stratified
 from kdecore.errors import OptionError
-from kdecore.evaluate import Piece, evaluate
+from kdecore.evaluate import counting, evaluate
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.methods import STAGES
@@ -101,8 +101,8 @@ class Found:
     ----------
     plan
         What was run on all queries.
-    pieces
-        Which keys it was evaluated on.
+    slots
+        How many slots of each Selection counted, for all queries together.
     part
         Its result.
     certificate
@@ -112,7 +112,7 @@ class Found:
     """
 
     plan: Plan
-    pieces: list[Piece]
+    slots: list[Array | int]
     part: Part
     certificate: Certificate | None
     rounds: tuple[Round, ...]
@@ -203,9 +203,9 @@ def search(
         trial.learn(upper if kind == "certified" else MARGIN * error, rtol)
         reason = "exact is expected to be cheaper than what would meet it"
     plan = replace(exact_plan, reason=f"rtol {rtol:g}: {reason}")
-    pieces: list[Piece] = []
-    part = evaluate(problem, plan, pieces)
-    return Found(plan, pieces, part, None, tuple(rounds))
+    slots: list[Array | int] = []
+    part = evaluate(problem, plan, counting(slots))
+    return Found(plan, slots, part, None, tuple(rounds))
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Trial:
         self._prepared: Any = None
         self._plan: Plan | None = None
         self._samples: dict[bool, Sample] = {}
-        self._evaluated: tuple[int, list[Piece], Part] | None = None
+        self._evaluated: tuple[int, list[Array | int], Part] | None = None
         b = options.at(on_accelerator(problem.q)).rows if isinstance(options, Treecode) and self._restricts else 1
         self._population = -(-problem.n_q // b)
         self._rows = min(ROWS_OF_A_CLUSTER, problem.n_q // self._population)
@@ -296,17 +296,19 @@ class Trial:
         """Return whether this budget is cheaper than exact attention, and its temporaries are within the limit."""
         return self.rest < expected_cost(self._problem, Exact()).total and self.plan.temporary_bytes <= limit
 
-    def evaluate(self) -> tuple[list[Piece], Part]:
-        """Evaluate all queries with this budget."""
+    def evaluate(self) -> tuple[list[Array | int], Part]:
+        """Evaluate all queries with this budget; return `Found.slots` and the result."""
         if self._evaluated is None or self._evaluated[0] != self.budget:
             plan = self.plan
-            pieces: list[Piece] = []
+            slots: list[Array | int] = []
+            watch = counting(slots)
             if self._in_pieces:
-                part = evaluate(self._problem, plan, pieces)
+                part = evaluate(self._problem, plan, watch)
             else:
                 selection = self._stages.select(self._problem, plan, self._prepared)
-                pieces, part = [Piece(self._problem, selection)], attend(self._problem, plan, selection)
-            self._evaluated = self.budget, pieces, part
+                watch(self._problem, selection)
+                part = attend(self._problem, plan, selection)
+            self._evaluated = self.budget, slots, part
         return self._evaluated[1:]
 
     def measure(self) -> Certificate:

@@ -252,7 +252,7 @@ def test_halves_of_a_share_are_the_share(rng, restriction):
         found = check_restrictions(problem, options.get("causal", False), None, None, options.get("mask"), q)
         (whole,) = shares(problem, found)
         plan_for = partial(make_plan, method="exact")
-        halves = [outcome for half in in_halves(whole) for outcome in run(half, plan_for, np.inf, keep=False)]
+        halves = [outcome for half in in_halves(whole) for outcome in run(half, plan_for, np.inf, count=False)]
         assert len(halves) == 2
         with np.errstate(all="ignore"):
             part = assembled(problem, halves, finite=False)
@@ -304,8 +304,8 @@ def test_every_key_seen_counts_once_in_the_mean(rng, name, method):
     for seed in range(seeds):
         pieces = []
         plan = make_plan(one.problem, method=options, budget=20, seed=seed)
-        evaluate(one.problem, plan, pieces)
-        weights = sum(weights_of(one.problem, piece) for piece in pieces)
+        evaluate(one.problem, plan, lambda *piece, to=pieces: to.append(piece))
+        weights = sum(weights_of(one.problem, *piece) for piece in pieces)
         total += weights
         square += weights**2
     mean = total / seeds
@@ -317,9 +317,8 @@ def test_every_key_seen_counts_once_in_the_mean(rng, name, method):
     assert gap.mean() <= error[:, seen].mean()
 
 
-def weights_of(problem, piece):
-    """Weights (G, n_q, n_k) of a piece's keys. Pieces of stacked groups carry their positions in their arrays."""
-    small, some = piece.problem, piece.selection
+def weights_of(problem, small, some):
+    """Weights (G, n_q, n_k) of the keys of a Selection. Problems of stacked groups carry their positions in their arrays."""
     weights = np.zeros((problem.groups, problem.n_q, problem.n_k))
     parts = small.groups // problem.groups
     queries, keys = (
