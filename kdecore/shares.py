@@ -26,7 +26,6 @@ from kdecore.namespaces import (
     without_gradient,
 )
 from kdecore.nonfinite import not_finite_keys
-from kdecore.options import integer_at_least
 from kdecore.stretches import Span
 from kdecore.visibility import Mask, Visible, as_intervals, both, hides, sliding
 
@@ -76,15 +75,9 @@ class Share:
 def check_restrictions(
     problem: Problem, causal: bool, window: int | None, key_lengths: Any, mask: Any, like: Array
 ) -> Restrictions:
-    """Check what hides keys, naming the argument; ``like`` is q. Arguments as in `kdecore.attention`."""
-    if not isinstance(causal, bool | host.bool):
-        raise OptionError(f"causal must be True or False, got {causal!r}")
-    if window is not None:
-        if isinstance(window, bool):
-            raise OptionError(f"window must be an integer of at least 1 or None, got {window!r}")
-        window = integer_at_least(1, "window", window)
+    """Check lengths and mask, naming the argument; ``like`` is q. Arguments as in `kdecore.attention`."""
     lengths = _check_lengths(problem, key_lengths)
-    return Restrictions(bool(causal), window, lengths, None if mask is None else _check_mask(problem, mask, like))
+    return Restrictions(causal, window, lengths, None if mask is None else _check_mask(problem, mask, like))
 
 
 def _check_lengths(problem: Problem, key_lengths: Any) -> Array:

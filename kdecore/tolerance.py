@@ -118,27 +118,31 @@ class Found:
     rounds: tuple[Round, ...]
 
 
-def check_tolerance(rtol: object, norm: str) -> float:
-    """Return ``rtol`` as a positive finite float, or raise `OptionError`; likewise for an unknown ``norm``."""
-    number = to_float(rtol)
-    if not 0.0 < number < math.inf:
+def check_tolerance(rtol: object, norm: str) -> None:
+    """Raise `OptionError` unless ``rtol`` is a positive finite number or None, and ``norm`` is known."""
+    if rtol is not None and not 0.0 < to_float(rtol) < math.inf:
         raise OptionError(f"rtol must be a positive finite number or None, got {rtol!r}")
     if norm not in NORMS:
         raise OptionError(f"rtol_norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    return number
 
 
 def to_try(method: str | Options, budget: int | None, problem: Problem, target: str) -> list[Options]:
-    """Return the options of the methods that ``method`` allows besides exact, or raise `OptionError`.
+    """Return `candidates`; where no kernel of ``target`` opens trees, ``"auto"`` tries none of these.
 
-    Where no kernel of ``target``, `kdecore.attention`'s ``kernels``, opens trees, ``"auto"`` tries none: array operations
-    take longer than exact for long.
+    Array operations take longer than exact for long. ``target`` is `kdecore.attention`'s ``kernels``.
     """
+    found = candidates(method, budget)
+    if method == "auto" and tree_opener(problem, site_of(problem), target).target == "array-api":
+        return [options for options in found if not isinstance(options, Treecode)]
+    return found
+
+
+def candidates(method: str | Options, budget: int | None) -> list[Options]:
+    """Return the options of the methods that ``method`` allows besides exact, or raise `OptionError`."""
     if budget is not None:
         raise OptionError(f"budget must be None with rtol, which chooses it, got {budget!r}")
     if method == "auto":
-        opens_trees = tree_opener(problem, site_of(problem), target).target != "array-api"
-        return [options for options in CANDIDATES if opens_trees or not isinstance(options, Treecode)]
+        return list(CANDIDATES)
     options = METHODS[method]() if isinstance(method, str) else method
     if isinstance(options, Exact):
         return []

@@ -215,7 +215,7 @@ def test_torch_export_keeps_lengths_open():
 
 
 def test_the_operator_keeps_pytorchs_rules():
-    call = (*same(25, 25, grad=True), None, False, None, 0, encoded({"method": "sortlsh", "budget": 9}))
+    call = (*same(25, 25, grad=True), None, None, False, None, 0, encoded({"method": "sortlsh", "budget": 9}))
     found = torch.library.opcheck(torch.ops.kdecore.attention.default, call)
     assert set(found.values()) == {"SUCCESS"}
 

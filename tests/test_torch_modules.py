@@ -1,6 +1,8 @@
 """`KDEAttention`, `reroute`, `replace_attention`: at a full budget as PyTorch has it, and what becomes of each call."""
 
+import copy
 import io
+import re
 import threading
 
 import pytest
@@ -13,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kdecore import OptionError
 from kdecore_adapters.torch_adapter import collect_reports
-from kdecore_adapters.torch_modules import Count, KDEAttention, replace_attention, reroute
+from kdecore_adapters.torch_calls import Count
+from kdecore_adapters.torch_modules import POSITION_BIAS, KDEAttention, NothingReplaced, replace_attention, reroute
 
 FULL = {"method": "treecode", "budget": 1000}
 SMALL = {"method": "sortlsh", "budget": 50}
@@ -269,11 +272,11 @@ def test_encoders_in_evaluation_are_met(grad, block):
         if block:
             with reroute(min_keys=1, **FULL) as met:
                 out = found(x), found(x, src_key_padding_mask=RIGHT)
-            assert met.counts == {("", "kdecore"): 4}
+            assert met.counts == {("", "exact"): 4}
         else:
             met = replace_attention(found, min_keys=1, **FULL)
             out = found(x), found(x, src_key_padding_mask=RIGHT)
-            assert met.counts == {("layers.0.self_attn", "kdecore"): 2, ("layers.1.self_attn", "kdecore"): 2}
+            assert met.counts == {("layers.0.self_attn", "exact"): 2, ("layers.1.self_attn", "exact"): 2}
     torch.testing.assert_close(out[0], expected, **CHECK)
     torch.testing.assert_close(out[1][~RIGHT], padded[~RIGHT], **CHECK)
 
@@ -299,7 +302,9 @@ def test_multi_head_attention_is_met_and_the_same_at_a_full_budget(call):
     with reroute(min_keys=1, **FULL) as met:
         out, weights = module(q, k, v, need_weights=False, **call)
     assert weights is None
-    assert met.counts == {("", "kdecore"): 1}
+    # PyTorch's module makes numbers of masks.
+    of_heads = "attn_mask" in call and call["attn_mask"].ndim == 3
+    assert met.counts == {("", POSITION_BIAS if of_heads else "exact"): 1}
     torch.testing.assert_close(out, expected, **CHECK)
 
 
@@ -309,7 +314,7 @@ def test_multi_head_attention_is_met_within_another_mode():
     x = rows(2, N, WIDTH)
     with torch.device("cpu"), reroute(min_keys=1, **SMALL) as met:
         module(x, x, x, need_weights=False)
-    assert met.counts == {("", "kdecore"): 1}
+    assert met.counts == {("", "sortlsh"): 1}
 
 
 def test_attention_weights_that_are_asked_for_are_those_of_pytorch():
@@ -323,7 +328,7 @@ def test_attention_weights_that_are_asked_for_are_those_of_pytorch():
         torch.testing.assert_close(ours, theirs, **CHECK)
 
 
-@pytest.mark.parametrize(("min_keys", "outcome"), [(1, "kdecore"), (1000, "fewer than 1000 keys")])
+@pytest.mark.parametrize(("min_keys", "outcome"), [(1, "exact"), (1000, "fewer than 1000 keys")])
 @pytest.mark.parametrize(("n_q", "n_k"), [(N, N), (60, N), (N, 60)])
 @pytest.mark.parametrize(
     "call",
@@ -352,7 +357,8 @@ REASONS = {
     "fewer than 32 queries": (31, N, {}, SMALL),
     "dropout": (N, N, {"dropout_p": 0.2}, SMALL),
     "no more keys than the budget": (N, N, {}, {"budget": N}),
-    "exact attention is expected to be faster": (N, N, {}, {"budget": 80}),
+    "exact attention is expected to be about as fast": (N, N, {}, {"budget": 80}),
+    POSITION_BIAS: (N, N, {"attn_mask": additive(2, N, N)}, SMALL),
 }
 
 
@@ -372,7 +378,7 @@ def test_what_is_left_to_pytorch_is_counted_with_its_reason(reason, case):
 
 def test_a_dtype_that_is_not_known_is_left_to_pytorch():
     q = rows(1, 2, N, 8).to(torch.complex64)
-    with reroute(min_keys=1, **SMALL) as met, pytest.raises(NotImplementedError, match="ComplexFloat"):
+    with pytest.raises(NotImplementedError, match="ComplexFloat"), reroute(min_keys=1, **SMALL) as met:
         sdpa(q, q, q)
     assert met.counts == {("", "dtype complex64"): 1}
 
@@ -381,8 +387,8 @@ def test_the_least_numbers_of_keys_and_queries_are_estimated():
     q, k = rows(1, 2, 32, 8), rows(1, 2, 60, 8)
     with reroute(min_keys=60, **SMALL) as met, collect_reports() as reports:
         sdpa(q, k, k)
-    assert met.counts == {Count("", "kdecore"): 1}
-    assert str(met) == "kdecore: 1"
+    assert met.counts == {Count("", "sortlsh"): 1}
+    assert re.search(r"\n–  +1 +50 +0\.\d+ +\d+\.\d  sortlsh$", str(met))
     assert [report.budget for report in reports] == [50]
 
 
@@ -392,7 +398,7 @@ def test_the_block_ends_with_an_exception_too():
         torch.cat([sdpa(q, q, q), q[..., :3]])
     assert not running_modes()
     sdpa(q, q, q)
-    assert met.counts == {("", "kdecore"): 1}
+    assert met.counts == {("", "sortlsh"): 1}
 
 
 def test_the_functions_of_pytorch_are_unchanged_in_the_block():
@@ -401,6 +407,7 @@ def test_the_functions_of_pytorch_are_unchanged_in_the_block():
     with reroute(**SMALL):
         now = functional.scaled_dot_product_attention, functional.multi_head_attention_forward
         assert all(x is y for x, y in zip(now, before, strict=True))
+        sdpa(*[rows(1, 2, N, 8)] * 3)
 
 
 def test_other_threads_see_nothing_of_a_block_or_of_a_model_that_runs():
@@ -411,7 +418,7 @@ def test_other_threads_see_nothing_of_a_block_or_of_a_model_that_runs():
         thread.start()
         thread.join()
 
-    with reroute(min_keys=1, **SMALL) as met:
+    with pytest.warns(NothingReplaced), reroute(min_keys=1, **SMALL) as met:
         ask()
     replaced = model()
     replaced[1].register_forward_pre_hook(ask)
@@ -420,7 +427,7 @@ def test_other_threads_see_nothing_of_a_block_or_of_a_model_that_runs():
     assert len(found) == 2
     assert all(torch.equal(out, sdpa(q, q, q)) for out in found)
     assert not met.counts
-    assert replacement.counts == {("0", "kdecore"): 1, ("1.1", "kdecore"): 1}
+    assert replacement.counts == {("0", "sortlsh"): 1, ("1.1", "sortlsh"): 1}
 
 
 # replace_attention
@@ -459,12 +466,13 @@ def test_layers_are_counted_and_have_options_of_their_own():
     assert [(report.method, report.budget) for report in reports] == [("sortlsh", 50), ("treecode", 60)]
     found(x[:, :20])
     assert replacement.counts == {
-        ("0", "kdecore"): 1,
-        ("1.1", "kdecore"): 1,
+        ("0", "sortlsh"): 1,
+        ("1.1", "treecode"): 1,
         ("0", "fewer than 32 queries"): 1,
         ("1.1", "fewer than 32 queries"): 1,
     }
-    assert str(replacement).splitlines()[1] == "1.1 kdecore: 1"
+    assert re.match(r"1\.1 +1 +60 +0\.\d+ +\d+\.\d  treecode$", str(replacement).splitlines()[2])
+    assert re.match(r"0 +1 +\d+\.\d  PyTorch: fewer than 32 queries$", str(replacement).splitlines()[3])
 
 
 def test_a_layer_at_a_full_budget_is_exact_beside_one_that_is_not():
@@ -482,7 +490,7 @@ def test_a_part_of_the_model_that_is_called_alone_is_met():
     found = model()
     replacement = replace_attention(found, min_keys=1, **SMALL)
     found[1][1](rows(2, N, WIDTH))
-    assert replacement.counts == {("1.1", "kdecore"): 1}
+    assert replacement.counts == {("1.1", "sortlsh"): 1}
 
 
 def test_restore_leaves_attention_to_pytorch():
@@ -563,7 +571,7 @@ def test_an_exception_of_another_hook_that_the_model_catches():
     found.first.register_forward_pre_hook(raises)
     replacement = replace_attention(found, min_keys=1, **SMALL)
     found(rows(2, N, WIDTH))
-    assert replacement.counts == {("second", "kdecore"): 1}
+    assert replacement.counts == {("second", "sortlsh"): 1}
     assert not running_modes()
 
 
@@ -645,6 +653,108 @@ def test_a_saved_model_loads_without_hooks():
     assert torch.equal(fresh(x), expected)
 
 
+@pytest.mark.parametrize("copied", ["pickled", "copied"])
+def test_a_model_that_is_pickled_or_copied_whole_goes_on_estimating(copied):
+    found, x = model(), rows(2, N, WIDTH)
+    replacement = replace_attention(found, min_keys=1, layers={"0": {"method": "treecode"}}, **SMALL)
+    expected = found(x)
+    if copied == "pickled":
+        file = io.BytesIO()
+        torch.save(found, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(found)
+    counted = replacement.counts
+    assert torch.equal(other(x), expected)
+    assert replacement.counts == counted == {("0", "treecode"): 1, ("1.1", "sortlsh"): 1}
+    replacement.restore()
+    assert not torch.equal(found(x), expected)
+    assert torch.equal(other(x), expected)
+
+
+# What happens where nothing is met, and what is said of what was
+
+
+class OwnSoftmax(nn.Module):
+    """Attention that calls none of PyTorch's functions for it."""
+
+    def forward(self, x):
+        return torch.softmax(x @ x.mT, dim=-1) @ x
+
+
+def test_a_model_with_a_softmax_of_its_own_is_warned_of():
+    found, x = nn.Sequential(OwnSoftmax()), rows(2, N, WIDTH)
+    replacement = replace_attention(found, min_keys=1, **SMALL)
+    with pytest.warns(NothingReplaced, match="no attention was met"):
+        found(x)
+    assert str(replacement) == "no attention was met"
+    with pytest.warns(NothingReplaced, match="no attention was met"), reroute(min_keys=1, **SMALL):
+        OwnSoftmax()(x)
+
+
+def test_parts_without_attention_and_models_that_raise_are_not():
+    found, x = nn.Sequential(nn.Identity(), Layer(), Raises(ValueError("in the model"))), rows(2, N, WIDTH)
+    replace_attention(found, min_keys=1, **SMALL)
+    found[0](x)
+    first = nn.Sequential(Raises(ValueError("in the model")), Layer())
+    replace_attention(first, min_keys=1, **SMALL)
+    with pytest.raises(ValueError, match="in the model"):
+        first(x)
+    with pytest.raises(ValueError, match="in the block"), reroute(**SMALL):
+        raise ValueError("in the block")
+
+
+def test_the_table_says_what_ran_and_what_it_took():
+    """Exact runs of kdecore are no estimates; errors are certified where that is asked for."""
+    found, x = model(), rows(2, 300, WIDTH)
+    layers = {"0": {"method": "exact"}}
+    replacement = replace_attention(found, min_keys=1, layers=layers, certificate=1.0, **SMALL)
+    for _ in range(2):
+        found(x)
+    assert replacement.counts == {("0", "exact"): 2, ("1.1", "sortlsh"): 2}
+    exact, estimated = replacement.calls.tallies[("0", "exact")], replacement.calls.tallies[("1.1", "sortlsh")]
+    assert (exact.keys, estimated.keys) == (600.0, 100.0)
+    assert exact.error is None
+    assert 0.001 < estimated.error < 1.0
+    assert min(exact.seconds, estimated.seconds) > 0
+    head, *lines = str(replacement).splitlines()
+    assert head.split("  ")[0] == "layer"
+    assert re.match(r"0 +2 +300 +\d+\.\d  exact$", lines[0])
+    assert re.match(r"1\.1 +2 +50 +0\.\d+ +\d+\.\d  sortlsh$", lines[1])
+
+
+def test_checking_options_leaves_no_report_behind():
+    with collect_reports() as reports:
+        reroute(method="exact")
+        replace_attention(model(), method="exact")
+        KDEAttention(WIDTH, HEADS, method="exact")
+    assert not reports
+
+
+def test_an_option_that_pytorch_has_not_holds_for_short_inputs_too():
+    q, k, v = (rows(2, HEADS, 40, 8, seed=seed) for seed in range(3))
+    distance = torch.arange(40)[:, None] - torch.arange(40)
+    with reroute(window=5) as met:
+        out = sdpa(q, k, v)
+        step = sdpa(q[..., -1:, :], k, v)
+    torch.testing.assert_close(out, sdpa(q, k, v, distance.abs() < 5), **CHECK)
+    torch.testing.assert_close(step, sdpa(q[..., -1:, :], k, v, (distance.abs() < 5)[-1:]), **CHECK)
+    assert met.counts == {("", "exact"): 2}
+    with pytest.raises(OptionError, match="dropout_p must be 0"), reroute(window=5):
+        sdpa(q, k, v, dropout_p=0.1)
+
+
+def test_rows_that_attend_to_themselves_have_own_keys():
+    """KDEAttention is told so by getting one tensor for queries and keys."""
+    ours, _ = pair({"method": "treecode", "budget": 64}, batch_first=True)
+    x = rows(1, N, WIDTH)
+    with collect_reports() as reports:
+        ours(x, x, x)
+        ours(x, x.clone(), x)
+    assert [report.diagonal for report in reports] == [0, None]
+
+
 # torch.compile
 
 
@@ -688,12 +798,16 @@ def test_the_graph_holds_the_operator(compiled, block):
     compile_, graphs = compiled
     found, x = model(), rows(2, N, WIDTH)
     if block:
-        with reroute(min_keys=1, **SMALL):
+        with reroute(min_keys=1, **SMALL) as met:
             compile_(found)(x)
     else:
-        replace_attention(found, min_keys=1, **SMALL)
+        met = replace_attention(found, min_keys=1, **SMALL)
         compile_(found)(x)
     assert len(graphs) == 1
+    if block:
+        assert met.counts == {("", "sortlsh"): 2}
+    else:
+        assert str(met) == "no attention was met\ncompiled: not counted"
     assert graphs[0].code.count("kdecore.attention") == 2
     assert "scaled_dot_product_attention" not in graphs[0].code
 

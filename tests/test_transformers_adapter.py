@@ -9,6 +9,7 @@ import torch
 
 from kdecore import OptionError
 from kdecore_adapters.torch_adapter import collect_reports
+from kdecore_adapters.torch_modules import POSITION_BIAS, reroute
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -94,10 +95,10 @@ def seen(out, padding):
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 @pytest.mark.parametrize("name", ["bert", "llama", "mistral", "gpt2", "modernbert"])
 def test_models_say_what_they_say_with_sdpa(name, padding):
-    counts = register(**FULL)
+    calls = register(**FULL)
     out, expected = both(name, input_ids=IDS, **padded(padding))
     torch.testing.assert_close(seen(out, padding), seen(expected, padding), **CHECK)
-    assert counts == {("layer 0", "kdecore"): 1, ("layer 1", "kdecore"): 1}
+    assert calls.counts == {("layer 0", "exact"): 1, ("layer 1", "exact"): 1}
 
 
 @pytest.mark.parametrize("padding", [RIGHT, RIGHT.flip(1)], ids=["right", "left"])
@@ -112,21 +113,32 @@ def test_models_with_masks_of_their_own(name, padding):
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 def test_encoders_and_decoders_with_a_bias_of_positions(padding):
     """Which PyTorch adds, to the whole mask of a causal decoder too."""
-    counts = register(**FULL)
+    calls = register(**FULL)
     inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :50]}
     if padding is not None:
         inputs |= {"attention_mask": padding, "decoder_attention_mask": padding[:, -50:]}
     out, expected = both("t5", **inputs)
     visible = None if padding is None else padding[:, -50:]
     torch.testing.assert_close(seen(out, visible), seen(expected, visible), **CHECK)
-    assert {outcome for _, outcome in counts} == {"position bias"}
+    assert {outcome for _, outcome in calls.counts} == {POSITION_BIAS}
+
+
+def test_a_bias_of_positions_is_left_to_pytorch_in_a_block_too():
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :50]}
+    found = model("t5", "sdpa")
+    with torch.no_grad():
+        expected = found(**inputs)[0]
+        with reroute(method="treecode", budget=20, min_keys=1) as met:
+            out = found(**inputs)[0]
+    assert {outcome for _, outcome in met.counts} == {POSITION_BIAS}
+    assert torch.equal(out, expected)
 
 
 def test_a_vision_transformer():
-    counts = register(**FULL)
+    calls = register(**FULL)
     out, expected = both("vit", pixel_values=torch.randn(2, 3, 48, 48, dtype=torch.float64))
     torch.testing.assert_close(out, expected, **CHECK)
-    assert counts.total() == 2
+    assert calls.counts.total() == 2
 
 
 @pytest.mark.parametrize("kind", [None, "static"])
@@ -134,7 +146,7 @@ def test_a_vision_transformer():
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_generation_gives_the_same_tokens(name, padding, kind):
     call = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "cache_implementation": kind}
-    counts, tokens, scores = register(**FULL), [], []
+    calls, tokens, scores = register(**FULL), [], []
     for implementation in ("kdecore", "sdpa"):
         found = model(name, implementation).generate(
             IDS, **padded(padding), **call, output_scores=True, return_dict_in_generate=True
@@ -143,8 +155,8 @@ def test_generation_gives_the_same_tokens(name, padding, kind):
         scores.append(torch.stack(found.scores))
     assert torch.equal(*tokens)
     torch.testing.assert_close(*scores, **CHECK)
-    assert counts[("layer 0", "kdecore")] == 1
-    assert counts[("layer 0", "fewer than 32 queries")] == 7
+    assert calls.counts[("layer 0", "exact")] == 1
+    assert calls.counts[("layer 0", "fewer than 32 queries")] == 7
 
 
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
@@ -152,7 +164,7 @@ def test_generation_gives_the_same_tokens(name, padding, kind):
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_a_prefill_in_chunks(name, padding, cuts):
     """The last query of a chunk is aligned to its last key, whether it is estimated or too short to be."""
-    counts, logits = register(**FULL), []
+    calls, logits = register(**FULL), []
     for implementation in ("kdecore", "sdpa"):
         found, cached, parts = model(name, implementation), transformers.DynamicCache(config=model(name).config), []
         found.set_attn_implementation(implementation)
@@ -162,18 +174,18 @@ def test_a_prefill_in_chunks(name, padding, cuts):
                 parts.append(found(input_ids=IDS[:, first:end], cache=cached, **inputs).logits)
         logits.append(torch.cat(parts, dim=1))
     torch.testing.assert_close(*(seen(each, padding) for each in logits), **CHECK)
-    assert counts[("layer 1", "kdecore")] == 1
+    assert calls.counts[("layer 1", "exact")] == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_packed_sequences(name):
-    counts = register(**FULL)
+    calls = register(**FULL)
     positions = torch.cat([torch.arange(25), torch.arange(N - 25)])[None]
     out, expected = both(name, input_ids=IDS[:1], position_ids=positions, use_cache=False)
     torch.testing.assert_close(out, expected, **CHECK)
     apart, _ = both(name, input_ids=IDS[:1, 25:])
     torch.testing.assert_close(out[:, 25:], apart, **CHECK)
-    assert counts.total() == 4
+    assert calls.counts.total() == 4
 
 
 @pytest.mark.parametrize(
@@ -272,11 +284,21 @@ def test_keys_that_a_cache_has_forgotten_are_left_out_of_the_mask():
 
 
 def test_layers_have_options_of_their_own():
-    counts = register(layers={1: {"method": "sortlsh", "seed": 3}}, method="treecode", budget=40, min_keys=1)
+    calls = register(layers={1: {"method": "sortlsh", "seed": 3}}, method="treecode", budget=40, min_keys=1)
     with collect_reports() as reports:
         both("bert", input_ids=IDS)
     assert [(report.method, report.budget) for report in reports] == [("treecode", 40), ("sortlsh", 40)]
-    assert counts[("layer 0", "kdecore")] == counts[("layer 1", "kdecore")] == 1
+    assert calls.counts == {("layer 0", "treecode"): 1, ("layer 1", "sortlsh"): 1}
+
+
+def test_layers_that_a_model_has_not_are_refused():
+    register(layers={0: {"method": "exact"}}, **FULL)
+    with pytest.raises(OptionError, match=r"layers must be None for ViT\w*Attention, which has no layer_idx .* got \[0\]"):
+        both("vit", pixel_values=torch.randn(2, 3, 48, 48, dtype=torch.float64))
+    register(layers={1: {}, 7: {}}, **FULL)
+    for name in ("bert", "llama", "gpt2"):
+        with pytest.raises(OptionError, match=r"layers must be numbered below 2 for \w+, got \[1, 7\]"):
+            both(name, input_ids=IDS)
 
 
 def test_names_stand_for_options_and_may_be_given_again():
@@ -284,10 +306,10 @@ def test_names_stand_for_options_and_may_be_given_again():
     first, second = register("kdecore", **FULL), register("kdecore-other", **FULL)
     found = model("llama", "kdecore-other")
     found(input_ids=IDS)
-    assert (first.total(), second.total()) == (0, 2)
+    assert (first.counts.total(), second.counts.total()) == (0, 2)
     third = register("kdecore-other", **FULL)
     found(input_ids=IDS)
-    assert (second.total(), third.total()) == (2, 2)
+    assert (second.counts.total(), third.counts.total()) == (2, 2)
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
@@ -354,11 +376,11 @@ def test_at_a_small_budget_models_say_nearly_the_same(method, bound, lengths):
 
 
 def test_short_inputs_are_left_to_sdpa_bit_for_bit():
-    counts = register(method="sortlsh", budget=20, min_keys=N + 1)
+    calls = register(method="sortlsh", budget=20, min_keys=N + 1)
     for name in ("bert", "llama", "mistral", "gpt2"):
         for padding in PADDINGS.values():
             assert torch.equal(*(seen(out, padding) for out in both(name, input_ids=IDS, **padded(padding))))
-    assert {outcome for _, outcome in counts} == {f"fewer than {N + 1} keys"}
+    assert {outcome for _, outcome in calls.counts} == {f"fewer than {N + 1} keys"}
 
 
 # Training
@@ -375,15 +397,15 @@ def trained(implementation, padding=None, name="llama", **options):
 
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 def test_gradients_at_a_full_budget_are_those_of_sdpa(padding):
-    counts = register(**FULL)
+    calls = register(**FULL)
     ours, theirs = (trained(implementation, padding) for implementation in ("kdecore", "sdpa"))
     for found, expected in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
-    assert counts == {("layer 0", "kdecore"): 1, ("layer 1", "kdecore"): 1}
+    assert calls.counts == {("layer 0", "exact"): 1, ("layer 1", "exact"): 1}
 
 
 def test_gradients_flow_at_a_small_budget_and_through_activations_made_again():
-    counts = register(method="sortlsh", budget=20, min_keys=1)
+    calls = register(method="sortlsh", budget=20, min_keys=1)
     _, plain = trained("kdecore", RIGHT)
     _, exact = trained("sdpa", RIGHT)
     found = model("llama")
@@ -392,18 +414,18 @@ def test_gradients_flow_at_a_small_budget_and_through_activations_made_again():
         _, again = trained("kdecore", RIGHT)
     finally:
         found.activation_checkpointing_disable()
-    assert counts[("layer 0", "kdecore")] == 3
+    assert calls.counts[("layer 0", "sortlsh")] == 3
     for ours, same, theirs in zip(again, plain, exact, strict=True):
         torch.testing.assert_close(ours, same, rtol=1e-10, atol=1e-12)
         assert 0 < (same - theirs).norm() < 2 * theirs.norm()
 
 
 def test_dropout_while_training_is_left_to_pytorch():
-    counts = register(**FULL)
+    calls = register(**FULL)
     options = {"attention_dropout": 0.2}
     ours, theirs = (trained(implementation, RIGHT, **options) for implementation in ("kdecore", "sdpa"))
     torch.testing.assert_close(ours[0], theirs[0], **CHECK)
-    assert counts == {("layer 0", "dropout"): 1, ("layer 1", "dropout"): 1}
+    assert calls.counts == {("layer 0", "dropout"): 1, ("layer 1", "dropout"): 1}
     assert ours[0] != model("llama", "sdpa", **options)(input_ids=IDS, labels=IDS, attention_mask=RIGHT).loss
 
 
@@ -452,7 +474,7 @@ def test_saved_models_know_nothing_of_it(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
     torch.testing.assert_close(loaded.eval()(input_ids=IDS)[0], expected, **CHECK)
-    counts = register(**FULL)
+    calls = register(**FULL)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="kdecore")
     torch.testing.assert_close(again.eval()(input_ids=IDS)[0], expected, **CHECK)
-    assert counts.total() == 2
+    assert calls.counts.total() == 2

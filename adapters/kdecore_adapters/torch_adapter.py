@@ -12,9 +12,9 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from kdecore.errors import OptionError
 from kdecore.namespaces import ACCUMULATION
 from kdecore.options import DEFAULT_BUDGET
-from kdecore.planning import Sizes, exact_over_treecode
+from kdecore.planning import WORTHWHILE, Sizes, exact_over_treecode
 from kdecore.tolerance import FIRST_BUDGET
-from kdecore_adapters.torch_operator import collect_reports, estimate
+from kdecore_adapters.torch_operator import collect_reports, encoded, estimate
 
 __all__ = ["collect_reports", "scaled_dot_product_attention"]
 
@@ -147,7 +147,9 @@ def scaled_dot_product_attention(
     enable_gqa
         Whether key and value may have fewer heads, a divisor of the query's.
     **kdecore_options
-        method, budget, rtol, seed (below 2**63) and other options of `kdecore.attention`.
+        method, budget, rtol, seed (below 2**63) and other options of `kdecore.attention`, but those that arguments above
+        say. They are checked and hold whether or not a call is left to PyTorch: one with ``window``, ``key_lengths``,
+        ``check_finite``, ``max_memory`` or named ``kernels`` isn't.
 
     Returns
     -------
@@ -158,7 +160,8 @@ def scaled_dot_product_attention(
     Raises
     ------
     OptionError
-        dropout_p is not 0 where attention is estimated; attn_mask together with is_causal; unknown options.
+        dropout_p is not 0 where the call isn't left to PyTorch; attn_mask together with is_causal; ``diagonal`` that these
+        contradict; unknown options, and those out of their range.
     KdecoreError
         What else `kdecore.attention` raises.
     """
@@ -168,25 +171,21 @@ def scaled_dot_product_attention(
     if isinstance(attn_mask, CausalBias):
         lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
         is_causal, attn_mask = not lower_right, None
+    encoded({name: x for name, x in kdecore_options.items() if name not in ("seed", "key_lengths")})
+    if is_causal or lower_right:
+        diagonal = key.shape[-2] - query.shape[-2] if lower_right else 0
+        if kdecore_options.get("diagonal") not in (None, diagonal):
+            raise OptionError(f"diagonal must be None or {diagonal} here, got {kdecore_options['diagonal']!r}")
+        kdecore_options = {**kdecore_options, "diagonal": None if lower_right else 0}
     if left_to_torch(query, key, value, kdecore_options):
         mask = CausalBias(CausalVariant.LOWER_RIGHT, query.shape[-2], key.shape[-2]) if lower_right else attn_mask
         return functional.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if dropout_p > 0.0:
-        raise OptionError(f"dropout_p must be 0 where attention is estimated, got {dropout_p}")
+        raise OptionError(f"dropout_p must be 0 where a call isn't left to PyTorch, got {dropout_p}")
     query, key, value = broadcast(query, key, value, enable_gqa)
-    n_q, n_k = query.shape[-2], key.shape[-2]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-        return estimate(query, key, value, attn_mask, causal, scale, kdecore_options)
-
-    if not is_causal or n_q == n_k:
-        return attend(query, key, value, is_causal or lower_right)
-    if n_q < n_k:
-        return attend(query, key[..., :n_q, :], value[..., :n_q, :], True)
-    parts = attend(query[..., :n_k, :], key, value, True), attend(query[..., n_k:, :], key, value, False)
-    return torch.cat(parts, dim=-2)
+    return estimate(query, key, value, attn_mask, is_causal or lower_right, scale, kdecore_options)
 
 
 def left_to_torch(
@@ -202,10 +201,12 @@ def left_to_torch(
         As in `scaled_dot_product_attention`.
     options
         Of kdecore: with a method's name that method runs whatever it takes; with ``"auto"``, the default, one does where it
-        is expected to be faster.
+        is expected to be faster. With what PyTorch's own attention hasn't (see `beyond_torch`) nothing is left to it.
     min_keys, min_queries
         Shorter inputs are left to PyTorch.
     """
+    if beyond_torch(options):
+        return ""
     if query.is_nested or key.is_nested:
         return "nested tensors"
     dtype = str(query.dtype).removeprefix("torch.")
@@ -230,8 +231,16 @@ def left_to_torch(
         groups = groups * size
     sizes = Sizes(groups, n_q, n_k, query.shape[-1], value.shape[-1], dtype)
     return (
-        "" if groups * n_q > 0 and exact_over_treecode(sizes, budget) > 1.0 else "exact attention is expected to be faster"
+        ""
+        if groups * n_q > 0 and exact_over_treecode(sizes, budget) >= WORTHWHILE
+        else "exact attention is expected to be about as fast"
     )
+
+
+def beyond_torch(options: Mapping[str, Any]) -> bool:
+    """Return whether options ask for what PyTorch's own attention would not do, in the result or on the way there."""
+    asked = any(options.get(name) is not None for name in ("window", "key_lengths", "max_memory"))
+    return asked or bool(options.get("check_finite")) or options.get("kernels", "auto") != "auto"
 
 
 def broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

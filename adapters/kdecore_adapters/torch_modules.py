@@ -5,12 +5,17 @@
 is called. Neither changes parameters, so saved models load without kdecore.
 """
 
+import inspect
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from threading import local
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +23,45 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from kdecore.errors import OptionError
-from kdecore_adapters.torch_adapter import both_masks, left_to_torch, scaled_dot_product_attention
-from kdecore_adapters.torch_operator import checked, estimate
+from kdecore.report import Report
+from kdecore_adapters.torch_adapter import beyond_torch, both_masks, left_to_torch, scaled_dot_product_attention
+from kdecore_adapters.torch_calls import Calls, Count
+from kdecore_adapters.torch_operator import checked, counted_by, estimate
 
 MIN_KEYS = 1024
 """Calls with fewer keys are left to PyTorch where nothing else is asked for."""
 MIN_QUERIES = 32
 """Fewer queries, as in decoding, take longer to choose keys for than to evaluate exactly."""
-TAKEN = "kdecore"
-"""What is counted for a call that kdecore took: its report says which method ran, and exact may have been the cheapest."""
+POSITION_BIAS = "numbers added to the logits of each head"
+"""Why attention with a position bias, such as T5's, is left to PyTorch: a mask that is no interval, whatever it rests on."""
+
+
+class NothingReplaced(UserWarning):
+    """A model was to be estimated, and called nothing that can be."""
 
 
 def left_by_model(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, options: Mapping[str, Any], min_keys: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    options: Mapping[str, Any],
+    min_keys: int,
+    biased: bool = False,
 ) -> str:
-    """Return why a model's call is left to PyTorch, as `left_to_torch`, and for dropout too, or ""."""
-    return left_to_torch(query, key, value, options, min_keys, MIN_QUERIES) or ("dropout" if dropout_p > 0.0 else "")
+    """Return why a model's call is left to PyTorch, or "": one rule for every way into a model.
+
+    Beside `left_to_torch`'s reasons these are dropout and position biases, such as T5's: ``biased`` says that there is one,
+    or a mask of numbers does that differs from head to head and query to query.
+    """
+    if beyond_torch(options):
+        return ""
+    if reason := left_to_torch(query, key, value, options, min_keys, MIN_QUERIES):
+        return reason
+    if mask is not None and mask.dtype != torch.bool and mask.ndim > 2:
+        biased = biased or (mask.shape[-3] > 1 and mask.shape[-2] > 1)
+    return "dropout" if dropout_p > 0.0 else (POSITION_BIAS if biased else "")
 
 
 class KDEAttention(nn.MultiheadAttention):
@@ -125,6 +153,9 @@ class KDEAttention(nn.MultiheadAttention):
         """
         if need_weights:
             raise OptionError("need_weights must be False: attention weights are never made")
+        # One tensor for both says that each row is its own key.
+        own = {"diagonal": 0} if query is key and self.kdecore_options.get("diagonal") is None else {}
+        options = {**self.kdecore_options, **own}
         batched = query.ndim == 3
         if not batched:
             query, key, value = (x[None] for x in (query, key, value))
@@ -132,7 +163,7 @@ class KDEAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = (self._heads(x) for x in self._projected(query, key, value))
-        out = self._attend(q, k, v, key_padding_mask, attn_mask, is_causal)
+        out = self._attend(q, k, v, key_padding_mask, attn_mask, is_causal, options)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], None
@@ -153,7 +184,14 @@ class KDEAttention(nn.MultiheadAttention):
         return heads.transpose(1, 2)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+        options: Mapping[str, Any],
     ) -> Tensor:
         if is_causal:
             mask = None
@@ -164,12 +202,11 @@ class KDEAttention(nn.MultiheadAttention):
             mask = both_masks(mask, _seen(padding)[:, None, None, :])
         dropout = self.dropout if self.training else 0.0
         if is_causal and mask is not None:
-            n_q, n_k = q.shape[-2], k.shape[-2]
-            if n_q == n_k and dropout == 0.0 and not left_to_torch(q, k, v, self.kdecore_options):
-                return estimate(q, k, v, mask, True, None, self.kdecore_options)
-            causal = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril()
+            if dropout == 0.0 and not left_to_torch(q, k, v, options):
+                return estimate(q, k, v, mask, True, None, {**options, "diagonal": 0})
+            causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             mask, is_causal = both_masks(mask, causal), False
-        return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, **self.kdecore_options)
+        return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, **options)
 
 
 def _seen(mask: Tensor) -> Tensor:
@@ -177,11 +214,12 @@ def _seen(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype == torch.bool else mask
 
 
-class Count(NamedTuple):
-    """Calls of one layer that had the same fate."""
+class _Running(local):
+    """What runs in this thread: modules of a model, the innermost last, and what is to be left with the first of them."""
 
-    layer: str
-    outcome: str
+    def __init__(self) -> None:
+        self.stack: list[tuple[str, Mapping[str, Any]]] = []
+        self.within = ExitStack()
 
 
 class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
@@ -193,15 +231,25 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     Parameters
     ----------
     min_keys
-        Calls with fewer keys are left to PyTorch, and those with fewer than `MIN_QUERIES` queries.
+        Calls with fewer keys are left to PyTorch, and those with fewer than `MIN_QUERIES` queries; but for options that
+        PyTorch's attention hasn't, such as ``window``: with these nothing is left to it.
     **kdecore_options
-        method, budget, rtol, seed and other options of `kdecore.attention`.
+        method, budget, rtol, seed and other options of `kdecore.attention`. With ``certificate`` or ``rtol`` the table of
+        calls says what error was certified.
 
     Attributes
     ----------
+    calls
+        `torch_calls.Calls`, which ``print`` shows as a table: for each layer how many calls there were, which method ran or
+        why they were left to PyTorch, keys per query, certified error, time. Layers' names are known to
+        `replace_attention` only.
     counts
-        `Count` (layer, outcome) → calls. The outcome is `TAKEN`, or why a call was left to PyTorch; the layer's name is
-        known to `replace_attention` only. Calls of compiled code are not counted.
+        `torch_calls.Count` (layer, outcome) → calls.
+
+    Warns
+    -----
+    NothingReplaced
+        At the end of the block, if nothing in it asked for attention in a way that is met.
 
     Examples
     --------
@@ -210,40 +258,72 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     >>> q = torch.randn(1, 2, 2000, 16)
     >>> with reroute(method="sortlsh", budget=128) as rerouted:
     ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    >>> print(rerouted)
-    kdecore: 1
+    >>> rerouted.counts
+    Counter({Count(layer='', outcome='sortlsh'): 1})
     """
 
     def __init__(self, *, min_keys: int = MIN_KEYS, **kdecore_options: Any) -> None:
         super().__init__()
         self.min_keys = min_keys
-        self.counts: Counter[Count] = Counter()
+        self.calls = Calls()
         self._options = checked(kdecore_options)
-        # The body of PyTorch's function, but calling this attention, and not looking for modes like this one.
-        scope = {
-            **vars(functional),
-            "has_torch_function": lambda _: False,
-            "scaled_dot_product_attention": self.attend,
-        }
+        self._running = _Running()
+        self._signature = inspect.signature(functional.multi_head_attention_forward)
+        self._multi_head = {of_heads: self._with_this_attention(of_heads) for of_heads in (False, True)}
+
+    def _with_this_attention(self, masks_of_heads: bool) -> Callable[..., Any]:
+        """Return PyTorch's multi-head attention, but calling this attention, and not looking for modes like this one."""
+        attend = self.attend if masks_of_heads else partial(_with_one_mask, self.attend)
+        scope = {**vars(functional), "has_torch_function": lambda _: False, "scaled_dot_product_attention": attend}
         original = functional.multi_head_attention_forward
-        self._multi_head = FunctionType(original.__code__, scope, argdefs=original.__defaults__)
+        return FunctionType(original.__code__, scope, argdefs=original.__defaults__)
+
+    @property
+    def counts(self) -> Counter[Count]:
+        """`Count` → calls."""
+        return self.calls.counts
 
     def layer(self) -> tuple[str, Mapping[str, Any]]:
         """Return the name of the layer that is running, and its options."""
         return "", self._options
 
+    def __enter__(self) -> Any:
+        if not torch.compiler.is_compiling():
+            self._running.within.enter_context(counted_by(self._ran_compiled))
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if not torch.compiler.is_compiling():
+            self._running.within.close()
+            if kind is None:
+                self.warn_of_nothing()
+
+    def warn_of_nothing(self) -> None:
+        """Warn if no call has been met."""
+        if not self.calls.tallies and not self.calls.compiled:
+            words = "no attention was met: only scaled_dot_product_attention and nn.MultiheadAttention of PyTorch are"
+            warnings.warn(f"{words}, and not a softmax of a model's own", NothingReplaced, stacklevel=3)
+
+    def _ran_compiled(self, report: Report) -> None:
+        """Count a call of the operator that no function of PyTorch's led to: compiled code calls it by itself."""
+        self.calls.add(Count(self.layer()[0], report.method), False, report.seconds, [report])
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Meet a call of a function of PyTorch's."""
+        kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            return self.attend(*args, **(kwargs or {}))
-        if func is functional.multi_head_attention_forward:
-            if (kwargs or {}).get("need_weights", True):
-                self.count("attention weights are asked for")
-            elif not torch.compiler.is_compiling():
-                return self._multi_head(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return self.attend(*args, **kwargs)
+        if func is functional.multi_head_attention_forward and not torch.compiler.is_compiling():
+            given = self._signature.bind(*args, **kwargs).arguments
+            if not given.get("need_weights", True):
+                mask = given.get("attn_mask")
+                return self._multi_head[mask is not None and mask.ndim == 3](*args, **kwargs)
+            reason = "attention weights are asked for"
+            return self.calls.watch(self.layer()[0], reason, args[0], lambda: func(*args, **kwargs))
+        return func(*args, **kwargs)
 
     def attend(
         self,
@@ -257,72 +337,76 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
         enable_gqa: bool = False,
     ) -> Tensor:
         """Call kdecore's attention or PyTorch's, with the arguments of PyTorch's."""
-        _, options = self.layer()
-        reason = left_by_model(query, key, value, dropout_p, options, self.min_keys)
-        self.count(reason or TAKEN)
-        function, more = (functional.scaled_dot_product_attention, {}) if reason else (scaled_dot_product_attention, options)
-        return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more)
+        layer, options = self.layer()
+        reason = left_by_model(query, key, value, attn_mask, dropout_p, options, self.min_keys)
 
-    def count(self, outcome: str) -> None:
-        """Count a call of the layer that is running; not in compiled code, which would be compiled again for each number."""
-        if not torch.compiler.is_compiling():
-            self.counts[Count(self.layer()[0], outcome)] += 1
+        def call() -> Tensor:
+            function, more = (
+                (functional.scaled_dot_product_attention, {}) if reason else (scaled_dot_product_attention, options)
+            )
+            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more)
+
+        return self.calls.watch(layer, reason, query, call)
 
     def __str__(self) -> str:
-        return "\n".join(f"{f'{layer} ' if layer else ''}{outcome}: {n}" for (layer, outcome), n in self.counts.items())
+        return str(self.calls)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"min_keys": self.min_keys, "options": self._options, "calls": self.calls}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(min_keys=state["min_keys"], **state["options"])  # type: ignore[misc]
+        self.calls = state["calls"]
 
 
-class _Running(local):
-    """Modules of a model that are running in this thread, the innermost last: names and options."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[str, Mapping[str, Any]]] = []
+def _with_one_mask(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any
+) -> Tensor:
+    """Attend with the mask of one head, which is that of all: PyTorch's multi-head attention repeats it for each."""
+    one = mask if mask is None or mask.ndim < 4 else mask[:, :1]
+    return attend(query, key, value, one, *rest)
 
 
 class Replacement(reroute):
-    """What `replace_attention` returns: counts for each layer, and `restore`."""
+    """What `replace_attention` returns: calls of each layer, and `restore`."""
 
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, Mapping[str, Any]], min_keys: int, options: dict[str, Any]
-    ) -> None:
-        super().__init__(min_keys=min_keys, **options)
-        names = [name for name, _ in model.named_modules()]
-        for pattern, own in layers.items():
-            checked({**options, **own})
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise OptionError(
-                    f"layers must name modules of the model, got {pattern!r}; it has {', '.join(names[1:9])}, …"
-                )
-        self._running = _Running()
-        self._hooks: list[Any] = []
+    def __init__(self, *, min_keys: int = MIN_KEYS, **kdecore_options: Any) -> None:
+        super().__init__(min_keys=min_keys, **kdecore_options)
+        self._handles: list[Any] = []
+
+    def attach(self, model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give hooks to a model and all of its parts."""
         for name, module in model.named_modules():
             own = {key: value for pattern, o in layers.items() if fnmatchcase(name, pattern) for key, value in o.items()}
-            self._hooks += self._watch(name, module, own)
+            self._handles.append(module.register_forward_pre_hook(_Enter(self, name, own)))
+            self._handles.append(module.register_forward_hook(_Leave(self, name), always_call=True))
 
-    def _watch(self, name: str, module: nn.Module, own: Mapping[str, Any]) -> tuple[Any, Any]:
-        def enter(*_: Any) -> None:
-            if not name:
-                # The whole model: what a KeyboardInterrupt left, after which PyTorch calls no hooks.
-                self._leave(0)
-            stack = self._running.stack
-            if not stack:
-                self.__enter__()
-            outer = stack[-1][1] if stack else self._options
-            stack.append((name, {**outer, **own}))
+    def enter(self, name: str, own: Mapping[str, Any]) -> None:
+        """Begin a module, whose options beside those of the one around it are ``own``."""
+        if not name:
+            # The whole model: what a KeyboardInterrupt left, after which PyTorch calls no hooks.
+            self.leave_all_but(0)
+        stack = self._running.stack
+        if not stack:
+            self.__enter__()
+        outer = stack[-1][1] if stack else self._options
+        stack.append((name, {**outer, **own}))
 
-        def leave(*_: Any) -> None:
-            # Of a module that another hook kept from being entered there is nothing to leave.
-            entered = [i for i, (running, _) in enumerate(self._running.stack) if running == name]
-            if entered:
-                self._leave(entered[-1])
+    def leave(self, name: str, ended: bool) -> None:
+        """End a module; ``ended`` says that it raised nothing."""
+        # Of a module that another hook kept from being entered there is nothing to leave.
+        entered = [i for i, (running, _) in enumerate(self._running.stack) if running == name]
+        if entered:
+            self.leave_all_but(entered[-1])
+        if not name and ended and not torch.compiler.is_compiling():
+            self.warn_of_nothing()
 
-        return module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
-
-    def _leave(self, depth: int) -> None:
+    def leave_all_but(self, depth: int) -> None:
         """Leave all modules but the first ``depth`` that are running."""
         stack = self._running.stack
         if stack and depth == 0:
-            self.__exit__(None, None, None)
+            # Not a block's end: a part of a model may well have no attention.
+            self.__exit__(GeneratorExit, None, None)
         del stack[depth:]
 
     def layer(self) -> tuple[str, Mapping[str, Any]]:
@@ -331,9 +415,32 @@ class Replacement(reroute):
 
     def restore(self) -> None:
         """Leave the model's attention to PyTorch again."""
-        self._leave(0)
-        for hook in self._hooks:
-            hook.remove()
+        self.leave_all_but(0)
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Enter:
+    """A hook that begins a module. A class, since functions within functions can't be pickled with the model."""
+
+    replacement: Replacement
+    name: str
+    own: Mapping[str, Any]
+
+    def __call__(self, *_: Any) -> None:
+        self.replacement.enter(self.name, self.own)
+
+
+@dataclass(frozen=True)
+class _Leave:
+    """A hook that ends a module."""
+
+    replacement: Replacement
+    name: str
+
+    def __call__(self, module: nn.Module, given: Any, out: Any) -> None:
+        self.replacement.leave(self.name, out is not None)
 
 
 def replace_attention(
@@ -346,7 +453,8 @@ def replace_attention(
     """Estimate a model's attention where that pays, whenever the model or a part of it is called.
 
     Works for every model that calls PyTorch's scaled_dot_product_attention or `torch.nn.MultiheadAttention`. The model keeps
-    its modules and parameters: it gets hooks, which `Replacement.restore` takes away. Copy or pickle a model before.
+    its modules and parameters: it gets hooks, which `Replacement.restore` takes away. Copied or pickled whole it keeps its
+    hooks, with counts of its own; its state dict knows nothing of them.
 
     Parameters
     ----------
@@ -355,19 +463,24 @@ def replace_attention(
     layers
         Options for some of its modules: name, with ``*`` and ``?`` as in file names, → options that replace others.
     min_keys
-        Calls with fewer keys are left to PyTorch, and those with fewer than `MIN_QUERIES` queries.
+        As in `reroute`.
     **kdecore_options
         method, budget, rtol, seed and other options of `kdecore.attention`.
 
     Returns
     -------
     Replacement
-        ``print`` it to see, for each layer, how many calls were estimated, and why others were not.
+        ``print`` it for a table of calls; see `reroute`. In compiled models they are not counted, which it says.
 
     Raises
     ------
     OptionError
         Unknown options, or layers that the model hasn't.
+
+    Warns
+    -----
+    NothingReplaced
+        When the model was called, and asked for no attention in a way that is met.
 
     Notes
     -----
@@ -376,4 +489,12 @@ def replace_attention(
     made with ``enable_nested_tensor=False``. In torch.compile `torch.nn.MultiheadAttention` is left to PyTorch: build with
     `KDEAttention`. After a KeyboardInterrupt call `Replacement.restore`, or the model once more.
     """
-    return Replacement(model, layers or {}, min_keys, kdecore_options)
+    layers = layers or {}
+    names = [name for name, _ in model.named_modules()]
+    for pattern, own in layers.items():
+        checked({**kdecore_options, **own})
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(f"layers must name modules of the model, got {pattern!r}; it has {', '.join(names[1:9])}, …")
+    replacement = Replacement(min_keys=min_keys, **kdecore_options)
+    replacement.attach(model, layers)
+    return replacement

@@ -5,9 +5,8 @@ from the same keys, and records it (as in activation checkpointing, Chen et al. 
 """
 
 import json
-import operator
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
@@ -16,47 +15,69 @@ import torch
 from torch import Tensor
 
 from kdecore.attention import attention
-from kdecore.errors import KernelUnavailable, MemoryLimitError, OptionError
+from kdecore.call import NAMES, call_options
+from kdecore.errors import OptionError
 from kdecore.options import METHODS, Options
+from kdecore.randomness import check_seed
 from kdecore.report import Report
 
-OPTIONS = (
-    "method",
-    "budget",
-    "rtol",
-    "rtol_norm",
-    "window",
-    "diagonal",
-    "key_lengths",
-    "kernels",
-    "threads",
-    "certificate",
-    "check_finite",
-    "max_memory",
-)
-"""Options of `kdecore.attention` that calls through PyTorch take, beside the seed."""
+OPTIONS = (*(name for name in NAMES if name != "causal"), "key_lengths")
+"""Options of `kdecore.attention` that calls through PyTorch take; what else it takes, PyTorch's own arguments say."""
 LARGEST_SEED = 2**63 - 1
+REPORT_SHARE = 0.1
+"""What the certificates of collected reports may take, where options don't say it."""
 
-_reports: ContextVar[list[Report] | None] = ContextVar("reports", default=None)
+_collected: ContextVar[list[Report] | None] = ContextVar("collected", default=None)
+_counted: ContextVar[Callable[[Report], object] | None] = ContextVar("counted", default=None)
 
 
 @contextmanager
 def collect_reports() -> Iterator[list[Report]]:
-    """Collect the `Report` of every call of the operator in this context, with a certificate of its error."""
+    """Collect the `Report` of every call of the operator in this context, with a certificate of its error.
+
+    A context within this one collects its own.
+    """
     found: list[Report] = []
-    token = _reports.set(found)
+    token = _collected.set(found)
     try:
         yield found
     finally:
-        _reports.reset(token)
+        _collected.reset(token)
+
+
+@contextmanager
+def counted_by(count: Callable[[Report], object]) -> Iterator[None]:
+    """Tell ``count``, and no other one around this context, of every call of the operator in it.
+
+    Its report has a certificate where options ask for one, by ``certificate`` or ``rtol``.
+    """
+    token = _counted.set(count)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options, or raise `OptionError` for what no call could have; lengths and kernels depend on its arrays."""
+    if "causal" in options:
+        raise OptionError("causal must be said by the call, as PyTorch's is_causal, not by an option")
+    checked_seed(call_options(options, "key_lengths").seed)
+    return dict(options)
+
+
+def checked_seed(seed: object) -> int:
+    """Return a seed that an operator can be given, or raise `OptionError`."""
+    number = check_seed(seed)
+    if number > LARGEST_SEED:
+        raise OptionError(f"seed must be an integer in [0, 2**63), got {number}")
+    return number
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def encoded(options: dict[str, Any]) -> str:
-    """Return options, checked by name, as text, which an operator can be given."""
-    for name in options:
-        if name not in OPTIONS:
-            raise OptionError(f"options must be of {', '.join(('seed', *OPTIONS))}, got {name!r}")
+    """Return options, checked, as text, which an operator can be given; without those that may be tensors or symbols."""
+    checked(options)
 
     def plain(value: Any) -> Any:
         if isinstance(value, Options):
@@ -64,14 +85,6 @@ def encoded(options: dict[str, Any]) -> str:
         return value.tolist() if hasattr(value, "tolist") else value
 
     return json.dumps({name: plain(value) for name, value in options.items()})
-
-
-def checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options, or raise what any call with them would raise; lengths, memory and kernels depend on its arrays."""
-    row = torch.zeros(1, 2)
-    with suppress(MemoryLimitError, KernelUnavailable):
-        estimate(row, row, row, None, False, None, {name: x for name, x in options.items() if name != "key_lengths"})
-    return dict(options)
 
 
 def decoded(text: str) -> dict[str, Any]:
@@ -98,19 +111,21 @@ def estimate(
     query, key, value, mask, causal, scale
         As in `kdecore.attention`: the last query is aligned to the last key.
     options
-        Others of `OPTIONS`, and ``seed``, at most `LARGEST_SEED`.
+        Of `OPTIONS`; ``seed`` is at most `LARGEST_SEED`.
     """
     options = dict(options)
-    seed = options.pop("seed", 0)
-    if not isinstance(seed, torch.SymInt):
-        seed = operator.index(seed)
-    if not 0 <= seed <= LARGEST_SEED:
+    seed, lengths = options.pop("seed", 0), options.pop("key_lengths", None)
+    if not torch.compiler.is_compiling():
+        seed = checked_seed(seed)
+    elif not 0 <= seed <= LARGEST_SEED:  # one that may be a symbol
         raise OptionError(f"seed must be an integer in [0, 2**63), got {seed}")
+    if lengths is not None and not isinstance(lengths, Tensor):
+        options["key_lengths"], lengths = lengths, None
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
-    found: Tensor = attend(query, key, value, mask, causal, scale, seed, encoded(options))
+    found: Tensor = attend(query, key, value, mask, lengths, causal, scale, seed, encoded(options))
     return found
 
 
@@ -120,25 +135,40 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    lengths: Tensor | None,
     causal: bool,
     scale: float | None,
     seed: int,
     options: str,
 ) -> Tensor:
     """Return `kdecore.attention`, (…, n_q, d_v)."""
-    settings: dict[str, Any] = {"mask": mask, "causal": causal, "scale": scale, "seed": seed, **decoded(options)}
-    reports = _reports.get()
+    settings = _settings(mask, lengths, causal, scale, seed, options)
+    collected, count = _collected.get(), _counted.get()
+    wanted = collected is not None or count is not None
+    if wanted:
+        settings.setdefault("certificate", 0.0 if collected is None else REPORT_SHARE)
     with torch.autocast(query.device.type, enabled=False):
-        out = attention(query, key, value, **settings, return_report=reports is not None)
-    if reports is not None:
+        out = attention(query, key, value, **settings, return_report=wanted)
+    if wanted:
         out, report = out
-        reports.append(report)
+        if collected is not None:
+            collected.append(report)
+        if count is not None:
+            count(report)
     found: Tensor = out.contiguous()
     return found
 
 
+def _settings(
+    mask: Tensor | None, lengths: Tensor | None, causal: bool, scale: float | None, seed: int, options: str
+) -> dict[str, Any]:
+    """Return all keyword arguments of `kdecore.attention`."""
+    settings: dict[str, Any] = {"mask": mask, "causal": causal, "scale": scale, "seed": seed, **decoded(options)}
+    return settings if lengths is None else {**settings, "key_lengths": lengths}
+
+
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool, scale: Any, seed: int, options: str) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, lengths: Any, *rest: Any) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
@@ -161,6 +191,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    lengths: Tensor | None,
     of_mask: bool,
     causal: bool,
     scale: float | None,
@@ -173,16 +204,18 @@ def attend_backward(
         assert mask is not None
         mask = mask.detach().requires_grad_()
         inputs.append(mask)
-    settings: dict[str, Any] = {"causal": causal, "scale": scale, "seed": seed, **decoded(options)}
+    settings = _settings(mask, lengths, causal, scale, seed, options)
     with _recording(), torch.autocast(query.device.type, enabled=False):
         # The result itself isn't kept while it is differentiated.
-        edge = torch.autograd.graph.get_gradient_edge(attention(*inputs[:3], mask=mask, **settings))
+        edge = torch.autograd.graph.get_gradient_edge(attention(*inputs[:3], **settings))
         found = [x.contiguous() for x in torch.autograd.grad((edge,), inputs, (grad,))]
     return found[0], found[1], found[2], found[3] if of_mask else query.new_empty(0)
 
 
 @attend_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, of_mask: bool, *rest: Any) -> tuple[Tensor, ...]:
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, lengths: Any, of_mask: bool, *rest: Any
+) -> tuple[Tensor, ...]:
     found = [query, key, value, *([mask] if of_mask else [])]
     empty = [x.new_empty(x.shape) for x in found]
     return tuple(empty if of_mask else [*empty, query.new_empty(0)])
@@ -196,7 +229,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_mask = bool(ctx.needs_input_grad[3])
     found = attend_backward(grad, *ctx.saved_tensors, of_mask, ctx.causal, ctx.scale, ctx.seed, ctx.options)
-    return *found[:3], found[3] if of_mask else None, None, None, None, None
+    return *found[:3], found[3] if of_mask else None, None, None, None, None, None
 
 
 attend.register_autograd(_differentiate, setup_context=_keep)
@@ -209,16 +242,24 @@ def _batched(size: int, lead: int, x: Tensor, dim: int | None) -> Tensor:
 
 
 def _map_inputs(info: Any, in_dims: Any, tensors: tuple[Any, ...]) -> list[Tensor | None]:
-    lead = max(x.ndim - 2 - (dim is not None) for x, dim in zip(tensors, in_dims, strict=True) if x is not None)
-    return [None if x is None else _batched(info.batch_size, lead, x, dim) for x, dim in zip(tensors, in_dims, strict=True)]
+    """Return rows and masks, and at the end lengths, with the dimension that is mapped over first."""
+    *rows, lengths = zip(tensors, in_dims, strict=True)
+    lead = max(x.ndim - 2 - (dim is not None) for x, dim in rows if x is not None)
+    found = [None if x is None else _batched(info.batch_size, lead, x, dim) for x, dim in rows]
+    x, dim = lengths
+    if x is not None:
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return [*found, x]
 
 
 @attend.register_vmap
-def _(info: Any, in_dims: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any) -> tuple[Tensor, int]:
-    return attend(*_map_inputs(info, in_dims[:4], (query, key, value, mask)), *rest), 0
+def _(info: Any, in_dims: Any, query: Any, key: Any, value: Any, mask: Any, lengths: Any, *rest: Any) -> tuple[Tensor, int]:
+    return attend(*_map_inputs(info, in_dims[:5], (query, key, value, mask, lengths)), *rest), 0
 
 
 @attend_backward.register_vmap
-def _(info: Any, in_dims: Any, grad: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any) -> tuple[Any, Any]:
-    found = attend_backward(*_map_inputs(info, in_dims[:5], (grad, query, key, value, mask)), *rest)
+def _(
+    info: Any, in_dims: Any, grad: Any, query: Any, key: Any, value: Any, mask: Any, lengths: Any, *rest: Any
+) -> tuple[Any, Any]:
+    found = attend_backward(*_map_inputs(info, in_dims[:6], (grad, query, key, value, mask, lengths)), *rest)
     return found, (0, 0, 0, 0 if rest[0] else None)

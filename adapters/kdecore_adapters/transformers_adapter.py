@@ -4,7 +4,6 @@ Masks stay as small as they can: causal and padded batches need what padding hid
 array; any other mask is the boolean one that transformers makes for PyTorch's attention.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,11 +16,14 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from kdecore.errors import OptionError
 from kdecore_adapters.torch_adapter import both_masks, broadcast, scaled_dot_product_attention
-from kdecore_adapters.torch_modules import MIN_KEYS, TAKEN, Count, left_by_model
+from kdecore_adapters.torch_calls import Calls
+from kdecore_adapters.torch_modules import MIN_KEYS, left_by_model
 from kdecore_adapters.torch_operator import checked, estimate
 
 UNKNOWN = ("softcap", "s_aux", "head_mask")
 """Arguments of models' attention functions that would change the result, and aren't known here."""
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+"""Where configurations say how many layers there are."""
 CAUSAL_TOO = torch.int8
 """Dtype of a mask (batch, 1, 1, n_k), 0 for padding, beside which attention is causal, aligned to the last key; no model
 makes such a mask itself."""
@@ -33,7 +35,7 @@ def register(
     layers: Mapping[int, Mapping[str, Any]] | None = None,
     min_keys: int = MIN_KEYS,
     **kdecore_options: Any,
-) -> Counter[Count]:
+) -> Calls:
     """Make an attention implementation known to transformers, to be asked for by name.
 
     ``AutoModel.from_pretrained(…, attn_implementation="kdecore")`` or ``model.set_attn_implementation("kdecore")``. Called
@@ -45,22 +47,25 @@ def register(
     name
         What to ask for.
     layers
-        Number of a layer → options that replace others there.
+        Number of a layer → options that replace others there. Layers go by the ``layer_idx`` that attention modules of most
+        models have; a model whose modules have none, or that has no layer of that number, raises when it is called.
     min_keys
-        Calls with fewer keys are left to PyTorch's attention, as ``attn_implementation="sdpa"`` would call it.
+        Calls with fewer keys are left to PyTorch's attention, as ``attn_implementation="sdpa"`` would call it; but for
+        options that it hasn't, such as ``window``.
     **kdecore_options
         method, budget, rtol, seed and other options of `kdecore.attention`.
 
     Returns
     -------
-    Counter
-        `Count` (layer, outcome) → calls, kept up to date: `TAKEN`, or why a call was left to PyTorch. Calls of compiled
-        code are not counted.
+    Calls
+        ``print`` it for a table, kept up to date: for each layer how many calls there were, which method ran or why they
+        were left to PyTorch, keys per query, certified error, time; ``.counts`` are the numbers of calls. Calls of compiled
+        code are not counted, which it says.
 
     Raises
     ------
     OptionError
-        Unknown options, or a name that transformers itself has.
+        Unknown options, or a name that transformers itself has; when a model is called: ``layers`` that it hasn't.
 
     Notes
     -----
@@ -75,18 +80,37 @@ def register(
         if not isinstance(number, int) or number < 0:
             raise OptionError(f"layers must be numbered from 0, got {number!r}")
     checked(kdecore_options)
-    counts: Counter[Count] = Counter()
+    calls = Calls()
     chosen = {number: checked({**kdecore_options, **own}) for number, own in layers.items()}
-    AttentionInterface.register(name, partial(attend, chosen, kdecore_options, min_keys, counts))
+    AttentionInterface.register(name, partial(attend, chosen, kdecore_options, min_keys, calls))
     AttentionMaskInterface.register(name, mask)
-    return counts
+    return calls
+
+
+def options_of(
+    module: nn.Module, layers: Mapping[int, Mapping[str, Any]], others: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]]:
+    """Return the name of an attention module's layer, and its options, or raise for layers that there can't be."""
+    number = getattr(module, "layer_idx", None)
+    if layers and number is None:
+        raise OptionError(
+            f"layers must be None for {type(module).__name__}, which has no layer_idx to go by, got {sorted(layers)}; "
+            "kdecore_adapters.torch_modules.replace_attention takes names of modules"
+        )
+    if layers:
+        found = [getattr(getattr(module, "config", None), name, None) or 0 for name in LAYER_COUNTS]
+        if 0 < max(found) <= max(layers):
+            raise OptionError(
+                f"layers must be numbered below {max(found)} for {type(module).__name__}, got {sorted(layers)}"
+            )
+    return ("", others) if number is None else (f"layer {number}", layers.get(number, others))
 
 
 def attend(
     layers: Mapping[int, Mapping[str, Any]],
     options: Mapping[str, Any],
     min_keys: int,
-    counts: Counter[Count],
+    calls: Calls,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -101,32 +125,38 @@ def attend(
     for argument in UNKNOWN:
         if kwargs.get(argument) is not None:
             raise OptionError(f'{argument} must be None with this attention; try attn_implementation="eager"')
-    number = getattr(module, "layer_idx", None)
-    own = dict(layers.get(number, options) if number is not None else options)
-    reason = left_by_model(query, key, value, dropout, own, min_keys)
-    reason = reason or ("position bias" if kwargs.get("position_bias") is not None else "")
-    if not torch.compiler.is_compiling():
-        counts[Count("" if number is None else f"layer {number}", reason or TAKEN)] += 1
+    layer, own = options_of(module, layers, options)
+    bias = kwargs.get("position_bias")
+    reason = left_by_model(query, key, value, attention_mask, dropout, own, min_keys, bias is not None)
     padded = attention_mask is not None and attention_mask.dtype == CAUSAL_TOO
-    if attention_mask is not None and padded:
-        attention_mask = attention_mask.bool()
-    if reason:
+    hides = attention_mask.bool() if attention_mask is not None and padded else attention_mask
+
+    def leave() -> Tensor:
+        whole = hides
         if padded:
             n_q, n_k = query.shape[2], key.shape[2]
             seen = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)
-            attention_mask = both_masks(attention_mask, seen)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
-    if padded:
-        out = estimate(*broadcast(query, key, value, True), attention_mask, True, scaling, own)
-    else:
+            whole = both_masks(hides, seen)
+        found: Tensor = sdpa_attention_forward(
+            module, query, key, value, whole, dropout, scaling, is_causal=is_causal, **kwargs
+        )[0]
+        return found
+
+    def take() -> Tensor:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        causal = causal and attention_mask is None and query.shape[2] > 1
-        out = scaled_dot_product_attention(
-            query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True, **own
-        )
-    return out.transpose(1, 2).contiguous(), None
+        causal = causal and hides is None and query.shape[2] > 1
+        whole = hides if bias is None else both_masks(hides, bias)
+        if padded or (causal and bias is not None):
+            if dropout > 0.0:
+                raise OptionError(f"dropout must be 0 where a call isn't left to PyTorch, got {dropout}")
+            out = estimate(*broadcast(query, key, value, True), whole, True, scaling, own)
+        else:
+            out = scaled_dot_product_attention(
+                query, key, value, whole, dropout, is_causal=causal, scale=scaling, enable_gqa=True, **own
+            )
+        return out.transpose(1, 2).contiguous()
+
+    return calls.watch(layer, reason, query, leave if reason else take), None
 
 
 def mask(
