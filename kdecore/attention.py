@@ -12,7 +12,7 @@ from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
 from kdecore.namespaces import Array, device_context
 from kdecore.nonfinite import finite_queries, spoilt
-from kdecore.options import Options, integer_at_least
+from kdecore.options import Options, check_boolean, integer_at_least
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
 from kdecore.planning import Plan, check_method, check_settings, make_plan
 from kdecore.report import make_report
@@ -49,7 +49,7 @@ def attention(
     Parameters
     ----------
     q
-        (…, n_q, d) queries: a NumPy, CuPy, PyTorch or other array-API array of float16, bfloat16, float32 or float64.
+        (…, n_q, d) queries: a NumPy, CuPy or PyTorch array of float16, bfloat16, float32 or float64, dense and unmasked.
     k
         (…, n_k, d) keys, with q's library, device, dtype and leading dimensions; n_k ≥ 1. The last leading dimension may be
         a divisor of q's: then each key head serves as many query heads in a row (grouped heads, as PyTorch's enable_gqa).
@@ -138,13 +138,14 @@ def attention(
     ShapeError
         Wrong rank, mismatched d, n_k or leading dimensions, n_k = 0; a mask or key_lengths of another shape.
     DTypeError
-        Not an array, not a real floating-point dtype, or different dtypes.
+        Not an array of these libraries, not a dense one, not a real floating-point dtype, or different dtypes.
     DeviceError
         Arrays of different libraries or on different devices.
     OptionError
         Unknown method or norm, budget, threads, window or max_memory below 1, scale not finite, seed out of range, options
         that contradict the budget; rtol not positive and finite, or given with a budget or with a method whose budget can't
-        be chosen; key_lengths outside 0 … n_k; numbers that are not finite, with ``check_finite``.
+        be chosen; key_lengths outside 0 … n_k; numbers that are not finite, with ``check_finite``; True or False for a
+        number, or anything else for one of them.
     MemoryLimitError
         One group and few queries need more than ``max_memory``; the message says how much.
     KernelUnavailable
@@ -173,6 +174,8 @@ def attention(
     ((2, 1000, 16), 'sortlsh', 128.0)
     """
     started, compiled = time.perf_counter(), compile_seconds()
+    for name, flag in (("return_lse", return_lse), ("return_report", return_report), ("check_finite", check_finite)):
+        check_boolean(name, flag)
     share = check_share(certificate)
     problem = canonicalise(q, k, v, scale, diagonal)
     restrictions = check_restrictions(problem, causal, window, key_lengths, mask, q)

@@ -18,7 +18,7 @@ from kdecore.loading import Case
 from kdecore.machine import library_problem, load_adapter, peak_memory
 from kdecore.metrics import Errors, errors
 from kdecore.namespaces import Array, host
-from kdecore.options import METHODS, integer_at_least
+from kdecore.options import METHOD_NAMES, integer_at_least, one_of
 from kdecore.randomness import check_seed, uniform
 from kdecore.report import Report
 from kdecore.tolerance import check_tolerance
@@ -152,7 +152,7 @@ def measure(
     case
         Inputs.
     methods
-        Names in `kdecore.options.METHODS`, or ``"auto"``; ``"exact"`` is measured once, having no budget.
+        Names in `kdecore.options.METHOD_NAMES`; ``"exact"`` is measured once, having no budget.
     budgets
         Keys per query, each at least 1; of those that cover all keys, and so are exact, only the smallest is measured.
     seeds
@@ -225,8 +225,7 @@ def check_options(
 ) -> None:
     """Raise what `measure` raises for any inputs: `OptionError` naming the first argument out of range."""
     for method in methods:
-        if method not in ("auto", *METHODS):
-            raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))}; got {method!r}")
+        one_of(METHOD_NAMES, "method", method)
     for budget in budgets:
         integer_at_least(1, "budget", budget)
     for rtol in rtols:

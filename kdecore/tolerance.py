@@ -27,7 +27,7 @@ from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.methods import STAGES
 from kdecore.namespaces import Array, host, on_accelerator, take_along_rows, to_float, to_host
-from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode
+from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode, one_of
 from kdecore.planning import Plan, exact_row_cost, expected_cost, site_of, tree_opener
 
 NORMS = ("frobenius", "spectral")
@@ -123,8 +123,7 @@ def check_tolerance(rtol: object, norm: str) -> float:
     number = to_float(rtol)
     if not 0.0 < number < math.inf:
         raise OptionError(f"rtol must be a positive finite number or None, got {rtol!r}")
-    if norm not in NORMS:
-        raise OptionError(f"rtol_norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    one_of(NORMS, "rtol_norm", norm)
     return number
 
 
