@@ -241,18 +241,19 @@ def check_options(
 
 
 def check_case(case: Case) -> Problem:
-    """Return the case in canonical form, or raise `KdecoreError`: it doesn't fit together, or its output has no elements."""
+    """Return the case in canonical form, or raise `KdecoreError`: it doesn't fit together, or there is nothing to compare.
+
+    That is where the output has no elements, or a number is not finite: one makes all errors nan, which are means.
+    """
     problem = canonicalise(case.q, case.k, case.v, case.scale)
     if problem.groups * problem.n_q * problem.d_v == 0:
         raise ShapeError(f"the output must have at least one element to compare; got q {case.q.shape}, v {case.v.shape}")
-    return problem
-
-
-def non_finite(case: Case) -> dict[str, int]:
-    """Return how many numbers are NaN or infinite, for each array of the case that has any."""
     arrays = {"q": case.q, "k": case.k, "v": case.v}
-    counts = {name: int(host.sum(host.astype(~host.isfinite(array), host.int64))) for name, array in arrays.items()}
-    return {name: count for name, count in counts.items() if count}
+    counts = {name: int(host.count_nonzero(~host.isfinite(array))) for name, array in arrays.items()}
+    if any(counts.values()):
+        held = ", ".join(f"{name} holds {count:,} of {arrays[name].size:,}" for name, count in counts.items() if count)
+        raise OptionError(f"numbers that are NaN or infinite in {case.name}: {held}; with them every error would be nan")
+    return problem
 
 
 def _distinct(budgets: Sequence[int], n_k: int) -> list[int]:
