@@ -1,6 +1,6 @@
 """kdecore: softmax attention over long sequences in near-linear time, with an error its user can see.
 
-Call `attention` on NumPy, CuPy, PyTorch or other array-API arrays; `kdecore.kde` has the density estimates by themselves.
+Call `attention` on NumPy, CuPy or PyTorch arrays; `kdecore.kde` has the density estimates by themselves.
 Importing kdecore imports neither PyTorch nor CuPy.
 """
 

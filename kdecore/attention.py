@@ -48,7 +48,7 @@ def attention(
     Parameters
     ----------
     q
-        (…, n_q, d) queries: a NumPy, CuPy, PyTorch or other array-API array of float16, bfloat16, float32 or float64.
+        (…, n_q, d) queries: a NumPy, CuPy or PyTorch array of float16, bfloat16, float32 or float64, dense and unmasked.
     k
         (…, n_k, d) keys, with q's library, device, dtype and leading dimensions; n_k ≥ 1. The last leading dimension may be
         a divisor of q's: then each key head serves as many query heads in a row (grouped heads, as PyTorch's enable_gqa).
@@ -137,13 +137,14 @@ def attention(
     ShapeError
         Wrong rank, mismatched d, n_k or leading dimensions, n_k = 0; a mask or key_lengths of another shape.
     DTypeError
-        Not an array, not a real floating-point dtype, or different dtypes.
+        Not an array of these libraries, not a dense one, not a real floating-point dtype, or different dtypes.
     DeviceError
         Arrays of different libraries or on different devices.
     OptionError
         Unknown method or norm, budget, threads, window or max_memory below 1, scale not finite, seed out of range, options
         that contradict the budget; rtol not positive and finite, or given with a budget or with a method whose budget can't
-        be chosen; key_lengths outside 0 … n_k; numbers that are not finite, with ``check_finite``.
+        be chosen; key_lengths outside 0 … n_k; numbers that are not finite, with ``check_finite``; True or False for a
+        number, or anything else for one of them.
     MemoryLimitError
         One group and few queries need more than ``max_memory``; the message says how much.
     KernelUnavailable
@@ -189,8 +190,8 @@ def attention(
     )
     check_boolean("return_lse", return_lse)
     check_boolean("return_report", return_report)
-    problem = canonicalise(q, k, v, scale, diagonal)
-    restrictions = check_restrictions(problem, causal, window, key_lengths, mask, q)
+    problem = canonicalise(q, k, v, scale, call.diagonal)
+    restrictions = check_restrictions(problem, call.causal, call.window, key_lengths, mask, q)
     if check_finite:
         check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
     settings = call.settings

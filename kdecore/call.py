@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kdecore.certificate import check_share
-from kdecore.errors import OptionError
-from kdecore.options import Options, check_boolean, integer, integer_at_least
+from kdecore.options import Options, check_boolean, integer, one_of, set_integers
 from kdecore.planning import check_method, check_settings
 from kdecore.tolerance import candidates, check_tolerance
 
@@ -37,20 +36,17 @@ class CallOptions:
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
+        set_integers(self, budget=1, window=1, threads=1, max_memory=1)
+        if self.diagonal is not None:
+            object.__setattr__(self, "diagonal", integer("diagonal", self.diagonal))
         check_method(self.method, self.budget)
         check_tolerance(self.rtol, self.rtol_norm)
         if self.rtol is not None:
             candidates(self.method, self.budget)
         check_boolean("causal", self.causal)
         check_boolean("check_finite", self.check_finite)
-        if self.window is not None:
-            integer_at_least(1, "window", self.window)
-        if self.diagonal is not None:
-            integer("diagonal", self.diagonal)
         check_settings(self.seed, self.kernels, self.threads)
         check_share(self.certificate)
-        if self.max_memory is not None:
-            integer_at_least(1, "max_memory", self.max_memory)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -69,6 +65,5 @@ NAMES = tuple(field.name for field in fields(CallOptions))
 def call_options(options: Mapping[str, Any], *others: str) -> CallOptions:
     """Return options given by name, or raise `OptionError` for a name that is neither one of them nor among ``others``."""
     for name in options:
-        if name not in (*NAMES, *others):
-            raise OptionError(f"options must be of {', '.join((*NAMES, *others))}, got {name!r}")
+        one_of((*NAMES, *others), "options", name)
     return CallOptions(**{name: value for name, value in options.items() if name not in others})

@@ -19,7 +19,7 @@ from kdecore.comparison import Progress, Row
 from kdecore.errors import KdecoreError, OptionError
 from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.registry import KERNELS, TARGETS, Site, choose
-from kdecore.loading import Case, glove_case, load_case
+from kdecore.loading import READERS, Case, glove_case, install, load_case
 from kdecore.machine import LIBRARIES, Machine, library_problem, load_adapter, this_machine
 from kdecore.options import METHODS, integer_at_least
 
@@ -28,7 +28,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 DTYPES = ("float32", "float64")
 OUTPUTS = ("compare.json", "compare.png")
-FILE_KINDS = (".npz", ".npy", ".safetensors")
+FILE_KINDS = (".npy", *READERS)
 HEADINGS = (
     "keys/\nquery",
     "ms",
@@ -149,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         "Without FILE, a sample of GloVe word vectors is used.",
     )
     add = compare.add_argument
-    add("files", nargs="*", metavar="FILE", help="one .npz or .safetensors with q, k, v; or three .npy in the order q k v")
+    add("files", nargs="*", metavar="FILE", help="one .npz, .safetensors or .pt with q, k, v (or query, key, "
+        "value) and, if you like, scale; or three .npy in the order q k v")  # fmt: skip
     add("--methods", nargs="+", type=_names, action=_Flatten, default=["treecode", "sortlsh", "hyper"], metavar="NAME",
         help="default: treecode sortlsh hyper")  # fmt: skip
     add("--budgets", nargs="+", type=_integers, action=_Flatten, default=[128, 256, 384, 512, 1024], metavar="N",
@@ -158,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         help="relative Frobenius errors that kdecore is to find method and budget for; default: none")  # fmt: skip
     add("--seeds", type=int, default=5, metavar="N", help="errors are means over the seeds 0 … N−1; default: 5")
     add("--repeats", type=int, default=3, metavar="N", help="timed calls for each seed; default: 3")
-    add("--scale", type=float, metavar="S", help="factor on ⟨q, k⟩; default: 1/√d, and 1/√10 for GloVe")
+    add("--scale", type=float, metavar="S", help="factor on ⟨q, k⟩; default: the file's scale, or 1/√d; "
+        "1/√10 for GloVe")  # fmt: skip
     add("--n", type=int, default=8192, metavar="N", help="words of GloVe; default: 8192")
     add("--exact-rows", type=int, metavar="N", help="compute errors on N random queries of each group, and time exact "
         f"attention on {comparison.TIMED_ROWS:,} at least; default: all, up to 2^28 pairs of query and key")  # fmt: skip
@@ -169,9 +171,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    for package in ("rich", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise OptionError(f"kdecore compare needs {package}: pip install 'kdecore[cli]'")
+    if missing := [package for package in ("rich", "matplotlib") if importlib.util.find_spec(package) is None]:
+        raise OptionError(f"kdecore compare needs {' and '.join(missing)}: {install('cli')}")
     wanted: dict[str, Any] = {
         "methods": arguments.methods,
         "budgets": arguments.budgets,
@@ -185,8 +186,6 @@ def _compare(arguments: argparse.Namespace) -> None:
     case = _case(arguments)
     comparison.check_case(case)
     with output_folder(arguments.out):
-        if found := comparison.non_finite(case):
-            print(f"kdecore: note: {_non_finite_note(case, found)}", file=sys.stderr)
         machine = this_machine()
         with _progress() as progress:
             rows = comparison.measure(case, **wanted, progress=progress)
@@ -196,12 +195,6 @@ def _compare(arguments: argparse.Namespace) -> None:
         contents = (to_json(record), comparison_png(case, rows, machine, arguments.library))
         write_together(arguments.out, dict(zip(OUTPUTS, contents, strict=True)))
     _print_table(case, rows, machine, arguments)
-
-
-def _non_finite_note(case: Case, found: dict[str, int]) -> str:
-    arrays = {"q": case.q, "k": case.k, "v": case.v}
-    counts = (f"{name} holds {count:,} of {arrays[name].size:,}" for name, count in found.items())
-    return f"numbers that are NaN or infinite: {', '.join(counts)}; errors of what they reach are nan"
 
 
 def _case(arguments: argparse.Namespace) -> Case:
@@ -282,7 +275,6 @@ def _record(arguments: argparse.Namespace, case: Case, machine: Machine, rows: l
             "dtype": problem.input_dtype,
             "scale": problem.scale,
             "library": arguments.library,
-            "non_finite": comparison.non_finite(case),
         },
         "notes": _notes(case, problem, rows),
         "rows": [asdict(row) for row in rows],
@@ -310,7 +302,8 @@ def _notes(case: Case, problem: Problem, rows: list[Row]) -> list[str]:
     def some(count: int) -> str:
         return "all queries" if count == problem.n_q else f"{count:,} of {problem.n_q:,} queries{each}, drawn at random"
 
-    notes = [f"Speed-up is over {baseline.method}; errors are against kdecore's exact attention in float64."]
+    notes = [case.note] if case.note else []
+    notes += [f"Speed-up is over {baseline.method}; errors are against kdecore's exact attention in float64."]
     if baseline.error_rows == problem.n_q:
         notes += ["Times and errors are on all queries."]
     else:
@@ -327,7 +320,7 @@ def _notes(case: Case, problem: Problem, rows: list[Row]) -> list[str]:
         ]
     if any(row.ran == "kdeformer" for row in rows):
         notes += ["kdeformer's keys/query leave out the keys that its density estimates evaluate; its time has them in."]
-    if any(math.isnan(row.errors.spectral) for row in rows) and not comparison.non_finite(case):
+    if any(math.isnan(row.errors.spectral) for row in rows):
         notes += [f"nan: the scale {problem.scale:.4g} takes logits or outputs out of {problem.input_dtype}'s range."]
     return notes
 

@@ -18,7 +18,7 @@ from kdecore.loading import Case
 from kdecore.machine import library_problem, load_adapter, peak_memory
 from kdecore.metrics import Errors, errors
 from kdecore.namespaces import Array, host
-from kdecore.options import METHODS, integer_at_least
+from kdecore.options import METHOD_NAMES, integer_at_least, one_of
 from kdecore.randomness import check_seed, uniform
 from kdecore.report import Report
 from kdecore.tolerance import check_tolerance
@@ -152,7 +152,7 @@ def measure(
     case
         Inputs.
     methods
-        Names in `kdecore.options.METHODS`, or ``"auto"``; ``"exact"`` is measured once, having no budget.
+        Names in `kdecore.options.METHOD_NAMES`; ``"exact"`` is measured once, having no budget.
     budgets
         Keys per query, each at least 1; of those that cover all keys, and so are exact, only the smallest is measured.
     seeds
@@ -225,8 +225,7 @@ def check_options(
 ) -> None:
     """Raise what `measure` raises for any inputs: `OptionError` naming the first argument out of range."""
     for method in methods:
-        if method not in ("auto", *METHODS):
-            raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))}; got {method!r}")
+        one_of(METHOD_NAMES, "method", method)
     for budget in budgets:
         integer_at_least(1, "budget", budget)
     for rtol in rtols:
@@ -242,18 +241,19 @@ def check_options(
 
 
 def check_case(case: Case) -> Problem:
-    """Return the case in canonical form, or raise `KdecoreError`: it doesn't fit together, or its output has no elements."""
+    """Return the case in canonical form, or raise `KdecoreError`: it doesn't fit together, or there is nothing to compare.
+
+    That is where the output has no elements, or a number is not finite: one makes all errors nan, which are means.
+    """
     problem = canonicalise(case.q, case.k, case.v, case.scale)
     if problem.groups * problem.n_q * problem.d_v == 0:
         raise ShapeError(f"the output must have at least one element to compare; got q {case.q.shape}, v {case.v.shape}")
-    return problem
-
-
-def non_finite(case: Case) -> dict[str, int]:
-    """Return how many numbers are NaN or infinite, for each array of the case that has any."""
     arrays = {"q": case.q, "k": case.k, "v": case.v}
-    counts = {name: int(host.sum(host.astype(~host.isfinite(array), host.int64))) for name, array in arrays.items()}
-    return {name: count for name, count in counts.items() if count}
+    counts = {name: int(host.count_nonzero(~host.isfinite(array))) for name, array in arrays.items()}
+    if any(counts.values()):
+        held = ", ".join(f"{name} holds {count:,} of {arrays[name].size:,}" for name, count in counts.items() if count)
+        raise OptionError(f"numbers that are NaN or infinite in {case.name}: {held}; with them every error would be nan")
+    return problem
 
 
 def _distinct(budgets: Sequence[int], n_k: int) -> list[int]:

@@ -1,5 +1,8 @@
 """Errors that `kdecore` raises: each names the argument, what was expected and what came."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class KdecoreError(Exception):
     """Base of every error that kdecore raises on purpose."""
@@ -31,3 +34,14 @@ class MemoryLimitError(KdecoreError, MemoryError):
 
 class InputFileError(KdecoreError, ValueError):
     """An input file cannot be read or does not hold what is needed; the message names the file."""
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """Return the end of a message, ``"; did you mean 'treecode'?"``, or "" where no known name is like the given one.
+
+    Upper and lower case count as the same; of a class, its name is looked at.
+    """
+    name = given.__name__ if isinstance(given, type) else given
+    by_lower = {one.lower(): one for one in known}
+    found = get_close_matches(name.lower(), by_lower, n=1) if isinstance(name, str) else []
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""

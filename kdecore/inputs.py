@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kdecore.errors import DTypeError, OptionError, ShapeError
 from kdecore.namespaces import (
-    ACCUMULATION,
     Array,
     Namespace,
     accumulation_dtype,
+    check_floating,
     common_device,
     common_namespace,
     contiguous,
@@ -151,6 +152,9 @@ class Problem:
         return self.xp.reshape(rows, (*self.lead, self.n_q // self.repeats, *tail))
 
 
+FORMS = {"q": "(…, n_q, d)", "k": "(…, n_k, d)", "v": "(…, n_k, d_v)", "queries": "(…, n, d)"}
+
+
 def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diagonal: int | None = None) -> Problem:
     """Check q, k, v, scale and diagonal, and bring them into canonical form.
 
@@ -175,9 +179,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
     ShapeError, DTypeError, DeviceError, OptionError
         Naming the argument, what was expected and what came.
     """
-    xp = common_namespace(q=q, k=k, v=v)
-    device = common_device(q=q, k=k, v=v)
-    _check_dtypes(q=q, k=k, v=v)
+    xp, device = check_alike(q=q, k=k, v=v)
     _check_shapes(q, k, v)
     name = dtype_name(q)
     dtype = q.dtype if on_accelerator(q) else accumulation_dtype(xp, name)
@@ -214,20 +216,27 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
     )
 
 
-def _check_dtypes(**arrays: Array) -> None:
+def check_alike(**arrays: Array) -> tuple[Namespace, Any]:
+    """Return the namespace and the device of named arrays of rows, of one library, device and floating-point dtype.
+
+    Raises
+    ------
+    ShapeError, DTypeError, DeviceError
+        Naming the argument that is no such array, or differs from the first.
+    """
+    xp, device = common_namespace(**arrays), common_device(**arrays)
     first = next(iter(arrays))
     for name, array in arrays.items():
-        found = dtype_name(array)
-        if found not in ACCUMULATION:
-            raise DTypeError(f"{name} must have one of the dtypes {', '.join(ACCUMULATION)}, got {found}")
-        if found != dtype_name(arrays[first]):
-            raise DTypeError(f"{name} must have the same dtype as {first} ({dtype_name(arrays[first])}), got {found}")
+        check_floating(name, array)
+        if (found := dtype_name(array)) != (expected := dtype_name(arrays[first])):
+            raise DTypeError(f"{name} must have the same dtype as {first} ({expected}), got {found}")
+    for name, array in arrays.items():
+        if array.ndim < 2:
+            raise ShapeError(f"{name} must have at least 2 dimensions {FORMS[name]}, got shape {tuple(array.shape)}")
+    return xp, device
 
 
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
-    for name, array, form in (("q", q, "(…, n_q, d)"), ("k", k, "(…, n_k, d)"), ("v", v, "(…, n_k, d_v)")):
-        if array.ndim < 2:
-            raise ShapeError(f"{name} must have at least 2 dimensions {form}, got shape {tuple(array.shape)}")
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not _same_or_grouped_heads(tuple(q.shape[:-2]), tuple(k.shape[:-2])):
         expected = f"{tuple(q.shape[:-2])}, or in place of the last one a divisor of it (grouped heads)"

@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdecore.attend import attend
-from kdecore.errors import OptionError, ShapeError
-from kdecore.inputs import Problem, canonicalise
+from kdecore.errors import OptionError, ShapeError, did_you_mean
+from kdecore.inputs import Problem, canonicalise, check_alike
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
 from kdecore.namespaces import Array, device_context, gradient_mode, without_gradient
 from kdecore.nonfinite import merge_not_finite
-from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, integer_at_least
+from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, check_boolean, integer_at_least
 from kdecore.outcomes import run_all
 from kdecore.planning import Plan, check_settings, make_plan
 from kdecore.selection import Selection
@@ -104,16 +104,18 @@ class KeyIndex:
         kernels: str = "auto",
         threads: int | None = None,
     ) -> None:
+        check_alike(k=k, v=v)
         problem = canonicalise(k, k, v, scale)
-        if not (method == "treecode" or isinstance(method, Treecode)):
-            raise OptionError(f'method must be "treecode" or Treecode options for a KeyIndex, got {method!r}')
+        if not (isinstance(method, Treecode) or (isinstance(method, str) and method == Treecode.name)):
+            hint = did_you_mean(method, [Treecode.name])
+            raise OptionError(f'method must be "treecode" or Treecode options for a KeyIndex, got {method!r}{hint}')
         if budget is not None:
             budget = integer_at_least(1, "budget", budget)
         self._options = (method if isinstance(method, Treecode) else Treecode()).resolve(budget)
         self._settings = check_settings(seed, kernels, threads)
         self._plans: dict[Any, Plan] = {}
         self._one, self._scale = (k[..., :1, :], v[..., :1, :]), problem.scale
-        seen = problem.k if queries is None else self._fitting(queries).q
+        seen = problem.k if queries is None else self._fitting("queries", queries).q
         # Raises where the kernels asked for can't run, however few the keys.
         self._plan(problem, Exact())
         with team(self._settings["threads"]), device_context(self._one[0]):
@@ -145,10 +147,11 @@ class KeyIndex:
 
         Raises
         ------
-        ShapeError, DTypeError, DeviceError
-            Naming what doesn't fit the keys.
+        ShapeError, DTypeError, DeviceError, OptionError
+            Naming what doesn't fit the keys, or return_lse that is no boolean.
         """
-        problem = self._fitting(q)
+        check_boolean("return_lse", return_lse)
+        problem = self._fitting("q", q)
         with team(self._settings["threads"]), device_context(self._one[0]):
             part = self._attend_pieces(problem)
         return self._result(problem, part, q.dtype, return_lse)
@@ -172,10 +175,11 @@ class KeyIndex:
 
         Raises
         ------
-        ShapeError, DTypeError, DeviceError
+        ShapeError, DTypeError, DeviceError, OptionError
             Naming what doesn't fit; the index is then as it was.
         """
-        problem, added = self._fitting(q), self._added(k, v)
+        check_boolean("return_lse", return_lse)
+        problem, added = self._fitting("q", q), self._added(k, v)
         new = replace(added, q=problem.q, repeats=problem.repeats, lead=problem.lead)
         with team(self._settings["threads"]), device_context(self._one[0]):
             causal = check_restrictions(new, True, None, None, None, q)
@@ -199,6 +203,7 @@ class KeyIndex:
     def _added(self, k: Array, v: Array) -> Problem:
         """Return new keys in canonical form, without queries, or raise what doesn't fit."""
         first = self._pieces[0].problem
+        self._check_like_keys(k=k, v=v)
         added = canonicalise(self._one[0], k, v, first.scale)
         if added.d_v != first.d_v:
             raise ShapeError(f"v must have the last dimension {first.d_v} of the index's values, got {tuple(v.shape)}")
@@ -261,9 +266,14 @@ class KeyIndex:
             return attend(problem, plan, Selection())
         return attend(problem, plan, treecode.open_for(problem, plan, treecode.prepare_queries(problem, plan, tree)))
 
-    def _fitting(self, q: Array) -> Problem:
-        """Return queries with one of the keys in canonical form, or raise what they don't fit in."""
-        return canonicalise(q, *self._one, self._scale)
+    def _fitting(self, name: str, queries: Array) -> Problem:
+        """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name."""
+        self._check_like_keys(**{name: queries})
+        return canonicalise(queries, *self._one, self._scale)
+
+    def _check_like_keys(self, **arrays: Array) -> None:
+        # Otherwise it would be the keys that don't fit what came.
+        check_alike(**{"the index's keys": self._one[0]}, **arrays)
 
 
 def joined(first: Problem, second: Problem) -> Problem:

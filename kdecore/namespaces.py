@@ -5,6 +5,7 @@ CuPy, PyTorch and array-api-strict. Importing this file imports no array library
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib import import_module
@@ -17,12 +18,25 @@ import numpy as np
 from kdecore.errors import DeviceError, DTypeError
 
 Array: TypeAlias = Any
-"""An array of any library that follows the Python array API standard."""
+"""An array of one of the libraries in `SUPPORTED`."""
 Namespace: TypeAlias = Any
 """An array API namespace, such as ``array_api_compat.numpy``."""
 
 host: Namespace = array_api_compat.numpy
 """NumPy, for small arrays made on the host."""
+
+SUPPORTED: dict[str, Callable[[object], bool]] = {
+    "NumPy": array_api_compat.is_numpy_array,
+    "CuPy": array_api_compat.is_cupy_array,
+    "PyTorch": array_api_compat.is_torch_array,
+    "array-api-strict": lambda array: (
+        hasattr(array, "__array_namespace__") and type_name(array).startswith("array_api_strict.")
+    ),
+}
+"""Array libraries that kdecore is written for, the last one for tests → whether an object is an array of theirs.
+
+Others follow the array API too, and yet fail late: they know of no assignment, or of no devices.
+"""
 
 ACCUMULATION = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 """Name of each dtype taken in → name of the dtype that it is computed in."""
@@ -36,11 +50,14 @@ FEWEST_ROWS = 16
 __all__ = [
     "ACCUMULATION",
     "SMALL_PRODUCT",
+    "SUPPORTED",
     "TILE_ELEMENTS",
     "Array",
     "Namespace",
     "accumulation_dtype",
     "chebyshev_coefficients",
+    "check_floating",
+    "check_plain",
     "common_device",
     "common_namespace",
     "contiguous",
@@ -58,6 +75,7 @@ __all__ = [
     "host_memory",
     "host_view",
     "invert_permutation",
+    "is_boolean",
     "is_contiguous",
     "namespace_name",
     "namespace_of",
@@ -73,6 +91,8 @@ __all__ = [
     "take_rows",
     "to_float",
     "to_host",
+    "to_integer",
+    "type_name",
     "without_gradient",
 ]
 
@@ -87,24 +107,30 @@ def namespace_name(xp: Namespace) -> str:
     return str(xp.__name__).removeprefix("array_api_compat.").partition(".")[0]
 
 
+def type_name(value: object) -> str:
+    """Return the name of a value's type, with its module where that is not Python's own, as in ``"numpy.matrix"``."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def common_namespace(**arrays: Array) -> Namespace:
     """Return the one namespace of all named arrays.
 
     Raises
     ------
     DTypeError
-        An argument is no array of a library that follows the array API.
+        An argument is no array of a library in `SUPPORTED`, or not a plain one (`check_plain`).
     DeviceError
         Two arguments come from different libraries.
     """
     found = {}
     for name, array in arrays.items():
-        if not array_api_compat.is_array_api_obj(array):
+        if not any(is_array(array) for is_array in SUPPORTED.values()):
+            known = ", ".join(SUPPORTED)
             raise DTypeError(
-                f"{name} must be an array (NumPy, CuPy, PyTorch or another array-API library), got {type(array).__name__}"
+                f"{name} must be an array of one of {known}, got {type_name(array)}; {_conversion(name, array)}"
             )
-        if hasattr(array, "mask") and namespace_name(namespace_of(array)) == "numpy":
-            raise DTypeError(f"{name} must be a plain array, got {type(array).__name__}, whose mask would be ignored")
+        check_plain(name, array)
         found[name] = namespace_of(array)
     first, *others = found
     for name in others:
@@ -114,6 +140,58 @@ def common_namespace(**arrays: Array) -> Namespace:
                 f"got {namespace_name(found[name])}"
             )
     return found[first]
+
+
+def _conversion(name: str, array: object) -> str:
+    """Return how an array in the sense of no supported library becomes one."""
+    dense = next((method for method in ("toarray", "todense") if hasattr(array, method)), None)
+    if dense is not None:
+        return f"pass {name}.{dense}()"
+    return f"np.asarray({name}) makes one of lists and of other libraries' arrays"
+
+
+def check_plain(name: str, array: Array) -> None:
+    """Raise `DTypeError` where an array of a library in `SUPPORTED` isn't numbers in rows, saying what to pass instead."""
+    what = _masked_or_matrix(name, array) if isinstance(array, np.ndarray) else _special_tensor(name, array)
+    if what:
+        raise DTypeError(f"{name} must be a plain array, got {what}")
+
+
+def _masked_or_matrix(name: str, array: Array) -> str:
+    if isinstance(array, np.ma.MaskedArray):
+        return f"{type_name(array)}, whose mask would be ignored"
+    return f"{type_name(array)}; pass np.asarray({name})" if isinstance(array, np.matrix) else ""
+
+
+def _special_tensor(name: str, array: Array) -> str:
+    if not array_api_compat.is_torch_array(array):
+        return ""
+    if array.is_nested:
+        return (
+            f"a nested tensor; pass torch.nested.to_padded_tensor({name}, 0.0) with key_lengths=, "
+            "or samples one after another to packed_attention"
+        )
+    if array.is_quantized:
+        return f"a quantized tensor; pass {name}.dequantize()"
+    if str(array.layout) != "torch.strided":
+        return f"a tensor of layout {array.layout}; pass {name}.to_dense()"
+    # Subclasses that do this hold no memory of their own: masked, distributed and fake tensors.
+    if type(array).__torch_dispatch__ is not namespace_of(array).Tensor.__torch_dispatch__:
+        return f"{type_name(array)}, whose operations are its own; pass a tensor of plain numbers"
+    return ""
+
+
+def check_floating(name: str, array: Array) -> None:
+    """Raise `DTypeError` unless the dtype is one of `ACCUMULATION`, saying what to do about it."""
+    found = dtype_name(array)
+    if found in ACCUMULATION:
+        return
+    advice = ""
+    if found.startswith("complex"):
+        advice = "; attention of complex numbers is not defined"
+    elif found.startswith(("bool", "int", "uint", "float")):
+        advice = "; cast it to float32"
+    raise DTypeError(f"{name} must have one of the dtypes {', '.join(ACCUMULATION)}, got {found}{advice}")
 
 
 def common_device(**arrays: Array) -> Any:
@@ -337,12 +415,25 @@ def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
     return sum(parts[1:], start=parts[0]) / int(x.shape[1])
 
 
+def is_boolean(value: object) -> bool:
+    """Return whether a value is True or False, Python's or in an array."""
+    return isinstance(value, bool) or (hasattr(value, "dtype") and dtype_name(value) == "bool")
+
+
 def to_float(value: Any) -> float:
-    """Return a number or 0-d array as a Python float; NaN where that is impossible, and for text."""
+    """Return a number or 0-d array as a Python float; NaN where that is impossible, and for text and booleans."""
     try:
-        return math.nan if isinstance(value, str | bytes) else float(value)
+        return math.nan if isinstance(value, str | bytes) or is_boolean(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def to_integer(value: Any) -> int | None:
+    """Return an integer or 0-d array of one as a Python int; None for anything else, booleans among it."""
+    try:
+        return None if is_boolean(value) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def chebyshev_coefficients(function: Callable[[Array], Array], degree: int) -> tuple[float, ...]:

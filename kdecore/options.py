@@ -1,11 +1,11 @@
 """Methods by name, and their options as frozen objects for those who want control over a method's parts."""
 
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from kdecore.errors import OptionError
-from kdecore.namespaces import host, to_float
+from kdecore.errors import OptionError, did_you_mean
+from kdecore.namespaces import host, to_float, to_integer
 
 DEFAULT_BUDGET = 512
 """Keys evaluated per query when neither ``budget`` nor options say otherwise."""
@@ -17,13 +17,19 @@ SAMPLED_ROWS = 64
 
 
 def integer_at_least(minimum: int, name: str, value: object) -> int:
-    """Return ``value`` as an int of at least ``minimum``, or raise `OptionError` naming it."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise OptionError(f"{name} must be an integer of at least {minimum}, got {value!r}") from None
-    if number < minimum:
-        raise OptionError(f"{name} must be an integer of at least {minimum}, got {number}")
+    """Return ``value`` as an int of at least ``minimum``, or raise `OptionError` naming it; booleans are no integers."""
+    number = to_integer(value)
+    if number is None or number < minimum:
+        got = value if number is None else number
+        raise OptionError(f"{name} must be an integer of at least {minimum}, got {got!r}")
+    return number
+
+
+def integer(name: str, value: object) -> int:
+    """Return ``value`` as an int, or raise `OptionError` naming it; booleans are no integers."""
+    number = to_integer(value)
+    if number is None:
+        raise OptionError(f"{name} must be an integer, got {value!r}")
     return number
 
 
@@ -34,12 +40,19 @@ def check_boolean(name: str, value: object) -> bool:
     return bool(value)
 
 
-def integer(name: str, value: object) -> int:
-    """Return ``value`` as an int, or raise `OptionError` naming it."""
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise OptionError(f"{name} must be an integer, got {value!r}") from None
+def one_of(known: Sequence[str], name: str, value: object) -> str:
+    """Return ``value`` where it is one of the known words, or raise `OptionError` naming it and the word most like it."""
+    if not isinstance(value, str) or value not in known:
+        raise OptionError(f"{name} must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
+    return value
+
+
+def set_integers(options: object, **minima: int) -> None:
+    """Make those fields of a frozen options object that aren't None Python integers of at least so much each."""
+    for name, minimum in minima.items():
+        value = getattr(options, name)
+        if value is not None:
+            object.__setattr__(options, name, integer_at_least(minimum, name, value))
 
 
 @dataclass(frozen=True)
@@ -98,9 +111,7 @@ class SortLSH:
     num_hashes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, minimum in (("block_size", 0), ("num_samples", 1), ("num_hashes", 1)):
-            if getattr(self, name) is not None:
-                integer_at_least(minimum, name, getattr(self, name))
+        set_integers(self, block_size=0, num_samples=1, num_hashes=1)
         if self.num_hashes is not None and self.num_hashes > MAX_HASHES:
             raise OptionError(f"num_hashes must be at most {MAX_HASHES}, got {self.num_hashes}")
 
@@ -190,8 +201,7 @@ class KDEformer:
     primitive: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.num_samples is not None:
-            integer_at_least(1, "num_samples", self.num_samples)
+        set_integers(self, num_samples=1)
         if self.eps is not None and not 0.0 < to_float(self.eps) < 1.0:
             raise OptionError(f"eps must lie strictly between 0 and 1, got {self.eps!r}")
         for name, known in (
@@ -199,8 +209,7 @@ class KDEformer:
             ("normaliser", ("kde", "sampled")),
             ("primitive", ("auto", "exact", "uniform", "hbe", "neighbours")),
         ):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            one_of(known, name, getattr(self, name))
 
     def resolve(self, budget: int | None) -> Self:
         """Return these options with num_samples set, unless it is to follow from eps."""
@@ -279,17 +288,13 @@ class Treecode:
         )
 
     def __post_init__(self) -> None:
-        if self.num_slots is not None:
-            integer_at_least(1, "num_slots", self.num_slots)
-        if self.block_size is not None:
-            integer_at_least(1, "block_size", self.block_size)
+        set_integers(self, num_slots=1, block_size=1)
         for name, known in (
             ("far_field", ("mean", "sample")),
             ("ordering", ("auto", "sort", "tree")),
             ("opening", ("auto", "rounds", "sweeps")),
         ):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            one_of(known, name, getattr(self, name))
 
     @property
     def rows(self) -> int:
@@ -331,3 +336,4 @@ Options = Exact | SortLSH | Hyper | KDEformer | Treecode
 METHODS: dict[str, type[Exact] | type[SortLSH] | type[Hyper] | type[KDEformer] | type[Treecode]] = {
     cls.name: cls for cls in (Exact, SortLSH, Hyper, KDEformer, Treecode)
 }
+METHOD_NAMES = ("auto", *METHODS)

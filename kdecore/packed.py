@@ -3,12 +3,17 @@
 from typing import Any
 
 from kdecore.attention import attention
+from kdecore.call import call_options
 from kdecore.errors import OptionError, ShapeError
 from kdecore.inputs import canonicalise
 from kdecore.namespaces import Array
-from kdecore.planning import make_plan
+from kdecore.options import check_boolean
 from kdecore.report import Report
 from kdecore.shares import integers
+
+OWN_LENGTHS = ("mask", "key_lengths")
+"""What samples that have lengths of their own leave no room for."""
+RETURNED = ("return_lse", "return_report")
 
 
 def packed_attention(
@@ -46,7 +51,7 @@ def packed_attention(
     Raises
     ------
     ShapeError, DTypeError, OptionError
-        Besides what `kdecore.attention` raises: lengths that don't fit the arrays, naming them.
+        Besides what `kdecore.attention` raises: lengths that don't fit the arrays, naming them; an option of another name.
 
     Examples
     --------
@@ -56,13 +61,14 @@ def packed_attention(
     >>> kdecore.packed_attention(q, k, v, [0, 30, 100], causal=True).shape
     (8, 100, 16)
     """
-    if refused := {"mask", "key_lengths"} & set(options):
-        raise OptionError(f"{', '.join(sorted(refused))} can't be given to packed_attention: samples have their own lengths")
+    for name in OWN_LENGTHS:
+        if name in options:
+            raise OptionError(f"{name} can't be given to packed_attention: samples have their own lengths")
     # Raises for what doesn't fit, whatever the samples are.
+    call_options({"causal": causal, **options}, "scale", *RETURNED)
+    for name in RETURNED:
+        check_boolean(name, options.get(name, False))
     problem = canonicalise(q, k, v, options.get("scale"))
-    make_plan(
-        problem, **{name: options[name] for name in ("method", "budget", "seed", "kernels", "threads") if name in options}
-    )
     xp = problem.xp
     queries = _edges("cu_seqlens_q", cu_seqlens_q, int(q.shape[-2]))
     keys = _edges("cu_seqlens_k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, int(k.shape[-2]))

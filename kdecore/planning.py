@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from kdecore.errors import OptionError
+from kdecore.errors import OptionError, did_you_mean
 from kdecore.inputs import Problem
 from kdecore.kernels.open_sweeps.contract import PART, RESIDENT
 from kdecore.kernels.registry import Choice, Site, check_target, choose
@@ -14,6 +14,7 @@ from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, gradien
 from kdecore.options import (
     DEFAULT_BUDGET,
     DEFAULT_HASHES,
+    METHOD_NAMES,
     METHODS,
     Exact,
     KDEformer,
@@ -309,10 +310,9 @@ def check_method(method: str | Options, budget: int | None) -> Options | None:
         budget = integer_at_least(1, "budget", budget)
     if isinstance(method, Options):
         return method.resolve(budget)
-    if not isinstance(method, str):
-        raise OptionError(f"method must be a name or one of kdecore's options objects, got {method!r}")
-    if method != "auto" and method not in METHODS:
-        raise OptionError(f"method must be one of {', '.join(('auto', *METHODS))} or an options object, got {method!r}")
+    if not isinstance(method, str) or method not in METHOD_NAMES:
+        expected = f"one of the names {', '.join(METHOD_NAMES)} or an options object"
+        raise OptionError(f"method must be {expected}, got {method!r}{did_you_mean(method, METHOD_NAMES)}")
     return None if method == "auto" else METHODS[method]().resolve(budget)
 
 

@@ -6,10 +6,10 @@ int64 masked to 32 bits, since some libraries lack arithmetic on unsigned intege
 
 import functools
 import math
-import operator
 
 from kdecore.errors import OptionError
 from kdecore.namespaces import Array, Namespace, host
+from kdecore.options import integer
 
 SAMPLES_STREAM = 1
 """Random stream of what decides which keys are drawn."""
@@ -21,10 +21,7 @@ ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 def check_seed(seed: object) -> int:
     """Return ``seed`` as an int in [0, 2**64), or raise `OptionError`."""
-    try:
-        number = operator.index(seed)  # type: ignore[arg-type]
-    except TypeError:
-        raise OptionError(f"seed must be an integer, got {seed!r}") from None
+    number = integer("seed", seed)
     if not 0 <= number < 2**64:
         raise OptionError(f"seed must lie in [0, 2**64), got {number}")
     return number

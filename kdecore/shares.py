@@ -14,6 +14,7 @@ from kdecore.inputs import Problem
 from kdecore.namespaces import (
     ACCUMULATION,
     Array,
+    check_plain,
     common_device,
     common_namespace,
     contiguous,
@@ -23,6 +24,7 @@ from kdecore.namespaces import (
     host,
     take_along_rows,
     to_host,
+    type_name,
     without_gradient,
 )
 from kdecore.nonfinite import not_finite_keys
@@ -97,10 +99,14 @@ def _check_lengths(problem: Problem, key_lengths: Any) -> Array:
 
 def integers(name: str, given: Any) -> Array:
     """Return integers as a NumPy array, whatever they come in, or raise `DTypeError` naming the argument."""
+    is_array = hasattr(given, "dtype")
+    if is_array:
+        check_plain(name, given)
     try:
-        found = to_host(given) if hasattr(given, "dtype") else host.asarray(given)
-    except (TypeError, ValueError):
-        raise DTypeError(f"{name} must hold integers in rows of one length, got {given!r}") from None
+        found = to_host(given) if is_array else host.asarray(given)
+    except (TypeError, ValueError, RuntimeError):
+        what = type_name(given) if is_array else repr(given)
+        raise DTypeError(f"{name} must hold integers in rows of one length, got {what}") from None
     if found.size and found.dtype.kind not in "iu":
         raise DTypeError(f"{name} must hold integers, got {dtype_name(found)}")
     return host.astype(found, host.int64)
@@ -109,8 +115,9 @@ def integers(name: str, given: Any) -> Array:
 def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
     xp = common_namespace(q=like, mask=mask)
     common_device(q=like, mask=mask)
-    if mask.dtype != xp.bool and dtype_name(mask) not in ACCUMULATION:
-        raise DTypeError(f"mask must be boolean or have one of the dtypes {', '.join(ACCUMULATION)}, got {dtype_name(mask)}")
+    if mask.dtype != xp.bool and (found := dtype_name(mask)) not in ACCUMULATION:
+        advice = "; cast it to bool, True for what is seen" if found.startswith(("int", "uint")) else ""
+        raise DTypeError(f"mask must be boolean or have one of the dtypes {', '.join(ACCUMULATION)}, got {found}{advice}")
     whole = (*problem.lead, problem.n_q // problem.repeats, problem.n_k)
     shape = (*(1,) * (2 - mask.ndim), *(int(size) for size in mask.shape))
     missing = len(whole) - len(shape)

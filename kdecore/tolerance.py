@@ -27,7 +27,7 @@ from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.methods import STAGES
 from kdecore.namespaces import Array, host, on_accelerator, take_along_rows, to_float, to_host
-from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode
+from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode, one_of
 from kdecore.planning import Plan, exact_row_cost, expected_cost, site_of, tree_opener
 
 NORMS = ("frobenius", "spectral")
@@ -122,8 +122,7 @@ def check_tolerance(rtol: object, norm: str) -> None:
     """Raise `OptionError` unless ``rtol`` is a positive finite number or None, and ``norm`` is known."""
     if rtol is not None and not 0.0 < to_float(rtol) < math.inf:
         raise OptionError(f"rtol must be a positive finite number or None, got {rtol!r}")
-    if norm not in NORMS:
-        raise OptionError(f"rtol_norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    one_of(NORMS, "rtol_norm", norm)
 
 
 def to_try(method: str | Options, budget: int | None, problem: Problem, target: str) -> list[Options]:

@@ -95,7 +95,7 @@ def test_compare_users_file(tmp_path, no_plot, capsys, library):
     assert "data [bold].npz: 2 × 40 queries, 60 keys, d = 8, d_v = 5, float32" in out
     record = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert record["case"] == {"name": "data [bold].npz", "q": [2, 40, 8], "k": [2, 60, 8], "v": [2, 60, 5],
-        "dtype": "float32", "scale": 0.25, "library": library, "non_finite": {}}  # fmt: skip
+        "dtype": "float32", "scale": 0.25, "library": library}  # fmt: skip
     assert [row["method"] for row in record["rows"][1:]] == ["exact", "auto"]
     assert record["rows"][1]["budget"] is None
     assert record["rows"][1]["errors_std"]["spectral"] is None  # one seed has no deviation
@@ -299,19 +299,35 @@ def test_lists_may_have_commas(tmp_path, no_plot, capsys):
     assert record["arguments"]["budgets"] == [16, 32]
 
 
-def test_numbers_that_are_not_finite_are_named(tmp_path, no_plot, capsys):
+def test_numbers_that_are_not_finite_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparison, "measure", lambda *a, **k: pytest.fail("measured first"))
     case = small_case()
     case.q[0, 3, 2], case.v[1, 4, :3] = np.nan, np.inf
-    np.savez(tmp_path / "ok.npz", q=case.q, k=case.k, v=case.v)
-    status, out, err = run(capsys, "compare", tmp_path / "ok.npz", *QUICK, "--methods", "sortlsh,kdeformer,exact",
+    np.savez(tmp_path / "bad.npz", q=case.q, k=case.k, v=case.v)
+    says = "infinite in bad.npz: q holds 1 of 960, v holds 3 of 960; with them every error would be nan"
+    assert_fails(capsys, "compare", tmp_path / "bad.npz", *QUICK, "--out", tmp_path / "out", says=says)
+    assert files_in(tmp_path) == ["bad.npz"]
+
+
+@pytest.mark.parametrize(
+    ("options", "stored", "used", "says"),
+    [
+        ([], 0.5, 0.5, "scale: 0.5, as data.npz holds it."),
+        (["--scale", "0.25"], 0.5, 0.25, "scale: 0.25 as asked for, not what data.npz holds."),
+        ([], [1.0, 2.0], 8**-0.5, "scale: 1/√d; what data.npz holds under that name is no finite number but an array"),
+    ],
+)
+def test_the_scale_in_a_file_is_used_and_said(tmp_path, no_plot, capsys, options, stored, used, says):
+    case = small_case()
+    np.savez(tmp_path / "data.npz", Q=case.q, K=case.k, V=case.v, scale=stored)
+    status, out, err = run(capsys, "compare", tmp_path / "data.npz", *QUICK, "--methods", "hyper", *options,
         "--out", tmp_path)  # fmt: skip
-    assert status == 0
-    assert err.count("\n") == 1
-    assert "q holds 1 of 960, v holds 3 of 960" in err
-    assert "nan" in out
-    assert "hold it" not in out
+    assert (status, err) == (0, "")
+    assert f"float32, scale {used:.4g}" in " ".join(out.split())
     record = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
-    assert record["case"]["non_finite"] == {"q": 1, "v": 3}
+    assert record["case"]["scale"] == pytest.approx(used)
+    for notes in (" ".join(out.split()), " ".join(record["notes"])):
+        assert says in notes
 
 
 @pytest.mark.parametrize("scale", ["1e300", "-1e300", "1e30"])
@@ -325,7 +341,8 @@ def test_overflow_leaks_no_warning(tmp_path, no_plot, capsys, scale):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--methods", "sortlsh", "sortlhs"], "'sortlhs'"),
+        (["--methods", "sortlsh", "sortlhs"], "got 'sortlhs'; did you mean 'sortlsh'?"),
+        (["--methods", "Treecode"], "got 'Treecode'; did you mean 'treecode'?"),
         (["--budgets", "0"], "budget must be an integer of at least 1, got 0"),
         (["--rtol", "0"], "rtol must be a positive finite number or None, got 0.0"),
         (["--rtol", "0.05,-0.1"], "rtol must be a positive finite number or None, got -0.1"),
@@ -339,6 +356,8 @@ def test_overflow_leaks_no_warning(tmp_path, no_plot, capsys, scale):
         (["--n", "100000"], "GloVe"),
         (["missing.npz"], "missing.npz: No such file"),
         (["a.npz", "b.npz"], "one .npz"),
+        (["a.txt"], "one .npz"),
+        (["."], "cannot read .: it is a folder"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, capsys, monkeypatch, arguments, says):
@@ -392,6 +411,7 @@ def test_options_are_checked_before_any_work(tmp_path, capsys, monkeypatch):
         (["compare", "--library", "jax"], "invalid choice: 'jax'"),
         (["compare", "--methods", "sortlsh", "hyper", "ok.npz"], "got 'ok.npz'; files come before the options"),
         (["compare", "--budgets", "16", "ok.NPZ"], "files come before the options, as in kdecore compare ok.NPZ"),
+        (["compare", "--budgets", "16", "ok.pt"], "files come before the options, as in kdecore compare ok.pt"),
         (["compare", "q.npy", "--seeds", "1", "k.npy"], "files come before the options, as in kdecore compare k.npy"),
         (["compare", "--methods", ","], "at least one entry"),
     ],
@@ -458,7 +478,8 @@ def test_out_of_memory(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])
 def test_without_the_extra(tmp_path, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says="pip install 'kdecore[cli]'")
+    says = f"kdecore compare needs {package}: pip install 'kdecore[cli]', or from a clone pip install '.[cli]'"
+    assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says=says)
     assert run(capsys, "info")[0] == 0
 
 

@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 import kdecore
-from kdecore import DTypeError, KeyIndex, OptionError, ShapeError, Treecode
+from kdecore import DeviceError, DTypeError, KeyIndex, OptionError, ShapeError, Treecode
 from kdecore.metrics import errors
 from kdecore.namespaces import host
 from tests import oracles
@@ -103,8 +104,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
     for call, error, message in (
         (lambda: index.attend(k[:2]), ShapeError, "leading dimensions"),
         (lambda: index.attend(k[..., :5]), ShapeError, "last dimension d = 5"),
-        (lambda: index.attend(k.astype(np.float32)), DTypeError, "same dtype"),
+        (
+            lambda: index.attend(k.astype(np.float32)),
+            DTypeError,
+            "q must have the same dtype as the index's keys",
+        ),
         (lambda: index.attend([1.0]), DTypeError, "q must be an array"),
+        (lambda: index.attend(k[0, 0]), ShapeError, "q must have at least 2 dimensions"),
+        (lambda: index.attend(torch.from_numpy(k)), DeviceError, r"q must come from the same library as the index's keys"),
+        (lambda: index.append(k.astype(np.float32), v), DTypeError, r"k must have the same dtype as the index's keys"),
         (lambda: index.append(k[:2], v[:2]), ShapeError, "leading dimensions"),
         (lambda: index.append(k, v[..., :5]), ShapeError, "v must have the last dimension 8"),
         (lambda: index.append(k[:, :3], v), ShapeError, "as many rows"),
@@ -115,7 +123,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
         (lambda: KeyIndex(k, v, budget=5, method=Treecode(num_slots=6)), OptionError, "budget must be"),
         (lambda: KeyIndex(k, v, scale=np.inf), OptionError, "scale must be"),
         (lambda: KeyIndex(k, v, seed=-1), OptionError, "seed must"),
-        (lambda: KeyIndex(list(k), v), DTypeError, "must be an array"),
+        (lambda: KeyIndex(list(k), v), DTypeError, "k must be an array"),
+        (lambda: KeyIndex(k[0, 0], v), ShapeError, "k must have at least 2 dimensions"),
+        (lambda: KeyIndex(k.astype(int), v), DTypeError, "k must have one of the dtypes"),
+        (lambda: KeyIndex(k, v.astype(np.float32)), DTypeError, r"v must have the same dtype as k \(float64\), got float32"),
+        (lambda: KeyIndex(k, v, queries=k.astype(np.float32)), DTypeError, "queries must have the same dtype"),
         (lambda: KeyIndex(k, v[:, :3]), ShapeError, "as many rows"),
     ):
         with pytest.raises(error, match=message):

@@ -5,6 +5,8 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 import kdecore
 from kdecore import loading
@@ -20,6 +22,18 @@ def save_npy(folder, arrays):
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     return [folder / f"{name}.npy" for name in arrays]
+
+
+def save(path, arrays, scale=None):
+    """Write a file of the kind that its name says, with a scale if given: a number, an array, or text for metadata."""
+    if scale is not None and not isinstance(scale, str):
+        arrays = arrays | {"scale": np.asarray(scale)}
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    elif path.suffix == ".safetensors":
+        safetensors.numpy.save_file(arrays, path, {"Scale": scale} if isinstance(scale, str) else None)
+    else:
+        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
 
 
 def assert_one_line(info, *parts):
@@ -57,12 +71,98 @@ def test_safetensors(tmp_path, arrays):
         np.testing.assert_array_equal(getattr(case, name), array)
 
 
-def test_safetensors_bfloat16_becomes_float32(tmp_path, arrays):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
+def test_pt(tmp_path, arrays):
+    tensors = {name: torch.from_numpy(array).bfloat16().requires_grad_() for name, array in arrays.items()}
+    torch.save(tensors | {"other": [1, 2], 7: None}, tmp_path / "a.pt")
+    case = load_case([tmp_path / "a.pt"])
+    assert (case.name, case.scale, case.note, case.q.dtype) == ("a.pt", None, "", np.float32)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(getattr(case, name), tensor.detach().float().numpy())
 
+
+@pytest.mark.parametrize("held", [[torch.zeros(3)], torch.zeros(3, 4), {"q": 1.0, "k": [2.0], "v": "3"}])
+def test_pt_of_another_structure(tmp_path, held):
+    torch.save(held, tmp_path / "a.pt")
+    with pytest.raises((InputFileError, kdecore.DTypeError), match=r"must (hold a dictionary|be an array)") as info:
+        load_case([tmp_path / "a.pt"])
+    assert_one_line(info)
+
+
+def test_pt_of_sparse_tensors(tmp_path, arrays):
+    torch.save({name: torch.from_numpy(array).to_sparse() for name, array in arrays.items()}, tmp_path / "a.pt")
+    with pytest.raises(InputFileError, match="cannot read") as info:
+        load_case([tmp_path / "a.pt"])
+    assert_one_line(info, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
+@pytest.mark.parametrize("names", ["Q K V", "Q k V", "query key value", "Query Key Value", "QUERY KEY VALUE"])
+def test_names_in_files(tmp_path, arrays, suffix, names):
+    renamed = dict(zip(names.split(), arrays.values(), strict=True))
+    save(tmp_path / f"a.{suffix}", renamed | {"other": np.zeros(3)})
+    case = load_case([tmp_path / f"a.{suffix}"])
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(getattr(case, name), array)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
+def test_short_names_in_lower_case_come_first(tmp_path, arrays, suffix):
+    others = {name: np.zeros_like(arrays["q"]) for name in ("Q", "K", "V", "query", "key", "value")}
+    save(tmp_path / f"a.{suffix}", others | arrays)
+    case = load_case([tmp_path / f"a.{suffix}"])
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(getattr(case, name), array)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
+@pytest.mark.parametrize(
+    ("stored", "scale", "note"),
+    [
+        (0.5, 0.5, "0.5, as {} holds it."),
+        (np.float32([0.25]), 0.25, "0.25, as {} holds it."),
+        (2, 2.0, "2, as {} holds it."),
+        (np.nan, None, "1/√d; what {} holds under that name is no finite number but nan."),
+        (np.ones(3), None, "1/√d; what {} holds under that name is no finite number but an array of shape (3,)."),
+        (True, None, "1/√d; what {} holds under that name is no finite number but True."),
+    ],
+)
+def test_the_scale_that_a_file_holds(tmp_path, arrays, suffix, stored, scale, note):
+    path = tmp_path / f"a.{suffix}"
+    save(path, arrays, stored)
+    case = load_case([path])
+    assert (case.scale, case.note) == (scale, f"scale: {note.format(path.name)}")
+    case = load_case([path], 0.125)
+    assert (case.scale, case.note) == (0.125, f"scale: 0.125 as asked for, not what {path.name} holds.")
+
+
+@pytest.mark.parametrize(
+    ("text", "scale", "note"),
+    [
+        ("0.5", 0.5, "scale: 0.5, as a.safetensors holds it."),
+        ("1/8", None, "scale: 1/√d; what a.safetensors holds under that name is no finite number but 1/8."),
+    ],
+)
+def test_the_scale_in_metadata(tmp_path, arrays, text, scale, note):
+    save(tmp_path / "a.safetensors", arrays, text)
+    case = load_case([tmp_path / "a.safetensors"])
+    assert (case.scale, case.note) == (scale, note)
+
+
+def test_other_ways_to_store_a_scale(tmp_path, arrays):
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    torch.save(tensors | {"SCALE": 0.5}, tmp_path / "a.pt")
+    assert load_case([tmp_path / "a.pt"]).scale == 0.5
+    safetensors.torch.save_file(tensors | {"scale": torch.tensor(0.5).bfloat16()}, tmp_path / "a.safetensors")
+    assert load_case([tmp_path / "a.safetensors"]).scale == 0.5
+    np.savez(tmp_path / "a.npz", **arrays, scale=None)
+    case = load_case([tmp_path / "a.npz"])
+    assert case.scale is None
+    assert "is no finite number but an object" in case.note
+
+
+def test_safetensors_bfloat16_becomes_float32(tmp_path, arrays):
     tensors = {name: torch.from_numpy(array).to(torch.bfloat16) for name, array in arrays.items()}
-    save_file(tensors, tmp_path / "a.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
     case = load_case([tmp_path / "a.safetensors"])
     assert case.q.dtype == np.float32
     np.testing.assert_array_equal(case.q, tensors["q"].to(torch.float32).numpy())
@@ -77,7 +177,7 @@ def test_wrong_number_or_kind_of_files(names):
     assert_one_line(info, *names)
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors", "npy"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "npy", "pt"])
 def test_missing_file(tmp_path, suffix):
     path = tmp_path / f"none.{suffix}"
     with pytest.raises(InputFileError, match="No such file") as info:
@@ -85,7 +185,7 @@ def test_missing_file(tmp_path, suffix):
     assert_one_line(info, path)
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors", "npy"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "npy", "pt"])
 @pytest.mark.parametrize("content", [b"", b"not an array file", b"PK\x03\x04 cut off", b"\x93NUMPY\x01\x00"], ids=range(4))
 def test_damaged_file(tmp_path, suffix, content):
     path = tmp_path / f"bad.{suffix}"
@@ -95,15 +195,13 @@ def test_damaged_file(tmp_path, suffix, content):
     assert_one_line(info, path)
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors", "npy"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "npy", "pt"])
 def test_truncated_file(tmp_path, arrays, suffix):
     path = tmp_path / f"bad.{suffix}"
-    if suffix == "safetensors":
-        safetensors.numpy.save_file(arrays, path)
-    elif suffix == "npz":
-        np.savez(path, **arrays)
-    else:
+    if suffix == "npy":
         np.save(path, arrays["q"])
+    else:
+        save(path, arrays)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputFileError) as info:
         load_case([path] * (3 if suffix == "npy" else 1))
@@ -111,10 +209,10 @@ def test_truncated_file(tmp_path, arrays, suffix):
 
 
 def test_folder_instead_of_file(tmp_path):
-    for suffix in ("npz", "safetensors"):
+    for suffix in ("npz", "safetensors", "pt", "other"):
         path = tmp_path / f"folder.{suffix}"
         path.mkdir()
-        with pytest.raises(InputFileError) as info:
+        with pytest.raises(InputFileError, match="it is a folder") as info:
             load_case([path])
         assert_one_line(info, path)
 
@@ -126,15 +224,12 @@ def test_content_unlike_name(tmp_path, arrays):
         load_case([tmp_path / "a.npz"])
 
 
-@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt"])
 def test_missing_key(tmp_path, arrays, suffix):
     del arrays["v"]
     arrays["value"] = arrays["q"]
     path = tmp_path / f"a.{suffix}"
-    if suffix == "npz":
-        np.savez(path, **arrays)
-    else:
-        safetensors.numpy.save_file(arrays, path)
+    save(path, arrays)
     with pytest.raises(InputFileError, match="must hold arrays named q, k and v") as info:
         load_case([path])
     assert_one_line(info, path, "value")
@@ -149,10 +244,13 @@ class Trap:
         return (setattr, (Trap, "sprung", True))
 
 
-@pytest.mark.parametrize("suffix", ["npz", "npy"])
+@pytest.mark.parametrize("suffix", ["npz", "npy", "pt"])
 def test_pickles_are_never_loaded(tmp_path, arrays, suffix):
     trap = np.array([Trap()], dtype=object)
-    if suffix == "npz":
+    if suffix == "pt":
+        torch.save(arrays | {"q": Trap()}, tmp_path / "a.pt")
+        paths = [tmp_path / "a.pt"]
+    elif suffix == "npz":
         np.savez(tmp_path / "a.npz", **(arrays | {"q": trap}))
         paths = [tmp_path / "a.npz"]
     else:
@@ -190,9 +288,17 @@ def test_scale_must_be_finite(tmp_path, arrays):
 def test_without_safetensors(tmp_path, arrays, monkeypatch):
     safetensors.numpy.save_file(arrays, tmp_path / "a.safetensors")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(InputFileError, match=r"kdecore\[cli\]") as info:
+    with pytest.raises(InputFileError, match="needs safetensors") as info:
         load_case([tmp_path / "a.safetensors"])
-    assert_one_line(info)
+    assert_one_line(info, "pip install 'kdecore[cli]', or from a clone pip install '.[cli]'")
+
+
+def test_without_torch(tmp_path, arrays, monkeypatch):
+    save(tmp_path / "a.pt", arrays)
+    monkeypatch.setitem(sys.modules, "kdecore_adapters.torch_adapter", None)
+    with pytest.raises(InputFileError, match=r"needs PyTorch \(not installed\)") as info:
+        load_case([tmp_path / "a.pt"])
+    assert_one_line(info, "pip install 'kdecore[torch]', or from a clone pip install '.[torch]'")
 
 
 @pytest.mark.parametrize("n", [1, 1000, 10922, 16384])

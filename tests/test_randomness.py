@@ -106,7 +106,7 @@ def test_the_two_halves_of_normal_are_uncorrelated():
 
 
 def test_check_seed_takes_integers_of_any_kind():
-    for seed in (0, 2**64 - 1, np.int8(3), np.uint64(2**64 - 1), True):
+    for seed in (0, 2**64 - 1, np.int8(3), np.uint64(2**64 - 1), np.array(3)):
         assert check_seed(seed) == int(seed)
 
 

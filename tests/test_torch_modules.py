@@ -214,7 +214,7 @@ def test_what_can_not_be_kept_is_refused():
     for call, message in (
         (lambda: KDEAttention(WIDTH, HEADS, add_bias_kv=True), "add_bias_kv"),
         (lambda: KDEAttention(WIDTH, HEADS, add_zero_attn=True), "add_zero_attn"),
-        (lambda: KDEAttention(WIDTH, HEADS, bugdet=3), "options must be of .* got 'bugdet'"),
+        (lambda: KDEAttention(WIDTH, HEADS, bugdet=3), "options must be one of .* got 'bugdet'; did you mean 'budget'"),
         (lambda: ours(x, x, x, need_weights=True), "need_weights must be False"),
         (lambda: ours(x, x, x), "dropout_p must be 0"),
         (lambda: ours(x, x, x, **CALLS["causal, padding"]), "dropout_p must be 0"),

@@ -1,7 +1,7 @@
 """NumPy: the functions that every adapter has, and reading of NumPy's own files."""
 
 from os import PathLike
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -42,6 +42,18 @@ def synchronize() -> None:
     """Wait until all work is done: NumPy has done it when it returns."""
 
 
+def names(path: str | PathLike[str]) -> list[str]:
+    """Return the names of the arrays in an .npz file.
+
+    Raises
+    ------
+    OSError, EOFError, ValueError, zipfile.BadZipFile
+        The file cannot be read, or is no such file.
+    """
+    with open(path, "rb") as stream:
+        return list(_loaded(stream, True).files)
+
+
 def load(path: str | PathLike[str], names: tuple[str, ...] | None = None) -> list[Any]:
     """Read a .npy file, or the named arrays of an .npz file; pickled objects are never loaded.
 
@@ -65,10 +77,7 @@ def load(path: str | PathLike[str], names: tuple[str, ...] | None = None) -> lis
         The file cannot be read, or is no such file.
     """
     with open(path, "rb") as stream:
-        loaded = np.load(stream, allow_pickle=False)
-        is_npz = isinstance(loaded, np.lib.npyio.NpzFile)
-        if is_npz != (names is not None):
-            raise ValueError(f"it is {'an .npz' if is_npz else 'a .npy'} file by its content, unlike its name")
+        loaded = _loaded(stream, names is not None)
         if names is None:
             arrays = [loaded]
         else:
@@ -76,3 +85,10 @@ def load(path: str | PathLike[str], names: tuple[str, ...] | None = None) -> lis
                 raise KeyError(list(loaded.files))
             arrays = [loaded[name] for name in names]
         return [array.astype(array.dtype.newbyteorder("="), copy=False) for array in arrays]
+
+
+def _loaded(stream: IO[bytes], npz: bool) -> Any:
+    loaded = np.load(stream, allow_pickle=False)
+    if isinstance(loaded, np.lib.npyio.NpzFile) != npz:
+        raise ValueError(f"it is {'a .npy' if npz else 'an .npz'} file by its content, unlike its name")
+    return loaded

@@ -1,6 +1,7 @@
 """PyTorch: the functions that every adapter has, and attention as PyTorch's own function has it."""
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,17 @@ def to_numpy(array: Any) -> Any:
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.to(torch.float32)
     return tensor.cpu().numpy()
+
+
+def load(path: str | PathLike[str]) -> Any:
+    """Return what a file of `torch.save` holds, tensors on the CPU; pickled objects are never loaded.
+
+    Raises
+    ------
+    OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError
+        The file cannot be read, is no such file, or holds objects.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def from_numpy(array: Any, device: str | None = None) -> Any:

@@ -23,6 +23,7 @@ from kdecore.namespaces import (
     common_namespace,
     dtype_name,
 )
+from kdecore.options import check_boolean
 from kdecore.randomness import check_seed
 
 __all__ = ["KdeReport", "LevelReport", "log_gaussian_kde", "log_weighted_exponential_kde", "wexpkde"]
@@ -45,7 +46,7 @@ def log_weighted_exponential_kde(
     Parameters
     ----------
     x
-        (…, n, d) points: an array-API array of float16, bfloat16, float32 or float64, finite; n may be 0.
+        (…, n, d) points: a NumPy, CuPy or PyTorch array of float16, bfloat16, float32 or float64, finite; n may be 0.
     y
         (…, m, d) queries of x's library, device, dtype and leading dimensions, finite; m may be 0.
     weights
@@ -112,6 +113,7 @@ def log_weighted_exponential_kde(
     common_device(**named)
     check_arrays(xp, x, y, given, name)
     accuracy, seed, primitive = check_accuracy(eps, delta), check_seed(seed), check_primitive(primitive)
+    check_boolean("return_report", return_report)
     logs = None
     if given is not None:
         given = _canonical(xp, given[..., None], x)[..., 0]
@@ -175,6 +177,7 @@ def log_gaussian_kde(
         raise ShapeError(f"x must have at least one row (the mean over no points is undefined), got shape {tuple(x.shape)}")
     width = check_bandwidth(bandwidth)
     accuracy, seed, primitive = check_accuracy(eps, delta), check_seed(seed), check_primitive(primitive)
+    check_boolean("return_report", return_report)
     points, queries = _canonical(xp, x, x), _canonical(xp, y, x)
 
     def form_of(xp: Namespace, group: int) -> GaussianForm:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from kdecore.errors import DTypeError, OptionError, ShapeError
-from kdecore.namespaces import ACCUMULATION, Array, Namespace, dtype_name, to_float
+from kdecore.namespaces import Array, Namespace, check_floating, dtype_name, to_float
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,8 @@ def check_arrays(xp: Namespace, x: Array, y: Array, weights: Array | None, name:
         Naming the argument, what was expected and what came.
     """
     for label, array in (("x", x), ("y", y), (name, weights)):
-        if array is None:
-            continue
-        found = dtype_name(array)
-        if found not in ACCUMULATION:
-            raise DTypeError(f"{label} must have one of the dtypes {', '.join(ACCUMULATION)}, got {found}")
+        if array is not None:
+            check_floating(label, array)
     if dtype_name(y) != dtype_name(x):
         raise DTypeError(f"y must have the same dtype as x ({dtype_name(x)}), got {dtype_name(y)}")
     for label, array, form in (("x", x, "(…, n, d)"), ("y", y, "(…, m, d)")):

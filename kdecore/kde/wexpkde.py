@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from kdecore.errors import OptionError
 from kdecore.kde.auto import choose
 from kdecore.kde.exact import make_exact
 from kdecore.kde.gaussian_map import exponential_form
@@ -17,6 +16,7 @@ from kdecore.kde.problem import Accuracy, GaussianForm
 from kdecore.kde.report import GUARANTEES, KdeReport, LevelReport, merge_levels
 from kdecore.kde.uniform import make_uniform
 from kdecore.namespaces import Array, Namespace, namespace_of
+from kdecore.options import one_of
 from kdecore.randomness import uniform
 
 PRIMITIVES = ("auto", "exact", "uniform", "hbe", "neighbours")
@@ -29,9 +29,7 @@ _GROUP_STEP = 0x9E3779B97F4A7C15
 
 def check_primitive(name: object) -> str:
     """Return ``name`` if it names a primitive, or raise `OptionError`."""
-    if not (isinstance(name, str) and name in PRIMITIVES):
-        raise OptionError(f"primitive must be one of {', '.join(PRIMITIVES)}, got {name!r}")
-    return name
+    return one_of(PRIMITIVES, "primitive", name)
 
 
 def make_primitive(name: str, form: GaussianForm, accuracy: Accuracy, seed: int) -> Primitive:

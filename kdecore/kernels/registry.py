@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-from kdecore.errors import KernelUnavailable, OptionError
+from kdecore.errors import KernelUnavailable
 from kdecore.kernels import (
     attend_blocks,
     attend_dense,
@@ -31,6 +31,7 @@ from kdecore.kernels import (
     row_norms,
     tree_order,
 )
+from kdecore.options import one_of
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,7 @@ TARGETS = tuple(dict.fromkeys(i.target for implementations in KERNELS.values() f
 
 def check_target(target: str) -> str:
     """Return the name of a target or ``"auto"``, or raise `OptionError`."""
-    if target not in ("auto", *TARGETS):
-        raise OptionError(f"kernels must be one of {', '.join(('auto', *TARGETS))}, got {target!r}")
-    return target
+    return one_of(("auto", *TARGETS), "kernels", target)
 
 
 def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
