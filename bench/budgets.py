@@ -6,6 +6,7 @@ sampling and the division, not the density estimate; those densities take all pa
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def load_cases() -> Iterator[Case]:
     found = vit.qkv(IMAGE_SIZE, LAYERS)  # first, so that a missing package shows before the measurement
     yield glove_case(8192)
     for layer, (q, k, v) in found.items():
-        yield Case(f"ViT-S/14 at {IMAGE_SIZE} px, layer {layer}", q, k, v, None)
+        yield Case(f"ViT-S/14 at {IMAGE_SIZE} px, layer {layer}", q, k, v, None, 0)
 
 
 def measure_case(case: Case) -> dict[str, Any]:
@@ -49,10 +50,8 @@ def measure_case(case: Case) -> dict[str, Any]:
     for name, method in METHODS.items():
         rows = []
         for budget in BUDGETS:
-            outs = (
-                kdecore.attention(case.q, case.k, case.v, method=method, budget=budget, scale=case.scale, seed=seed)
-                for seed in SEEDS
-            )
+            call = partial(kdecore.attention, case.q, case.k, case.v, method=method, budget=budget, scale=case.scale)
+            outs = (call(diagonal=case.diagonal, seed=seed) for seed in SEEDS)
             found = [asdict(errors(host, out, exact)) for out in outs]
             rows.append({"budget": budget} | {norm: [x[norm] for x in found] for norm in NORMS})
             print(

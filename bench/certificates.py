@@ -83,7 +83,7 @@ def mixed(cases: list[Case], settings: list[Any]) -> Iterator[tuple[Case, Any]]:
 def certified_run(case: Case, setting: tuple[str, int], seed: int) -> dict[str, Any]:
     """Return what the certificate says of one call with a method and a budget, and the truth."""
     method, budget = setting
-    call: dict[str, Any] = {"method": method, "budget": budget, "scale": case.scale, "seed": seed}
+    call: dict[str, Any] = {"method": method, "budget": budget, "scale": case.scale, "diagonal": 0, "seed": seed}
     out, report = kdecore.attention(case.q, case.k, case.v, return_report=True, **call)
     found, true = report.certificate, true_errors(out, case)
     run = {"data": case.name, "method": method, "budget": budget, "rows": found.rows}
@@ -97,7 +97,7 @@ def certified_run(case: Case, setting: tuple[str, int], seed: int) -> dict[str, 
 def tolerant_run(case: Case, setting: tuple[float, str], seed: int) -> dict[str, Any]:
     """Return what one call with ``rtol`` in a norm did, and its true error."""
     rtol, norm = setting
-    call: dict[str, Any] = {"rtol": rtol, "rtol_norm": norm, "scale": case.scale, "seed": seed}
+    call: dict[str, Any] = {"rtol": rtol, "rtol_norm": norm, "scale": case.scale, "diagonal": 0, "seed": seed}
     out, report = kdecore.attention(case.q, case.k, case.v, return_report=True, **call)
     run = {"data": case.name, "rtol": rtol, "norm": norm, "error": getattr(true_errors(out, case), norm)}
     return run | {"method": report.method, "keys_per_query": report.keys_per_query, "rounds": len(report.rounds)}

@@ -34,10 +34,10 @@ def load_cases() -> Iterator[Case]:
     from bench import vit
 
     for layer, (q, k, v) in vit.qkv(896).items():
-        yield Case(f"vision transformer, layer {layer}", q, k, v, None)
+        yield Case(f"vision transformer, layer {layer}", q, k, v, None, 0)
     words = glove_case(8192)
     for scale in (1.0, 10**-0.5, 0.1):
-        yield Case(f"GloVe words, logit scale {scale:.2f}", words.q, words.k, words.v, scale)
+        yield Case(f"GloVe words, logit scale {scale:.2f}", words.q, words.k, words.v, scale, 0)
 
 
 def measure_case(case: Case) -> dict[str, Any]:
@@ -47,7 +47,9 @@ def measure_case(case: Case) -> dict[str, Any]:
     calls = {("exact", 0): partial(kdecore.attention, *arrays, method="exact", scale=case.scale)}
     for method, budgets in BUDGETS.items():
         for budget in budgets:
-            calls[method, budget] = partial(kdecore.attention, *arrays, method=method, budget=budget, scale=case.scale)
+            options: dict[str, Any] = {"method": method, "budget": budget}
+            options |= {"scale": case.scale, "diagonal": case.diagonal}
+            calls[method, budget] = partial(kdecore.attention, *arrays, **options)
     seconds = interleaved({f"{method} {budget}": call for (method, budget), call in calls.items()}, repeats=1)
     result: dict[str, Any] = {"shape": list(case.q.shape), "exact_ms": 1e3 * seconds["exact 0"], "methods": {}}
     for (method, budget), call in calls.items():

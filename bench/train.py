@@ -148,7 +148,7 @@ def attention_of(kind: str, recipe: Recipe, step: int = 0) -> Attend:
     def estimated(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seed = step * recipe.layers + layer
         out: Tensor = torch_adapter.scaled_dot_product_attention(
-            q, k, v, method=recipe.method, budget=recipe.budget, seed=seed, threads=torch.get_num_threads()
+            q, k, v, method=recipe.method, budget=recipe.budget, diagonal=0, seed=seed, threads=torch.get_num_threads()
         )
         return out
 

@@ -161,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, metavar="N", help="timed calls for each seed; default: 3")
     add("--scale", type=float, metavar="S", help="factor on ⟨q, k⟩; default: the file's scale, or 1/√d; "
         "1/√10 for GloVe")  # fmt: skip
+    add("--diagonal", type=int, metavar="D", help="query i is the row of key i + D: 0 for self-attention, whose own keys "
+        "treecode then lists; default: not said; 0 for GloVe")  # fmt: skip
     add("--n", type=int, default=8192, metavar="N", help="words of GloVe; default: 8192")
     add("--exact-rows", type=int, metavar="N", help="compute errors on N random queries of each group, and time exact "
         f"attention on {comparison.TIMED_ROWS:,} at least; default: all, up to 2^28 pairs of query and key")  # fmt: skip
@@ -199,9 +201,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _case(arguments: argparse.Namespace) -> Case:
     if arguments.files:
-        return load_case(arguments.files, arguments.scale)
-    case = glove_case(arguments.n)
-    return case if arguments.scale is None else replace(case, scale=arguments.scale)
+        return load_case(arguments.files, arguments.scale, arguments.diagonal)
+    said = {name: value for name in ("scale", "diagonal") if (value := getattr(arguments, name)) is not None}
+    return replace(glove_case(arguments.n), **said)
 
 
 @contextmanager
@@ -274,6 +276,7 @@ def _record(arguments: argparse.Namespace, case: Case, machine: Machine, rows: l
             "v": list(case.v.shape),
             "dtype": problem.input_dtype,
             "scale": problem.scale,
+            "diagonal": case.diagonal,
             "library": arguments.library,
         },
         "notes": _notes(case, problem, rows),

@@ -197,7 +197,8 @@ def measure(
     exact = reference(case, rows)
     q, k, v = (adapter.from_numpy(array) for array in (case.q, case.k, case.v))
     subjects = [_baseline(q, k, v, problem.scale, timing_rows(problem, rows, seeds[0]))]
-    subjects += [_estimator(q, k, v, problem.scale, method, **asked) for method, asked in runs]
+    attend = partial(attention, q, k, v, scale=problem.scale, diagonal=case.diagonal)
+    subjects += [_estimator(attend, method, **asked) for method, asked in runs]
     # Seed by seed, so that a busy spell of the machine falls on a few calls of every subject and medians shed it.
     samples: list[list[_Sample]] = [[] for _ in subjects]
     for seed in seeds:
@@ -245,7 +246,7 @@ def check_case(case: Case) -> Problem:
 
     That is where the output has no elements, or a number is not finite: one makes all errors nan, which are means.
     """
-    problem = canonicalise(case.q, case.k, case.v, case.scale)
+    problem = canonicalise(case.q, case.k, case.v, case.scale, case.diagonal)
     if problem.groups * problem.n_q * problem.d_v == 0:
         raise ShapeError(f"the output must have at least one element to compare; got q {case.q.shape}, v {case.v.shape}")
     arrays = {"q": case.q, "k": case.k, "v": case.v}
@@ -313,10 +314,8 @@ def _baseline(q: Array, k: Array, v: Array, scale: float, rows: Array | None) ->
     return _Subject(label, None, None, call, lambda seed, certified: (call(seed), None), rows)
 
 
-def _estimator(
-    q: Array, k: Array, v: Array, scale: float, method: str, *, budget: int | None = None, rtol: float | None = None
-) -> _Subject:
-    call = partial(attention, q, k, v, method=method, budget=budget, rtol=rtol, scale=scale)
+def _estimator(attend: Callable[..., Any], method: str, *, budget: int | None = None, rtol: float | None = None) -> _Subject:
+    call = partial(attend, method=method, budget=budget, rtol=rtol)
     with_report = partial(call, return_report=True)
 
     def describe(seed: int, certified: bool) -> tuple[Array, Report]:

@@ -112,6 +112,14 @@ class Problem:
         mask = None if self.mask is None else replace(self.mask, values=without_gradient(self.mask.values))
         return replace(self, mask=mask, **{name: without_gradient(getattr(self, name)) for name in ("q", "k", "v")})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A namespace is a module, which can't be pickled or copied; both follow from the arrays.
+        return {name: value for name, value in vars(self).items() if name not in ("xp", "device")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        q = state["q"]
+        vars(self).update(state, xp=common_namespace(q=q), device=common_device(q=q))
+
     def in_accumulation_dtype(self) -> "Problem":
         """Return the same problem with q, k and v in the dtype that everything is computed in."""
         return replace(

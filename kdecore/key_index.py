@@ -1,31 +1,49 @@
 """`KeyIndex`: the key side of the treecode, built once for many batches of queries, and for keys that are appended."""
 
+import time
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 from kdecore.attend import attend
+from kdecore.call import CallOptions
+from kdecore.certificate import FEWEST_ROWS, Certificate, certify, estimate_errors, stratified
 from kdecore.errors import OptionError, ShapeError, did_you_mean
+from kdecore.evaluate import Watch, counting
 from kdecore.inputs import Problem, canonicalise, check_alike
+from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
-from kdecore.namespaces import Array, device_context, gradient_mode, without_gradient
+from kdecore.namespaces import (
+    Array,
+    device_context,
+    device_name,
+    gradient_mode,
+    host,
+    take_along_rows,
+    to_float,
+    to_host,
+    without_gradient,
+)
 from kdecore.nonfinite import merge_not_finite
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, check_boolean, integer_at_least
 from kdecore.outcomes import run_all
-from kdecore.planning import Plan, check_settings, make_plan
+from kdecore.planning import Plan, check_settings, exact_row_cost, expected_cost, make_plan
+from kdecore.report import report_of_plan
 from kdecore.selection import Selection
 from kdecore.shares import check_restrictions
+from kdecore.tolerance import CERTIFIED_STREAM, MARGIN, PILOT_STREAM, Round
 
 LEAST_BUDGET = 64
 """Keys per query that every tree gets at least."""
-
-
 PLANS_KEPT = 32
+CERTIFIED_SHARE = 20
+"""One in so many queries is compared to certify a budget, but `FEWEST_ROWS` at least."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """Some of the keys.
 
     Attributes
@@ -38,6 +56,24 @@ class Piece:
 
     problem: Problem
     tree: treecode.KeyTree | None
+
+
+class Found(NamedTuple):
+    """Attention of queries to all keys of an index.
+
+    Attributes
+    ----------
+    part
+        The result.
+    plans
+        What was done with each segment.
+    slots
+        How many slots counted in each, for all queries together.
+    """
+
+    part: Part
+    plans: list[Plan]
+    slots: list[Array | int]
 
 
 class KeyIndex:
@@ -120,14 +156,37 @@ class KeyIndex:
         self._plan(problem, Exact())
         with team(self._settings["threads"]), device_context(self._one[0]):
             self._moment = treecode.second_moment(problem.xp, without_gradient(seen))
-            self._pieces: tuple[Piece, ...] = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
+            self._segments: tuple[Segment, ...] = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 
     @property
     def n_k(self) -> int:
         """Number of keys."""
-        return sum(piece.problem.n_k for piece in self._pieces)
+        return sum(segment.problem.n_k for segment in self._segments)
 
-    def attend(self, q: Array, *, return_lse: bool = False) -> Any:
+    def __len__(self) -> int:
+        return self.n_k
+
+    def __repr__(self) -> str:
+        first = self._segments[0].problem
+        size = f"{first.groups} × {self.n_k} keys, d = {first.d}, d_v = {first.d_v}, {first.input_dtype}"
+        place = f"{first.library} on {device_name(first.k)}"
+        return f"KeyIndex({size}, {place}, budget {self._budget}, segments: {len(self._segments)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans hold functions, and are made anew.
+        return {**vars(self), "_plans": {}}
+
+    def attend(
+        self,
+        q: Array,
+        *,
+        budget: int | None = None,
+        rtol: float | None = None,
+        rtol_norm: str = "frobenius",
+        return_lse: bool = False,
+        return_report: bool = False,
+        certificate: float = 0.1,
+    ) -> Any:
         """Return softmax attention of queries to all keys so far.
 
         Parameters
@@ -135,8 +194,18 @@ class KeyIndex:
         q
             (…, n_q, d), of the keys' library, device, dtype and leading dimensions; the last of these may be a multiple of
             the keys' (grouped heads).
+        budget
+            Keys evaluated per query in this call, at least 1; the index's own if None.
+        rtol, rtol_norm
+            Relative error that the result is to keep, instead of ``budget``, and its norm, as in `kdecore.attention`:
+            budgets are doubled until one is certified. Of few queries, or where no budget much below n_k will do, exact.
         return_lse
             Also return the natural log of each query's softmax denominator.
+        return_report
+            Also return a `Report`, with a `Certificate` of the error.
+        certificate
+            Exact rows for it may take this part of the call's expected time, but are at least 32 in each group, or all; 0
+            for none. A row takes as long as exact attention to all keys, so that of few queries it takes most of the time.
 
         Returns
         -------
@@ -144,17 +213,45 @@ class KeyIndex:
             (…, n_q, d_v), of q's library, dtype and device.
         lse : Array
             (…, n_q), in the accumulation dtype; only with ``return_lse``.
+        report : Report
+            Only with ``return_report``.
 
         Raises
         ------
         ShapeError, DTypeError, DeviceError, OptionError
-            Naming what doesn't fit the keys, or return_lse that is no boolean.
+            Naming what doesn't fit the keys, or is out of its range.
         """
+        started, compiled = time.perf_counter(), compile_seconds()
+        call = CallOptions(method=Treecode(), budget=budget, rtol=rtol, rtol_norm=rtol_norm, certificate=certificate)
         check_boolean("return_lse", return_lse)
+        check_boolean("return_report", return_report)
         problem = self._fitting("q", q)
         with team(self._settings["threads"]), device_context(self._one[0]):
-            part = self._attend_pieces(problem)
-        return self._result(problem, part, q.dtype, return_lse)
+            rounds: tuple[Round, ...] = ()
+            bound, seconds = None, 0.0
+            if rtol is None:
+                found = self._attend_segments(problem, call.budget or self._budget, count=return_report)
+                if return_report and certificate > 0:
+                    bound, seconds = self._certified(problem, found, float(certificate))
+            else:
+                found, bound, rounds = self._to_tolerance(problem, float(rtol), rtol_norm)
+        results = self._results(problem, found.part, q.dtype, return_lse)
+        if return_report:
+            compiling, took = compile_seconds() - compiled, time.perf_counter() - started
+            main = max(zip(found.slots, found.plans, strict=True), key=lambda one: to_float(one[0]))[1]
+            report = report_of_plan(problem, main, sum(map(to_float, found.slots)), took, compiling)
+            results.append(
+                replace(
+                    report,
+                    reason=f"KeyIndex, segments: {len(found.plans)}" + ("" if rtol is None else f", rtol {rtol:g}"),
+                    budget=call.budget,
+                    shape=(problem.groups, problem.n_q, self.n_k, problem.d, self._segments[0].problem.d_v),
+                    certificate=bound,
+                    certificate_seconds=seconds,
+                    rounds=rounds,
+                )
+            )
+        return tuple(results) if len(results) > 1 else results[0]
 
     def attend_and_append(self, q: Array, k: Array, v: Array, *, return_lse: bool = False) -> Any:
         """Add keys, and return what the queries that come with them see: all keys before, and causally the new ones.
@@ -184,9 +281,10 @@ class KeyIndex:
         with team(self._settings["threads"]), device_context(self._one[0]):
             causal = check_restrictions(new, True, None, None, None, q)
             of_new = run_all(new, causal, self._options, self._settings)
-            part = merge_not_finite(problem.xp, self._attend_pieces(problem), of_new)
+            part = merge_not_finite(problem.xp, self._attend_segments(problem, self._budget).part, of_new)
             self._append(added)
-        return self._result(problem, part, q.dtype, return_lse)
+        results = self._results(problem, part, q.dtype, return_lse)
+        return tuple(results) if return_lse else results[0]
 
     def append(self, k: Array, v: Array) -> None:
         """Add keys (…, m, d) and values (…, m, d_v), of the index's library, device, dtype and leading dimensions.
@@ -202,7 +300,7 @@ class KeyIndex:
 
     def _added(self, k: Array, v: Array) -> Problem:
         """Return new keys in canonical form, without queries, or raise what doesn't fit."""
-        first = self._pieces[0].problem
+        first = self._segments[0].problem
         self._check_like_keys(k=k, v=v)
         added = canonicalise(self._one[0], k, v, first.scale)
         if added.d_v != first.d_v:
@@ -212,31 +310,92 @@ class KeyIndex:
         return replace(first, k=added.k, v=added.v)
 
     def _append(self, added: Problem) -> None:
-        pieces = list(self._pieces)
-        if pieces[-1].tree is None:
-            added = joined(pieces.pop().problem, added)
+        segments = list(self._segments)
+        if segments[-1].tree is None:
+            added = joined(segments.pop().problem, added)
         if added.n_k > self._budget:
-            while pieces and pieces[-1].problem.n_k <= added.n_k:
-                added = joined(pieces.pop().problem, added)
-        self._pieces = (*pieces, self._indexed(added))
+            while segments and segments[-1].problem.n_k <= added.n_k:
+                added = joined(segments.pop().problem, added)
+        self._segments = (*segments, self._indexed(added))
 
-    def _attend_pieces(self, problem: Problem) -> Part:
-        """Return attention of a problem's queries to all keys so far."""
-        pieces = self._pieces
-        n_k = sum(piece.problem.n_k for piece in pieces)
-        part = None
-        for piece in pieces:
-            share = max(min(LEAST_BUDGET, self._budget), self._budget * piece.problem.n_k // n_k)
-            of_piece = replace(piece.problem, q=problem.q, repeats=problem.repeats)
-            found = self._attend_piece(of_piece, piece.tree, share)
-            part = found if part is None else merge(problem.xp, part, found)
-        assert part is not None
-        return part
+    def _attend_segments(self, problem: Problem, budget: int | None, *, count: bool = False) -> Found:
+        """Return attention of a problem's queries to all keys so far; exact for the budget None."""
+        segments = self._segments
+        n_k = sum(segment.problem.n_k for segment in segments)
+        parts, plans = [], []
+        slots: list[Array | int] = []
+        watch = counting(slots) if count else None
+        for segment in segments:
+            of_segment = replace(segment.problem, q=problem.q, repeats=problem.repeats)
+            options: Options = Exact()
+            if segment.tree is not None and budget is not None:
+                share = max(min(LEAST_BUDGET, budget), budget * segment.problem.n_k // n_k)
+                options = replace(self._options, num_slots=share)
+            plans.append(self._plan(of_segment, options))
+            parts.append(self._attend_segment(of_segment, segment.tree, plans[-1], watch))
+        return Found(reduce(partial(merge, problem.xp), parts), plans, slots)
 
     @staticmethod
-    def _result(problem: Problem, part: Part, dtype: Any, return_lse: bool) -> Any:
+    def _results(problem: Problem, part: Part, dtype: Any, return_lse: bool) -> list[Any]:
         out = problem.xp.astype(problem.unfolded(part.out), dtype, copy=False)
-        return (out, problem.unfolded(part.lse)) if return_lse else out
+        return [out, problem.unfolded(part.lse)] if return_lse else [out]
+
+    def _exact_rows(self, problem: Problem, rows: Array) -> Array:
+        """Return exact attention of the queries ``rows`` (G, m) to all keys: (G, m, d_v)."""
+        some = problem.without_gradient().with_queries(rows)
+        return self._attend_segments(replace(some, repeats=1), None).part.out
+
+    def _costs(self, problem: Problem, plans: list[Plan]) -> tuple[float, float]:
+        """Return what evaluating all queries is expected to take as planned, and one exact row of each group."""
+        sizes = [replace(segment.problem, q=problem.q, repeats=problem.repeats) for segment in self._segments]
+        planned = sum(expected_cost(some, plan.options).evaluate for some, plan in zip(sizes, plans, strict=True))
+        return planned, sum(exact_row_cost(some) * some.groups for some in sizes)
+
+    def _certified(self, problem: Problem, found: Found, share: float) -> tuple[Certificate | None, float]:
+        """Compare some rows with exact attention; return what was found, None where all was exact, and the seconds."""
+        if all(plan.method == "exact" for plan in found.plans) or problem.d_v == 0:
+            return None, 0.0
+        started, (cost, row_cost) = time.perf_counter(), self._costs(problem, found.plans)
+        exact, seed = partial(self._exact_rows, problem), self._settings["seed"]
+        return certify(problem, found.part.out, exact, cost, row_cost, share, seed), time.perf_counter() - started
+
+    def _to_tolerance(self, problem: Problem, rtol: float, norm: str) -> tuple[Found, Certificate | None, tuple[Round, ...]]:
+        """Return attention within a tolerance, and what it rests on.
+
+        As `kdecore.tolerance.search`, but all queries are evaluated with each budget: they take little, trees being there.
+        """
+        xp, n_q, seed = problem.xp, problem.n_q, self._settings["seed"]
+        rounds: list[Round] = []
+        spent, exact_cost = 0.0, 0.0
+        samples: dict[str, tuple[Array, Array]] = {}
+        certified = max(FEWEST_ROWS, n_q // CERTIFIED_SHARE)
+        numbers = {"pilot": (FEWEST_ROWS, PILOT_STREAM), "certified": (certified, CERTIFIED_STREAM)}
+
+        def compare(found: Found, kind: str) -> Certificate:
+            if kind not in samples:
+                count, stream = numbers[kind]
+                rows = xp.astype(stratified(xp, problem.groups, count, seed, stream, problem.device) * n_q, xp.int64)
+                samples[kind] = rows, self._exact_rows(problem, rows)
+            rows, exact = samples[kind]
+            shape = (problem.groups, int(rows.shape[1]), 1, int(exact.shape[2]))
+            some = take_along_rows(xp, without_gradient(found.part.out), rows)
+            return estimate_errors(host.reshape(to_host(some), shape), host.reshape(to_host(exact), shape), n_q)
+
+        budget = self._budget
+        while n_q > 2 * FEWEST_ROWS and 2 * budget < self.n_k:
+            found = self._attend_segments(problem, budget, count=True)
+            cost, row_cost = self._costs(problem, found.plans)
+            spent, exact_cost = spent + cost, row_cost * n_q
+            for kind in numbers:
+                bound = compare(found, kind)
+                error, upper = float(getattr(bound, norm)), bound.upper(norm)
+                rounds.append(Round("treecode", budget, kind, bound.rows, error, upper, spent / exact_cost))
+                if (upper if kind == "certified" else MARGIN * error) > rtol:
+                    break
+            else:
+                return found, bound, tuple(rounds)
+            budget *= 2
+        return self._attend_segments(problem, None, count=True), None, tuple(rounds)
 
     @property
     def _budget(self) -> int:
@@ -252,23 +411,29 @@ class KeyIndex:
             self._plans = {**kept, key: plan}
         return plan
 
-    def _indexed(self, problem: Problem) -> Piece:
+    def _indexed(self, problem: Problem) -> Segment:
         if problem.n_k <= self._budget:
-            return Piece(problem, None)
+            return Segment(problem, None)
         # Planned for one query: there are none yet.
         plan = self._plan(replace(problem, q=problem.k[:, :1, :]), self._options)
-        return Piece(problem, treecode.build(problem, plan, self._moment))
+        return Segment(problem, treecode.build(problem, plan, self._moment))
 
-    def _attend_piece(self, problem: Problem, tree: treecode.KeyTree | None, budget: int) -> Part:
-        options = Exact() if tree is None else replace(self._options, num_slots=budget)
-        plan = self._plan(problem, options)
-        if tree is None or plan.method == "exact":
-            return attend(problem, plan, Selection())
-        return attend(problem, plan, treecode.open_for(problem, plan, treecode.prepare_queries(problem, plan, tree)))
+    def _attend_segment(self, problem: Problem, tree: treecode.KeyTree | None, plan: Plan, watch: Watch | None) -> Part:
+        selection = Selection()
+        if tree is not None and plan.method != "exact":
+            selection = treecode.open_for(problem, plan, treecode.prepare_queries(problem, plan, tree))
+        if watch is not None:
+            watch(problem, selection)
+        return attend(problem, plan, selection)
 
     def _fitting(self, name: str, queries: Array) -> Problem:
         """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name."""
         self._check_like_keys(**{name: queries})
+        d = int(self._one[0].shape[-1])
+        if queries.ndim > 1 and queries.shape[-1] != d:
+            raise ShapeError(
+                f"{name} must have the last dimension {d} of the index's keys, got shape {tuple(queries.shape)}"
+            )
         return canonicalise(queries, *self._one, self._scale)
 
     def _check_like_keys(self, **arrays: Array) -> None:

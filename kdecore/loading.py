@@ -35,6 +35,8 @@ class Case:
         NumPy arrays (…, n_q, d), (…, n_k, d), (…, n_k, d_v) of one floating-point dtype.
     scale
         Factor on ⟨q, k⟩; None for 1/√d.
+    diagonal
+        Query i stands at the position of key i + diagonal, as in `kdecore.attention`; None where it isn't known.
     note
         What was done with a scale that the file holds; "" where it holds none.
     """
@@ -44,6 +46,7 @@ class Case:
     k: Array
     v: Array
     scale: float | None = None
+    diagonal: int | None = None
     note: str = ""
 
 
@@ -65,10 +68,10 @@ def glove_case(n: int = 8192) -> Case:
     (vectors,) = numpy_adapter.load(GLOVE, ("vectors",))
     first = min(2 * n, GLOVE_ROWS - n)
     q, v = vectors[:n].astype("float32"), vectors[first : first + n].astype("float32")
-    return Case("GloVe 6B 100d sample", q, q, v, GLOVE_SCALE)
+    return Case("GloVe 6B 100d sample", q, q, v, GLOVE_SCALE, diagonal=0)
 
 
-def load_case(files: Sequence[str | Path], scale: float | None = None) -> Case:
+def load_case(files: Sequence[str | Path], scale: float | None = None, diagonal: int | None = None) -> Case:
     """Read q, k and v, and the scale that is stored with them, from files.
 
     Parameters
@@ -79,6 +82,8 @@ def load_case(files: Sequence[str | Path], scale: float | None = None) -> Case:
         loaded; bfloat16 becomes float32.
     scale
         Factor on ⟨q, k⟩; if None, the number that the file holds under the name scale, or 1/√d.
+    diagonal
+        Query i stands at the position of key i + diagonal; None where it isn't known.
 
     Raises
     ------
@@ -105,8 +110,8 @@ def load_case(files: Sequence[str | Path], scale: float | None = None) -> Case:
     note = "" if stored is None else _note(paths[0].name, stored, scale)
     if scale is None and math.isfinite(number := _number(stored)):
         scale = number
-    canonicalise(q, k, v, scale)
-    return Case(", ".join(path.name for path in paths), q, k, v, scale, note)
+    canonicalise(q, k, v, scale, diagonal)
+    return Case(", ".join(path.name for path in paths), q, k, v, scale, diagonal, note)
 
 
 def install(extra: str) -> str:

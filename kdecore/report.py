@@ -1,12 +1,13 @@
 """`Report`: what a call did, printed as a small table."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kdecore.certificate import Certificate
 from kdecore.inputs import Problem
 from kdecore.namespaces import device_name, to_float
 from kdecore.outcomes import Outcome
+from kdecore.planning import Plan
 from kdecore.tolerance import Round
 
 
@@ -137,26 +138,39 @@ def make_report(
     bounded = [one.certificate for one in outcomes if one.certificate is not None]
     if bounded:
         certificate = max(bounded, key=lambda one: one.upper(norm))
+    return replace(
+        report_of_plan(problem, plan, sum(keys), seconds, compile_seconds),
+        reason=reason,
+        kernels={name: text for one in outcomes for name, text in kernels_of(one.plan).items()},
+        temporary_bytes=max(one.plan.temporary_bytes for one in outcomes),
+        certificate=certificate,
+        certificate_seconds=certificate_seconds,
+        rounds=tuple(one for outcome in outcomes for one in outcome.rounds),
+    )
+
+
+def kernels_of(plan: Plan) -> dict[str, str]:
+    """Return which implementation of each kernel was chosen, and why."""
+    return {name: f"{choice.target} ({choice.reason})" for name, choice in plan.kernels.items()}
+
+
+def report_of_plan(problem: Problem, plan: Plan, keys: float, seconds: float, compile_seconds: float) -> Report:
+    """Describe a call that did what one plan says, with so many slots that counted for all queries together."""
     return Report(
         method=plan.method,
-        reason=reason,
+        reason=plan.reason,
         options=asdict(plan.options),
         budget=plan.budget_asked,
-        keys_per_query=sum(keys) / max(1, sum(rows)),
+        keys_per_query=keys / max(1, problem.groups * problem.n_q),
         shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
         diagonal=None if problem.diagonal is None else problem.diagonal // problem.repeats,
         dtype=problem.input_dtype,
         library=problem.library,
         device=device_name(problem.q),
         copied=problem.copied,
-        kernels={
-            name: f"{choice.target} ({choice.reason})" for one in outcomes for name, choice in one.plan.kernels.items()
-        },
+        kernels=kernels_of(plan),
         threads=plan.threads,
-        temporary_bytes=max(one.plan.temporary_bytes for one in outcomes),
+        temporary_bytes=plan.temporary_bytes,
         compile_seconds=compile_seconds,
         seconds=seconds - compile_seconds,
-        certificate=certificate,
-        certificate_seconds=certificate_seconds,
-        rounds=tuple(one for outcome in outcomes for one in outcome.rounds),
     )

@@ -95,7 +95,7 @@ def test_compare_users_file(tmp_path, no_plot, capsys, library):
     assert "data [bold].npz: 2 × 40 queries, 60 keys, d = 8, d_v = 5, float32" in out
     record = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     assert record["case"] == {"name": "data [bold].npz", "q": [2, 40, 8], "k": [2, 60, 8], "v": [2, 60, 5],
-        "dtype": "float32", "scale": 0.25, "library": library}  # fmt: skip
+        "dtype": "float32", "scale": 0.25, "diagonal": None, "library": library}  # fmt: skip
     assert [row["method"] for row in record["rows"][1:]] == ["exact", "auto"]
     assert record["rows"][1]["budget"] is None
     assert record["rows"][1]["errors_std"]["spectral"] is None  # one seed has no deviation

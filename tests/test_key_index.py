@@ -1,5 +1,7 @@
 """`KeyIndex`: the one-shot call when built for the same queries, exact for few keys, and right while keys are appended."""
 
+import copy
+import pickle
 import threading
 from itertools import pairwise
 
@@ -57,10 +59,10 @@ def test_errors_stay_small_while_keys_are_appended(rng, steps):
     exact, exact_lse = oracles.exact_attention(q, k, v)
     assert errors(host, out, exact).frobenius < 0.05
     assert np.abs(lse - exact_lse).max() < 0.3
-    sizes = [piece.problem.n_k for piece in index._pieces]
+    sizes = [segment.problem.n_k for segment in index._segments]
     assert sum(sizes) == 2000
     assert all(later < former for former, later in pairwise(sizes))
-    assert all(piece.tree is not None for piece in index._pieces[:-1])
+    assert all(segment.tree is not None for segment in index._segments[:-1])
 
 
 def test_more_budget_errs_less_and_all_keys_are_exact(rng):
@@ -97,13 +99,88 @@ def test_queries_of_any_number(rng):
     assert np.isfinite(whole).all()
 
 
+def test_reports_say_how_far_off_it_is(rng):
+    """The certificate is of the whole index: its segments, and the keys without a tree."""
+    q, k, v = (clustered(rng, 2, n) for n in (400, 3000, 3000))
+    index = KeyIndex(k[:, :2000], v[:, :2000], budget=64)
+    index.append(k[:, 2000:2950], v[:, 2000:2950])
+    index.append(k[:, 2950:], v[:, 2950:])
+    exact = oracles.exact_attention(q, k, v)[0]
+    out, report = index.attend(q, return_report=True, certificate=100.0)
+    np.testing.assert_array_equal(out, index.attend(q))
+    assert (report.method, report.budget, report.shape) == ("treecode", None, (2, 400, 3000, 12, 12))
+    assert "segments: 3" in report.reason
+    assert report.keys_per_query > 64
+    found, true = report.certificate, errors(host, out, exact)
+    assert found.rows == 400
+    assert found.frobenius == pytest.approx(true.frobenius, rel=1e-9)
+    assert found.spectral == pytest.approx(true.spectral, rel=1e-9)
+    out, _, report = index.attend(q, return_lse=True, return_report=True)
+    assert report.certificate.rows == 32
+    assert report.certificate.frobenius == pytest.approx(true.frobenius, rel=0.6)
+    assert index.attend(q, return_report=True, certificate=0.0)[1].certificate is None
+    assert index.attend(q[:, :0], return_report=True)[1].certificate is None
+
+
+def test_a_budget_for_one_call(rng):
+    q, k, v = (clustered(rng, 1, n) for n in (100, 1500, 1500))
+    index, other = KeyIndex(k, v, budget=64), KeyIndex(k, v, budget=300)
+    np.testing.assert_allclose(index.attend(q, budget=300), other.attend(q), rtol=0, atol=1e-12)
+    exact = oracles.exact_attention(q, k, v)[0]
+    np.testing.assert_allclose(index.attend(q, budget=1500), exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("n_q", [20, 900])
+def test_a_tolerance_is_kept(rng, norm, n_q):
+    q, k, v = (clustered(rng, 2, n) for n in (n_q, 4000, 4000))
+    index = KeyIndex(k[:, :3000], v[:, :3000], budget=64)
+    index.append(k[:, 3000:], v[:, 3000:])
+    exact = oracles.exact_attention(q, k, v)[0]
+    methods = set()
+    for rtol in (0.2, 0.02, 1e-6):
+        out, report = index.attend(q, rtol=rtol, rtol_norm=norm, return_report=True)
+        assert getattr(errors(host, out, exact), norm) <= rtol
+        np.testing.assert_array_equal(out, index.attend(q, rtol=rtol, rtol_norm=norm))
+        methods.add(report.method)
+        if report.method != "exact":
+            assert report.certificate.upper(norm) <= rtol
+            assert report.rounds[-1].step == "certified"
+    assert methods == ({"exact", "treecode"} if n_q == 900 else {"exact"})
+
+
+@pytest.mark.parametrize("copied", [lambda index: pickle.loads(pickle.dumps(index)), copy.deepcopy])
+def test_copies_are_indices_of_their_own(backend, rng, copied):
+    q, k, v = (backend.array(clustered(rng, 2, n)) for n in (30, 500, 500))
+    index = KeyIndex(k, v, budget=100)
+    expected = backend.numpy(index.attend(q))
+    other = copied(index)
+    np.testing.assert_array_equal(backend.numpy(other.attend(q)), expected)
+    other.append(k[:, :7, :], v[:, :7, :])
+    assert (len(index), len(other)) == (500, 507)
+    np.testing.assert_array_equal(backend.numpy(index.attend(q)), expected)
+
+
+def test_it_says_what_it_is(rng):
+    k, v = rng.standard_normal((2, 3, 50, 8)).astype(np.float32)
+    index = KeyIndex(k, v, budget=20)
+    assert repr(index) == "KeyIndex(3 × 50 keys, d = 8, d_v = 8, float32, numpy on cpu, budget 20, segments: 1)"
+    assert len(index) == 50
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
     k, v = rng.standard_normal((2, 3, 50, 8))
     index = KeyIndex(k, v, budget=20)
     before = index.attend(k[:, :4])
     for call, error, message in (
         (lambda: index.attend(k[:2]), ShapeError, "leading dimensions"),
-        (lambda: index.attend(k[..., :5]), ShapeError, "last dimension d = 5"),
+        (lambda: index.attend(k[..., :5]), ShapeError, r"q must have the last dimension 8 of the index's keys, got shape"),
+        (lambda: index.attend(k, budget=0), OptionError, "budget must be an integer of at least 1"),
+        (lambda: index.attend(k, budget=5, rtol=0.1), OptionError, "budget must be None with rtol"),
+        (lambda: index.attend(k, rtol=-1), OptionError, "rtol must be a positive"),
+        (lambda: index.attend(k, rtol=0.1, rtol_norm="max"), OptionError, "rtol_norm must be one of"),
+        (lambda: index.attend(k, certificate=-1), OptionError, "certificate must be"),
+        (lambda: index.attend(k, return_report="yes"), OptionError, "return_report must be True or False"),
         (
             lambda: index.attend(k.astype(np.float32)),
             DTypeError,
