@@ -351,7 +351,9 @@ def with_pareto_tail(values: Array, sums: Array, counts: Array, population: floa
     rest = (n - n**xi * arrivals[:, -1] ** (1.0 - xi)) / (1.0 - xi)
     mean = threshold * (one_by_one + rest) / n
     largest = threshold * (n / math.log(2.0)) ** index(host.sum(excess, axis=1, keepdims=True), k) * m / population
-    return sums - host.sum(drawn * top[:, None, :], axis=2) + number * mean, largest
+    # A difference that is but rounding may be below 0.
+    others = host.maximum(sums - host.sum(drawn * top[:, None, :], axis=2), 0.0)
+    return others + number * mean, largest
 
 
 def _digits(value: float) -> str:

@@ -209,7 +209,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
         q=canonical_queries(),
         k=canonical(k),
         v=canonical(v),
-        scale=_check_scale(scale, int(q.shape[-1])),
+        scale=check_scale(scale, int(q.shape[-1])),
         lead=lead,
         xp=xp,
         device=device,
@@ -269,7 +269,8 @@ def _same_or_grouped_heads(of_queries: tuple[int, ...], of_keys: tuple[int, ...]
     return of_keys[-1] > 0 and of_queries[-1] > 0 and of_queries[-1] % of_keys[-1] == 0
 
 
-def _check_scale(scale: float | None, d: int) -> float:
+def check_scale(scale: float | None, d: int) -> float:
+    """Return a finite scale, 1/√d for None, or raise `OptionError`."""
     if scale is None:
         return 1.0 / math.sqrt(d)
     number = to_float(scale)

@@ -195,7 +195,8 @@ class KeyIndex:
             (…, n_q, d), of the keys' library, device, dtype and leading dimensions; the last of these may be a multiple of
             the keys' (grouped heads).
         budget
-            Keys evaluated per query in this call, at least 1; the index's own if None.
+            Keys evaluated per query in this call, at least 1; the index's own if None. Keys that have no tree yet, no more
+            than the index's own budget, are all evaluated.
         rtol, rtol_norm
             Relative error that the result is to keep, instead of ``budget``, and its norm, as in `kdecore.attention`:
             budgets are doubled until one is certified. Of few queries, or where no budget much below n_k will do, exact.
@@ -421,7 +422,8 @@ class KeyIndex:
     def _attend_segment(self, problem: Problem, tree: treecode.KeyTree | None, plan: Plan, watch: Watch | None) -> Part:
         selection = Selection()
         if tree is not None and plan.method != "exact":
-            selection = treecode.open_for(problem, plan, treecode.prepare_queries(problem, plan, tree))
+            prepared = treecode.prepare_queries(problem, plan, treecode.for_queries(problem, tree))
+            selection = treecode.open_for(problem, plan, prepared)
         if watch is not None:
             watch(problem, selection)
         return attend(problem, plan, selection)

@@ -133,6 +133,16 @@ def test_zeros():
     assert estimate_errors(one, zero, 1000).frobenius == np.inf
 
 
+def test_a_few_rows_that_err_by_far_the_most_make_no_sum_negative(rng):
+    """What is left of a sum without its largest values is a difference, which rounding may take below 0."""
+    exact = np.full((1, 40, 1, 1), 1e-9)
+    error = np.full((1, 40, 1, 1), 1e-11)
+    error[0, :6, 0, 0] = rng.random(6)
+    found = estimate_errors(exact + error, exact, 1000)
+    for norm in ("frobenius", "spectral"):
+        assert np.isfinite([getattr(found, norm), *getattr(found, f"{norm}_interval")]).all()
+
+
 def test_rows_come_one_from_each_stretch():
     for n, m in ((1000, 32), (33, 32), (32, 32), (7, 3)):
         rows = certificate.sample_rows(host, 3, n, m, 5, None)

@@ -1,14 +1,17 @@
 """Any call with any inputs: 100 of each with the other tests, 2,000 by `make fuzz`."""
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.nn.attention.bias import causal_lower_right
 
-from kdecore import KDEformer, Treecode, attention, packed_attention
+from kdecore import KDEformer, KeyIndex, Treecode, attention, packed_attention
+from kdecore_adapters.torch_adapter import scaled_dot_product_attention
 from tests import oracles
 
 METHOD = st.sampled_from(
@@ -39,16 +42,19 @@ def calls(draw):
         k = k + 100.0
     bias = np.zeros((batch, 1, n_q, n_k))
     options = {}
+    offset = draw(st.one_of(st.none(), st.integers(-n_q - 2, n_k + 2)))
+    if offset is not None:
+        options["diagonal"] = offset
+    distance = np.arange(n_q)[:, None] + (n_k - n_q if offset is None else offset) - np.arange(n_k)
     if draw(st.booleans()):
         options["causal"] = True
-        bias = bias + oracles.causal_bias(n_q, n_k)
+        bias = bias + np.where(distance >= 0, 0.0, -np.inf)
     if draw(st.booleans()):
         lengths = rng.integers(0, n_k + 1, batch)
         options["key_lengths"] = lengths
         bias = bias + np.where(np.arange(n_k) < lengths[:, None], 0.0, -np.inf)[:, None, None, :]
     if draw(st.sampled_from((False, False, True))):
         options["window"] = draw(st.integers(1, n_k + 3))
-        distance = np.arange(n_q)[:, None] + n_k - n_q - np.arange(n_k)
         bias = bias + np.where(np.abs(distance) < options["window"], 0.0, -np.inf)
     mask = draw(st.sampled_from((None, None, "rows", "keys", "full", "additive")))
     if mask is not None:
@@ -89,9 +95,88 @@ def test_any_call_at_full_budget_is_exact(call, method, library):
     q, k, v, options, bias = call
     given_options = {name: converted(library, x) if name == "mask" else x for name, x in options.items()}
     out = attention(*(converted(library, x) for x in (q, k, v)), method=method, budget=k.shape[-2], **given_options)
-    truth, _ = oracles.masked_attention(q, k, v, bias)
+    close_to_exact(out, oracles.masked_attention(q, k, v, bias)[0], q, k, v)
+
+
+def close_to_exact(found, truth, q, k, v):
     largest = np.abs(q).max() * np.abs(k).max() * np.sqrt(q.shape[-1])
-    np.testing.assert_allclose(np.asarray(out), truth, atol=1e-12 * (1 + largest) * max(np.abs(v).max(), 1e-300))
+    np.testing.assert_allclose(np.asarray(found), truth, atol=1e-12 * (1 + largest) * max(np.abs(v).max(), 1e-300))
+
+
+@given(calls(), METHOD, st.sampled_from(("is_causal", "lower right", "none")))
+def test_the_function_with_pytorchs_arguments_at_full_budget_is_exact(call, method, causal):
+    q, k, v, options, bias = call
+    n_q, n_k = q.shape[-2], k.shape[-2]
+    more = {
+        "method": method,
+        "budget": n_k,
+        **{name: options[name] for name in ("window", "key_lengths") if name in options},
+    }
+    # What windows and causal attention are aligned to is PyTorch's say.
+    offset = {"is_causal": 0, "lower right": n_k - n_q, "none": options.get("diagonal", n_k - n_q)}[causal]
+    distance = np.arange(n_q)[:, None] + offset - np.arange(n_k)
+    seen = np.broadcast_to(distance >= 0 if causal != "none" else True, (q.shape[0], 1, n_q, n_k))
+    if "window" in more:
+        seen = seen & (np.abs(distance) < more["window"])
+    if "key_lengths" in more:
+        seen = seen & (np.arange(n_k) < more["key_lengths"][:, None])[:, None, None, :]
+    bias, mask = np.where(seen, 0.0, -np.inf), None
+    if causal == "none":
+        mask = options.get("mask")
+        more |= {"diagonal": offset}
+        if mask is not None:
+            bias = bias + (np.where(mask, 0.0, -np.inf) if mask.dtype == bool else mask)
+            mask = torch.from_numpy(mask)
+    elif causal == "lower right":
+        # PyTorch makes NaN of rows that see no key, kdecore 0.
+        assume(n_q <= n_k)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch, at making one
+            mask = causal_lower_right(n_q, n_k)
+    q_, k_, v_ = map(torch.from_numpy, (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q_, k_, v_, mask, is_causal=causal == "is_causal", enable_gqa=grouped, **more)
+    close_to_exact(out, oracles.masked_attention(q, k, v, bias)[0], q, k, v)
+
+
+@given(calls(), st.lists(st.integers(1, 60), max_size=4), st.integers(1, 60), st.booleans())
+def test_an_index_that_grows_is_exact_at_full_budget_and_a_mean_of_values_below_it(call, steps, budget, sampled):
+    q, k, v, _, _ = call
+    edges = np.minimum(np.cumsum([max(1, k.shape[-2] // 3), *steps]), k.shape[-2])
+    method = Treecode(far_field="sample" if sampled else "mean")
+    index = KeyIndex(k[..., : edges[0], :], v[..., : edges[0], :], method=method, budget=budget)
+    for first, end in pairwise(edges):
+        if first < end:
+            index.append(k[..., first:end, :], v[..., first:end, :])
+    k, v = (x[..., : edges[-1], :] for x in (k, v))
+    assert len(index) == edges[-1]
+    truth, _ = oracles.masked_attention(q, k, v, np.zeros((1, 1)))
+    close_to_exact(index.attend(q, budget=int(edges[-1])), truth, q, k, v)
+    close_to_exact(index.attend(q, rtol=1e-9), truth, q, k, v)
+    out, lse, report = index.attend(q, return_lse=True, return_report=True)
+    assert np.isfinite(lse).all()
+    assert np.isfinite(out).all()
+    if sampled:
+        # A first-order term leaves their range; by how much, follows from no bound here.
+        room = 1e-9 * np.abs(v).max()
+        repeated = np.repeat(v, q.shape[1] // v.shape[1], axis=1)
+        assert (out >= repeated.min(axis=-2, keepdims=True) - room).all()
+        assert (out <= repeated.max(axis=-2, keepdims=True) + room).all()
+    if report.method == "exact":
+        close_to_exact(out, truth, q, k, v)
+
+
+@given(calls(), METHOD, st.lists(st.integers(0, 20), min_size=1, max_size=4), st.booleans())
+def test_packed_samples_at_full_budget_are_exact(call, method, lengths, causal):
+    q, k, v, _, _ = call
+    edges = np.minimum(np.cumsum([0, *lengths]), min(q.shape[-2], k.shape[-2]))
+    q, k, v = (x[..., : edges[-1], :] for x in (q, k, v))
+    if edges[-1] == 0:
+        return
+    sample = np.searchsorted(edges, np.arange(edges[-1]), side="right")
+    seen = (sample[:, None] == sample) & (~np.triu(np.ones((edges[-1],) * 2, bool), 1) | (not causal))
+    out = packed_attention(q, k, v, edges, causal=causal, method=method, budget=int(edges[-1]))
+    close_to_exact(out, oracles.masked_attention(q, k, v, np.where(seen, 0.0, -np.inf))[0], q, k, v)
 
 
 @given(calls(), METHOD, st.sampled_from((np.nan, np.inf, -np.inf)), st.sampled_from("qkv"), st.integers(0, 2**32 - 1))

@@ -122,6 +122,15 @@ def test_reports_say_how_far_off_it_is(rng):
     assert index.attend(q[:, :0], return_report=True)[1].certificate is None
 
 
+@pytest.mark.parametrize("longer", [1.0, 30.0, 1e4, 1e30])
+def test_queries_longer_than_those_it_was_laid_out_for(rng, longer):
+    """The first-order term of a node reaches no further than its keys do: results stay near the values."""
+    k, v = (clustered(rng, 2, 900) for _ in range(2))
+    index = KeyIndex(k, v, budget=40)
+    out = index.attend(longer * clustered(rng, 2, 50))
+    assert np.abs(out).max() < 2 * np.abs(v).max()
+
+
 def test_a_budget_for_one_call(rng):
     q, k, v = (clustered(rng, 1, n) for n in (100, 1500, 1500))
     index, other = KeyIndex(k, v, budget=64), KeyIndex(k, v, budget=300)

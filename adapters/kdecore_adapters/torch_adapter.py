@@ -11,11 +11,12 @@ from torch.nn import functional
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from kdecore.errors import OptionError
+from kdecore.inputs import check_scale
 from kdecore.namespaces import ACCUMULATION
 from kdecore.options import DEFAULT_BUDGET
 from kdecore.planning import WORTHWHILE, Sizes, exact_over_treecode
 from kdecore.tolerance import FIRST_BUDGET
-from kdecore_adapters.torch_operator import collect_reports, encoded, estimate
+from kdecore_adapters.torch_operator import checked_seed, collect_reports, encoded, estimate
 
 __all__ = ["collect_reports", "scaled_dot_product_attention"]
 
@@ -179,20 +180,24 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise OptionError("attn_mask must be None with is_causal=True")
-    lower_right = False
+    lower_right, given = False, attn_mask
     if isinstance(attn_mask, CausalBias):
         lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
         is_causal, attn_mask = not lower_right, None
+        given = given if lower_right else None
     encoded({name: x for name, x in kdecore_options.items() if name not in ("seed", "key_lengths")})
+    if not torch.compiler.is_compiling():
+        # In compiled code these may be symbols, which the operator checks when it runs.
+        checked_seed(kdecore_options.get("seed", 0))
+        check_scale(scale, query.shape[-1])
     if is_causal or lower_right:
         diagonal = key.shape[-2] - query.shape[-2] if lower_right else 0
         if kdecore_options.get("diagonal") not in (None, diagonal):
             raise OptionError(f"diagonal must be None or {diagonal} here, got {kdecore_options['diagonal']!r}")
         kdecore_options = {**kdecore_options, "diagonal": None if lower_right else 0}
     if left_to_torch(query, key, value, kdecore_options):
-        mask = CausalBias(CausalVariant.LOWER_RIGHT, query.shape[-2], key.shape[-2]) if lower_right else attn_mask
         return functional.scaled_dot_product_attention(
-            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if dropout_p > 0.0:
         raise OptionError(f"dropout_p must be 0 where a call isn't left to PyTorch, got {dropout_p}")
