@@ -11,7 +11,7 @@ from kdecore.inputs import Problem, canonicalise
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
-from kdecore.namespaces import Array, device_context, gradient_mode, without_gradient
+from kdecore.namespaces import Array, device_context, gradient_mode, outside_inference_mode, without_gradient
 from kdecore.nonfinite import merge_not_finite
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, integer_at_least
 from kdecore.outcomes import run_all
@@ -93,6 +93,7 @@ class KeyIndex:
     4097
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         k: Array,
@@ -197,6 +198,7 @@ class KeyIndex:
         with team(self._threads), device_context(self._one[0]):
             self._append(added)
 
+    @outside_inference_mode()
     def _added(self, k: Array, v: Array) -> Problem:
         """Return new keys in canonical form, without queries, or raise what doesn't fit."""
         first = self._pieces[0].problem
@@ -207,6 +209,7 @@ class KeyIndex:
             raise ShapeError(f"k must have the leading dimensions {first.lead} of the index's keys, got {tuple(k.shape)}")
         return replace(first, k=added.k, v=added.v)
 
+    @outside_inference_mode()
     def _append(self, added: Problem) -> None:
         pieces = list(self._pieces)
         if pieces[-1].tree is None:
