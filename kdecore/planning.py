@@ -7,9 +7,10 @@ from typing import NamedTuple
 from kdecore.errors import OptionError
 from kdecore.inputs import Problem
 from kdecore.kernels.open_sweeps.contract import PART, RESIDENT
-from kdecore.kernels.registry import Choice, Site, choose
+from kdecore.kernels.registry import Choice, choose
+from kdecore.kernels.site import Largest, Site
 from kdecore.kernels.threads import thread_count
-from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, gradient_mode, host, on_accelerator
+from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, dtype_name, gradient_mode, host, on_accelerator
 from kdecore.options import (
     DEFAULT_BUDGET,
     DEFAULT_HASHES,
@@ -23,6 +24,7 @@ from kdecore.options import (
 )
 from kdecore.randomness import check_seed
 from kdecore.stretches import cut, inner_keys, remainder
+from kdecore.tree import node_count
 from kdecore.visibility import Visible
 
 # Costs fitted to times on two cores (bench/NOTES.md), in units of one dimension of one float32 key, evaluated for one query.
@@ -299,14 +301,63 @@ def make_plan(
     options, reason = _resolve_method(problem, method, budget, site, kernels)
     if isinstance(options, Treecode):
         options = options.at(on_accelerator(problem.q))
+    chosen = _choices(problem, options, site, kernels)
+    exact = choose("attend_dense", replace(site, gradient="", largest=_sizes(problem)), kernels)
+    return Plan(options, reason, budget, seed, chosen, exact, count, _temporary_bytes(problem, options, chosen, count))
+
+
+def _choices(problem: Problem, options: Options, site: Site, kernels: str) -> dict[str, Choice]:
+    """Choose an implementation of every kernel that options need."""
     needed = dict.fromkeys(options.kernels)
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
     if problem.visible is not None or problem.mask is not None:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
-    chosen = {name: choose(name, site, kernels) for name in needed}
-    exact = choose("attend_dense", replace(site, gradient=""), kernels)
-    return Plan(options, reason, budget, seed, chosen, exact, count, _temporary_bytes(problem, options, chosen, count))
+    chosen: dict[str, Choice] = {}
+    for name in needed:
+        chosen[name] = choose(name, replace(site, largest=_largest(problem, options, name, chosen)), kernels)
+    return chosen
+
+
+def _sizes(problem: Problem) -> Largest:
+    """Return the sizes of a problem, which those of its pieces do not pass.
+
+    Samples of queries, exact rows, shares, parts of them and stretches have no more queries or keys in a group, and the same
+    d and d_v. Stretches become more groups of fewer rows: together the keys left to the next level may be some more than
+    the problem's, for which launches check their grids again. An index plans for each of its trees.
+    """
+    half = dtype_name(problem.q) in ("float16", "bfloat16")
+    size = 2 if half else item_bytes(problem)
+    return Largest(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v, size)
+
+
+def _largest(problem: Problem, options: Options, kernel: str, chosen: dict[str, Choice]) -> Largest:
+    """Return the largest sizes of what a kernel is given, where others are ``chosen`` that run before it."""
+    largest = _sizes(problem)
+    if not isinstance(options, Treecode):
+        return largest
+    largest = replace(
+        largest,
+        directions=min(Treecode.DIRECTIONS, problem.d),
+        leaf_size=Treecode.LEAF_SIZE,
+        nodes=node_count(problem.n_k, Treecode.LEAF_SIZE),
+        rows=options.rows,
+    )
+    bfloat16 = problem.input_dtype == "bfloat16" and largest.item_bytes == 2
+    if kernel == "open_sweeps":
+        stored_so = bfloat16 and chosen["node_summaries"].computed_by == "triton"
+        return replace(largest, item_bytes=2 if stored_so else item_bytes(problem), slots=_most_slots(problem, options))
+    if kernel == "attend_blocks" and options.far_field == "mean":
+        # Means of nodes, with their spread beside the values; float16 might not hold a spread.
+        return replace(largest, d_v=problem.d_v + 1, item_bytes=2 if bfloat16 else item_bytes(problem))
+    return largest
+
+
+def _most_slots(problem: Problem, options: Treecode) -> int:
+    """Return the length of the longest list: levels of what sees intervals have budgets of their own, larger ones too."""
+    if problem.visible is None or problem.mask is not None:
+        return options.budget or problem.n_k
+    return max((step.budget for step in steps(problem, options)), default=1)
 
 
 def _resolve_method(
@@ -361,11 +412,12 @@ def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> t
     ratio = exact_over_treecode(problem, budget)
     if ratio <= 1.0:
         return Exact(), f"auto: below the crossover, exact is expected to take {ratio:.2g} × treecode's time"
-    opener = Treecode().at(on_accelerator(problem.q)).opener
-    if (found := choose(opener, site, kernels)).target == "array-api":
+    tree = Treecode().resolve(budget)
+    planned = tree.at(on_accelerator(problem.q))
+    if (found := _choices(problem, planned, site, kernels)[planned.opener]).target == "array-api":
         # Many small steps for each round of opening: slower than exact for long.
         return SortLSH().resolve(budget), f"auto: above the crossover, but no kernel opens trees here ({found.reason})"
-    return Treecode().resolve(budget), f"auto: above the crossover, expected {ratio:.1f} × faster than exact"
+    return tree, f"auto: above the crossover, expected {ratio:.1f} × faster than exact"
 
 
 def item_bytes(problem: Problem) -> int:
@@ -379,13 +431,15 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     sizes = {"q": rows_q * problem.d, "k": rows_k * problem.d, "v": rows_k * problem.d_v}
     total = size * sum(sizes[name] for name in problem.copied)
+    if on_accelerator(problem.q):
+        total += _unread_bytes(problem, kernels, size)
     if problem.visible is not None or problem.mask is not None:
         total += _restricted_bytes(problem, options, size)
     if options.name == "exact":
-        if problem.visible is not None and problem.mask is None and kernels["attend_blocks"].target == "array-api":
+        if problem.visible is not None and problem.mask is None and kernels["attend_blocks"].computed_by == "array-api":
             # Keys and values are gathered for each stretch.
             total += size * (7 * TILE_ELEMENTS + 3 * problem.n_k * (problem.d + problem.d_v))
-        if kernels["attend_dense"].target == "array-api":
+        if kernels["attend_dense"].computed_by == "array-api":
             # Logits, shifted logits and weights of a tile; results of two tiles and their merge.
             return total + size * (4 * TILE_ELEMENTS + 6 * min(problem.n_q, 256) * (problem.d + problem.d_v))
         return total + threads * _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
@@ -396,20 +450,30 @@ def _temporary_bytes(problem: Problem, options: Options, kernels: dict[str, Choi
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
     # Codes, order, sampling weights, their sums and logarithms, guide, norms; projections of one side at a time.
-    total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8
+    total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8 + _norm_bytes(problem, kernels)
     if isinstance(options, SortLSH):
         vectors = -(-(options.num_hashes or DEFAULT_HASHES) * size // 64)
         total += max(rows_q, rows_k) * 2 * 64 * vectors
-    if kernels["attend_blocks"].target == "array-api":
+    if kernels["attend_blocks"].computed_by == "array-api":
         rows = min(problem.n_q, options.rows if isinstance(options, SortLSH) else problem.n_q)
         tile = max(TILE_ELEMENTS, slots * max(problem.d, problem.d_v))
         total += size * 7 * tile + size * (rows_q + blocks * rows) * (problem.d_v + 1)
-        total += 4 * 8 * rows_k * problem.d_v if "row_norms" in kernels else 0
     else:
         total += threads * _workspace_bytes(problem, size)
     if isinstance(options, KDEformer):
         # The density estimates' own copies of queries and keys, with a coordinate more, and their tiles.
         total += size * (8 * (rows_q + rows_k) * (problem.d + 1) + 16 * TILE_ELEMENTS)
+    return total
+
+
+def _unread_bytes(problem: Problem, kernels: dict[str, Choice], size: int) -> int:
+    """Bound what it takes to treat numbers that are not finite without reading any: queries, and results, once more."""
+    rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
+    stored = _sizes(problem).item_bytes
+    total = stored * rows_q * problem.d + 2 * size * rows_q * (problem.d_v + 1)
+    if kernels["finite_rows"].computed_by == "array-api":
+        # Absolute values, and what is said of each number.
+        total += (stored + 3) * max(rows_q * problem.d, rows_k * problem.d, rows_k * problem.d_v)
     return total
 
 
@@ -439,30 +503,46 @@ def _restricted_bytes(problem: Problem, options: Options, size: int) -> int:
     return copies + bias + lists + size * 2 * rows_q * (problem.d_v + 1)
 
 
+def _norm_bytes(problem: Problem, kernels: dict[str, Choice]) -> int:
+    """Bound what norms of values take in the array API: these in float64, relative to the largest, and their squares."""
+    by_array_api = "row_norms" in kernels and kernels["row_norms"].computed_by == "array-api"
+    return 4 * 8 * problem.groups * problem.n_k * problem.d_v if by_array_api else 0
+
+
 def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     slots = options.budget or problem.n_k
     d, d_v = problem.d, problem.d_v
     p = min(Treecode.DIRECTIONS, d)
     blocks = problem.groups * -(-problem.n_q // options.rows)
-    # Coordinates, twice while rows are ordered; orders; keys, values and summaries of up to as many nodes; samples; lists,
-    # once for all groups and once for each.
-    total = size * ((rows_q + rows_k) * 5 * max(p, 16) + rows_k * (2 * (d + d_v) + 2 * p + 4)) + 8 * 8 * (rows_q + rows_k)
+    # Keys, values and summaries of up to as many nodes.
+    nodes = size * rows_k * (2 * (d + d_v) + 2 * p + 4)
+    if kernels["node_summaries"].computed_by == "array-api":
+        # Sorted rows, by leaves, and what their means and variances are made of.
+        nodes += size * 6 * rows_k * (d + d_v + p) + 16 * 8 * rows_k
+    # Norms are found before there are nodes. Coordinates, twice while rows are ordered; orders; samples; lists, once for all
+    # groups and once for each.
+    total = max(nodes, _norm_bytes(problem, kernels)) + (rows_q + rows_k) * (size * 5 * max(p, 16) + 8 * 8)
     total += problem.groups * d * 8 * (3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * d)
     # Results before and after the first-order term.
     total += blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
-    if kernels[options.opener].target == "numba-cuda":
+    if kernels[options.opener].computed_by == "numba-cuda":
         # Logits of all that is listed, for the blocks that are worked on at once.
         total += size * min(RESIDENT, blocks) * (slots + d + p + 2) * (options.rows + 3)
-    if kernels[options.opener].target == "array-api":
-        # Sorted rows and their products; logits and errors of blocks' queries, and what a round, or a sweep, makes of them.
-        total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + p) + 16 * 8 * rows_k
+        if problem.input_dtype == "bfloat16":
+            # Means that may be stored so.
+            total += size * 2 * rows_k * d
+    if kernels[options.opener].computed_by == "array-api":
+        # Queries; logits and errors of blocks' queries, and what a round, or a sweep, makes of them.
+        total += size * 3 * rows_q * (d + d_v + p)
         if options.opener == "open_sweeps":
             at_once = max(problem.groups, min(blocks, PART // (options.rows * slots)))
             total += blocks * slots * (2 * 8 + size) + size * at_once * slots * (24 * options.rows + 64 * 8)
         else:
             total += size * blocks * slots * (8 * options.rows + 8 * 8)
-        total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 2 * rows_q * (d_v + 1))
+    if kernels["attend_blocks"].computed_by == "array-api":
+        # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
+        total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
     return total
 
 
