@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from bench.gpu_arguments import ARGUMENTS, LARGE, for_library, for_reference
 from bench.gpu_session import Findings, Row, Session, left_out
-from kdecore.kernels.registry import KERNELS, Implementation, Site
+from kdecore.kernels.registry import KERNELS, Implementation
+from kdecore.kernels.site import Site
 from kdecore.machine import library_problem, load_adapter
 from kdecore.namespaces import ACCUMULATION, Array, Namespace, host, namespace_name
 

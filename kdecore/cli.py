@@ -18,7 +18,8 @@ from kdecore import __version__, comparison
 from kdecore.comparison import Progress, Row
 from kdecore.errors import KdecoreError, OptionError
 from kdecore.inputs import Problem, canonicalise
-from kdecore.kernels.registry import KERNELS, TARGETS, Site, choose
+from kdecore.kernels.registry import KERNELS, TARGETS, choose
+from kdecore.kernels.site import Site
 from kdecore.loading import READERS, Case, glove_case, install, load_case
 from kdecore.machine import LIBRARIES, Machine, library_problem, load_adapter, this_machine
 from kdecore.options import METHODS, integer_at_least
@@ -423,7 +424,7 @@ def _info_lines() -> list[str]:
     lines += _item("also", ", ".join(other))
     lines += ["", *_kernel_table(devices), "", "Targets, and where they run"]
     for target in TARGETS:
-        lines += _item(target, ", ".join(_places(target, devices)) or f"nowhere here: {_hindrance(target)}", 16)
+        lines += _item(target, ", ".join(_places(target, devices)) or f"nowhere here: {_hindrance(target, devices)}", 16)
     return lines
 
 
@@ -449,10 +450,11 @@ def _places(target: str, devices: list[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _hindrance(target: str) -> str:
-    """Return why a target runs nowhere: even on a CUDA device, or for want of one."""
+def _hindrance(target: str, devices: list[tuple[str, str]]) -> str:
+    """Return why a target runs nowhere: what a CUDA device would lack, and what the last device found is not."""
     one = next(one for implementations in KERNELS.values() for one in implementations if one.target == target)
-    return one.unsupported(Site("torch", "cuda:0", DTYPES[0])) or "no device that it is for"
+    reasons = (one.unsupported(Site(*place, DTYPES[0])) for place in (("torch", "cuda:0"), devices[-1]))
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
 
 
 def _item(name: str, text: str, width: int = 12) -> list[str]:

@@ -21,6 +21,7 @@ from kdecore.namespaces import (
     device_name,
     gradient_mode,
     host,
+    outside_inference_mode,
     take_along_rows,
     to_float,
     to_host,
@@ -127,6 +128,7 @@ class KeyIndex:
     4097
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         k: Array,
@@ -299,6 +301,7 @@ class KeyIndex:
         with team(self._settings["threads"]), device_context(self._one[0]):
             self._append(added)
 
+    @outside_inference_mode()
     def _added(self, k: Array, v: Array) -> Problem:
         """Return new keys in canonical form, without queries, or raise what doesn't fit."""
         first = self._segments[0].problem
@@ -310,6 +313,7 @@ class KeyIndex:
             raise ShapeError(f"k must have the leading dimensions {first.lead} of the index's keys, got {tuple(k.shape)}")
         return replace(first, k=added.k, v=added.v)
 
+    @outside_inference_mode()
     def _append(self, added: Problem) -> None:
         segments = list(self._segments)
         if segments[-1].tree is None:

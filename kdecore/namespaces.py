@@ -6,8 +6,9 @@ CuPy, PyTorch and array-api-strict. Importing this file imports no array library
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -81,6 +82,7 @@ __all__ = [
     "namespace_of",
     "on_accelerator",
     "on_device",
+    "outside_inference_mode",
     "quiet",
     "row_norms",
     "searchsorted_integers",
@@ -323,6 +325,20 @@ def gradient_mode(*arrays: Array) -> str:
     from kdecore_adapters import torch_adapter
 
     return torch_adapter.gradient_mode(*arrays)
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Make arrays that are kept for later calls: what PyTorch makes in inference mode could not be recorded in these.
+
+    Gradients are recorded in this context where they were outside of it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:

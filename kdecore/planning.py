@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from kdecore.errors import OptionError, did_you_mean
 from kdecore.inputs import Problem
 from kdecore.kernels.open_sweeps.contract import PART, RESIDENT
-from kdecore.kernels.registry import Choice, Site, check_target, choose
+from kdecore.kernels.registry import Choice, check_target, choose
+from kdecore.kernels.site import Largest, Site
 from kdecore.kernels.threads import thread_count
-from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, gradient_mode, host, on_accelerator
+from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, dtype_name, gradient_mode, host, on_accelerator
 from kdecore.options import (
     DEFAULT_BUDGET,
     DEFAULT_HASHES,
@@ -25,6 +26,7 @@ from kdecore.options import (
 )
 from kdecore.randomness import check_seed
 from kdecore.stretches import cut, inner_keys, remainder
+from kdecore.tree import node_count
 from kdecore.visibility import Visible
 
 # Costs fitted to times on two cores (bench/NOTES.md), in units of one dimension of one float32 key, evaluated for one query.
@@ -317,10 +319,11 @@ def check_method(method: str | Options, budget: int | None) -> Options | None:
 
 
 def site_of(problem: Problem) -> Site:
-    """Return where the kernels of a problem are to run."""
+    """Return where the kernels of a problem are to run, and its sizes."""
     masks = [] if problem.mask is None else [problem.mask.values]
     gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
-    return Site(problem.library, device_name(problem.q), ACCUMULATION[problem.input_dtype], gradient)
+    dtype = ACCUMULATION[problem.input_dtype]
+    return Site(problem.library, device_name(problem.q), dtype, gradient, _sizes(problem))
 
 
 def make_plan(
@@ -342,27 +345,32 @@ def make_plan(
     options, reason = _resolve_method(problem, check_method(method, budget), budget, site, kernels)
     if isinstance(options, Treecode):
         options = options.at(on_accelerator(problem.q))
-    chosen = _kernels(problem, options, site, kernels)
+    cuts = steps(problem, options)
+    chosen = _choices(problem, options, cuts, site, kernels)
     if method == "auto" and limit < math.inf and not isinstance(options, Exact):
         few = _few_queries(problem)
         least = _temporary_bytes(few, options, steps(few, options), chosen, count)
         if least > limit:
             reason = f"auto: {options.name} takes at least {least} bytes here, of which max_memory leaves {limit:.0f}"
             options = Exact()
-            chosen = _kernels(problem, options, site, kernels)
+            cuts = steps(problem, options)
+            chosen = _choices(problem, options, cuts, site, kernels)
     exact = choose("attend_dense", replace(site, gradient=""), kernels)
-    cuts = steps(problem, options)
     temporary_bytes = _temporary_bytes(problem, options, cuts, chosen, count)
     return Plan(options, reason, budget, seed, chosen, exact, count, temporary_bytes, cuts)
 
 
-def _kernels(problem: Problem, options: Options, site: Site, kernels: str) -> dict[str, Choice]:
+def _choices(problem: Problem, options: Options, cuts: tuple[Step, ...], site: Site, kernels: str) -> dict[str, Choice]:
+    """Choose an implementation of every kernel that options need."""
     needed = dict.fromkeys(options.kernels)
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
     if problem.visible is not None or problem.mask is not None:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
-    return {name: choose(name, site, kernels) for name in needed}
+    chosen: dict[str, Choice] = {}
+    for name in needed:
+        chosen[name] = choose(name, replace(site, largest=_largest(problem, options, cuts, name, chosen)), kernels)
+    return chosen
 
 
 def _few_queries(problem: Problem) -> Problem:
@@ -370,6 +378,42 @@ def _few_queries(problem: Problem) -> Problem:
     visible = None if problem.visible is None else problem.visible.rows(slice(FEWEST_QUERIES))
     q, k, v = problem.q[:1, :FEWEST_QUERIES, :], problem.k[:1, ...], problem.v[:1, ...]
     return replace(problem, q=q, k=k, v=v, visible=visible)
+
+
+def _sizes(problem: Problem) -> Largest:
+    """Return the sizes of a problem, which those of its pieces do not pass.
+
+    Samples of queries, exact rows, shares, parts of them and stretches have no more queries or keys in a group, and the same
+    d and d_v. Stretches become more groups of fewer rows: together the keys left to the next level may be some more than
+    the problem's, for which launches check their grids again. An index plans for each of its trees.
+    """
+    half = dtype_name(problem.q) in ("float16", "bfloat16")
+    size = 2 if half else item_bytes(problem)
+    return Largest(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v, size)
+
+
+def _largest(problem: Problem, options: Options, cuts: tuple[Step, ...], kernel: str, chosen: dict[str, Choice]) -> Largest:
+    """Return the largest sizes of what a kernel is given, where others are ``chosen`` that run before it."""
+    largest = _sizes(problem)
+    if not isinstance(options, Treecode):
+        return largest
+    largest = replace(
+        largest,
+        directions=min(Treecode.DIRECTIONS, problem.d),
+        leaf_size=Treecode.LEAF_SIZE,
+        nodes=node_count(problem.n_k, Treecode.LEAF_SIZE),
+        rows=options.rows,
+    )
+    bfloat16 = problem.input_dtype == "bfloat16" and largest.item_bytes == 2
+    if kernel == "open_sweeps":
+        stored_so = bfloat16 and chosen["node_summaries"].computed_by == "triton"
+        # Levels of what sees intervals have budgets of their own, larger ones too.
+        slots = max((step.budget for step in cuts), default=options.budget or problem.n_k)
+        return replace(largest, item_bytes=2 if stored_so else item_bytes(problem), slots=slots)
+    if kernel == "attend_blocks" and options.far_field == "mean":
+        # Means of nodes, with their spread beside the values; float16 might not hold a spread.
+        return replace(largest, d_v=problem.d_v + 1, item_bytes=2 if bfloat16 else item_bytes(problem))
+    return largest
 
 
 def _resolve_method(
@@ -416,15 +460,16 @@ def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> t
     expected = f"treecode is expected to be {ratio:.2g} × as fast as exact, where an estimate has to be {WORTHWHILE} ×"
     if ratio < WORTHWHILE:
         return Exact(), f"auto: {expected}"
-    if (found := tree_opener(problem, site, kernels)).target == "array-api":
+    if (found := tree_opener(problem, site, kernels, budget)).target == "array-api":
         # Many small steps for each round of opening: slower than exact for long.
         return SortLSH().resolve(budget), f"auto: {expected}, but no kernel opens trees here ({found.reason})"
     return Treecode().resolve(budget), f"auto: {expected}"
 
 
-def tree_opener(problem: Problem, site: Site, kernels: str) -> Choice:
-    """Return what opens trees for the treecode as it is where nothing is said."""
-    return choose(Treecode().at(on_accelerator(problem.q)).opener, site, kernels)
+def tree_opener(problem: Problem, site: Site, kernels: str, budget: int = DEFAULT_BUDGET) -> Choice:
+    """Return what opens trees for the treecode as it is where nothing but the budget is said."""
+    options = Treecode().resolve(budget).at(on_accelerator(problem.q))
+    return _choices(problem, options, steps(problem, options), site, kernels)[options.opener]
 
 
 def item_bytes(problem: Problem) -> int:
@@ -440,13 +485,15 @@ def _temporary_bytes(
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     sizes = {"q": rows_q * problem.d, "k": rows_k * problem.d, "v": rows_k * problem.d_v}
     total = size * sum(sizes[name] for name in problem.copied)
+    if on_accelerator(problem.q):
+        total += _unread_bytes(problem, kernels, size)
     if problem.visible is not None or problem.mask is not None:
         total += _restricted_bytes(problem, options, cuts, size)
     if options.name == "exact":
-        if problem.visible is not None and problem.mask is None and kernels["attend_blocks"].target == "array-api":
+        if problem.visible is not None and problem.mask is None and kernels["attend_blocks"].computed_by == "array-api":
             # Keys and values are gathered for each stretch.
             total += size * (7 * TILE_ELEMENTS + 3 * problem.n_k * (problem.d + problem.d_v))
-        if kernels["attend_dense"].target == "array-api":
+        if kernels["attend_dense"].computed_by == "array-api":
             # Logits, shifted logits and weights of a tile; results of two tiles and their merge.
             return total + size * (4 * TILE_ELEMENTS + 6 * min(problem.n_q, 256) * (problem.d + problem.d_v))
         return total + threads * _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
@@ -457,20 +504,30 @@ def _temporary_bytes(
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
     # Codes, order, sampling weights, their sums and logarithms, guide, norms; projections of one side at a time.
-    total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8
+    total += (rows_q + rows_k) * 6 * 8 + rows_k * 8 * 8 + _norm_bytes(problem, kernels)
     if isinstance(options, SortLSH):
         vectors = -(-(options.num_hashes or DEFAULT_HASHES) * size // 64)
         total += max(rows_q, rows_k) * 2 * 64 * vectors
-    if kernels["attend_blocks"].target == "array-api":
+    if kernels["attend_blocks"].computed_by == "array-api":
         rows = min(problem.n_q, options.rows if isinstance(options, SortLSH) else problem.n_q)
         tile = max(TILE_ELEMENTS, slots * max(problem.d, problem.d_v))
         total += size * 7 * tile + size * (rows_q + blocks * rows) * (problem.d_v + 1)
-        total += 4 * 8 * rows_k * problem.d_v if "row_norms" in kernels else 0
     else:
         total += threads * _workspace_bytes(problem, size)
     if isinstance(options, KDEformer):
         # The density estimates' own copies of queries and keys, with a coordinate more, and their tiles.
         total += size * (8 * (rows_q + rows_k) * (problem.d + 1) + 16 * TILE_ELEMENTS)
+    return total
+
+
+def _unread_bytes(problem: Problem, kernels: dict[str, Choice], size: int) -> int:
+    """Bound what it takes to treat numbers that are not finite without reading any: queries, and results, once more."""
+    rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
+    stored = _sizes(problem).item_bytes
+    total = stored * rows_q * problem.d + 2 * size * rows_q * (problem.d_v + 1)
+    if kernels["finite_rows"].computed_by == "array-api":
+        # Absolute values, and what is said of each number.
+        total += (stored + 3) * max(rows_q * problem.d, rows_k * problem.d, rows_k * problem.d_v)
     return total
 
 
@@ -499,30 +556,46 @@ def _restricted_bytes(problem: Problem, options: Options, levels: tuple[Step, ..
     return copies + bias + lists + size * 2 * rows_q * (problem.d_v + 1)
 
 
+def _norm_bytes(problem: Problem, kernels: dict[str, Choice]) -> int:
+    """Bound what norms of values take in the array API: these in float64, relative to the largest, and their squares."""
+    by_array_api = "row_norms" in kernels and kernels["row_norms"].computed_by == "array-api"
+    return 4 * 8 * problem.groups * problem.n_k * problem.d_v if by_array_api else 0
+
+
 def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     slots = options.budget or problem.n_k
     d, d_v = problem.d, problem.d_v
     p = min(Treecode.DIRECTIONS, d)
     blocks = problem.groups * -(-problem.n_q // options.rows)
-    # Coordinates, twice while rows are ordered; orders; keys, values and summaries of up to as many nodes; samples; lists,
-    # once for all groups and once for each.
-    total = size * ((rows_q + rows_k) * 5 * max(p, 16) + rows_k * (2 * (d + d_v) + 2 * p + 4)) + 8 * 8 * (rows_q + rows_k)
+    # Keys, values and summaries of up to as many nodes.
+    nodes = size * rows_k * (2 * (d + d_v) + 2 * p + 4)
+    if kernels["node_summaries"].computed_by == "array-api":
+        # Sorted rows, by leaves, and what their means and variances are made of.
+        nodes += size * 6 * rows_k * (d + d_v + p) + 16 * 8 * rows_k
+    # Norms are found before there are nodes. Coordinates, twice while rows are ordered; orders; samples; lists, once for all
+    # groups and once for each.
+    total = max(nodes, _norm_bytes(problem, kernels)) + (rows_q + rows_k) * (size * 5 * max(p, 16) + 8 * 8)
     total += problem.groups * d * 8 * (3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * d)
     # Results before and after the first-order term.
     total += blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
-    if kernels[options.opener].target == "numba-cuda":
+    if kernels[options.opener].computed_by == "numba-cuda":
         # Logits of all that is listed, for the blocks that are worked on at once.
         total += size * min(RESIDENT, blocks) * (slots + d + p + 2) * (options.rows + 3)
-    if kernels[options.opener].target == "array-api":
-        # Sorted rows and their products; logits and errors of blocks' queries, and what a round, or a sweep, makes of them.
-        total += size * (3 * rows_q + 6 * rows_k) * (d + d_v + p) + 16 * 8 * rows_k
+        if problem.input_dtype == "bfloat16":
+            # Means that may be stored so.
+            total += size * 2 * rows_k * d
+    if kernels[options.opener].computed_by == "array-api":
+        # Queries; logits and errors of blocks' queries, and what a round, or a sweep, makes of them.
+        total += size * 3 * rows_q * (d + d_v + p)
         if options.opener == "open_sweeps":
             at_once = max(problem.groups, min(blocks, PART // (options.rows * slots)))
             total += blocks * slots * (2 * 8 + size) + size * at_once * slots * (24 * options.rows + 64 * 8)
         else:
             total += size * blocks * slots * (8 * options.rows + 8 * 8)
-        total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 2 * rows_q * (d_v + 1))
+    if kernels["attend_blocks"].computed_by == "array-api":
+        # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
+        total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
     return total
 
 

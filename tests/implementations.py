@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from kdecore.kernels.registry import KERNELS, Site
+from kdecore.kernels.registry import KERNELS
+from kdecore.kernels.site import Site
 from kdecore.namespaces import device_name, namespace_name
 from tests.conftest import BACKENDS
 

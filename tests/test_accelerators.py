@@ -3,7 +3,9 @@
 A call that would read one back, and so wait for a device, raises there; what a call launches and copies to it is counted.
 """
 
+import weakref
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdecore
 from kdecore.grouping import sign_lsh
+from kdecore.inputs import canonicalise
 from kdecore.kernels import registry
+from kdecore.merge import Part
+from kdecore.planning import make_plan
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 VIEWS = frozenset(
@@ -106,3 +111,85 @@ def test_the_meta_device_would_show_a_read_and_a_copy():
     with Operations() as operations:
         torch.ones(7).to("meta")
     assert operations.copied == 7
+
+
+class Memory(TorchDispatchMode):
+    """Count the bytes that tensors on the device take, but for ``inputs``."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.taken, self.peak, self.paused = 0, 0, False
+        self.held = {x.untyped_storage()._cdata for x in inputs}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not self.paused:
+            self.meet(*(out if isinstance(out, (tuple, list)) else [out]))
+        return out
+
+    def meet(self, *found):
+        for x in found:
+            if not isinstance(x, torch.Tensor) or x.untyped_storage()._cdata in self.held:
+                continue
+            storage = x.untyped_storage()
+            self.held.add(storage._cdata)
+            self.taken += storage.nbytes()
+            self.peak = max(self.peak, self.taken)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+
+    def free(self, key, size):
+        self.held.discard(key)
+        self.taken -= size
+
+
+def on_cuda(memory, kernel, implementation, reference):
+    """Return an implementation that stands for one on a CUDA device, of which no more memory is seen than its results'."""
+
+    def attend(xp, q, k, v, *rest, before=None, **more):
+        out = torch.empty(*q.shape[:-1], v.shape[-1], device="meta", dtype=torch.float32)
+        return before or Part(out, torch.empty_like(out[..., 0]))
+
+    def call(*given, **more):
+        if kernel.startswith("attend"):
+            return attend(*given, **more)
+        before, memory.paused = memory.paused, True
+        found = reference(*given, **more)
+        memory.paused = before
+        if not before:
+            memory.meet(*(found if isinstance(found, tuple) else [found]))
+        return found
+
+    return replace(
+        implementation, function=call, unsupported=lambda site: implementation.unsupported(replace(site, device="cuda:0"))
+    )
+
+
+NUMBA = "numba-cuda"
+WIDE = [
+    ("float32", 64, 64, "exact", {}),
+    ("bfloat16", 300, 300, "exact", {"attend_dense": "triton"}),
+    ("float32", 300, 300, "exact", {"attend_dense": "array-api"}),
+    ("float32", 64, 600, "sortlsh", {"attend_blocks": "array-api"}),
+    ("bfloat16", 300, 64, "treecode", {"open_sweeps": NUMBA, "attend_blocks": "triton", "node_summaries": "triton"}),
+    ("float16", 64, 600, "treecode", {"open_sweeps": "triton", "attend_blocks": "array-api", "node_summaries": "triton"}),
+    ("float32", 64, 1100, "treecode", {"open_sweeps": "triton", "attend_blocks": "array-api", "node_summaries": NUMBA}),
+]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("dtype", "d", "d_v", "method", "targets"), WIDE, ids=str)
+def test_the_plan_bounds_the_memory_of_what_is_chosen_for_wide_rows(monkeypatch, dtype, d, d_v, method, targets):
+    """What a kernel doesn't take, another one computes, which takes memory of its own."""
+    q, k, v = inputs(dtype, n=1200, d=d, d_v=d_v)
+    memory = Memory([q, k, v])
+    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    for kernel, every in registry.KERNELS.items():
+        *others, last = every
+        of_devices = (one for one in others if one.target in ("triton", NUMBA))
+        stand_ins = (on_cuda(memory, kernel, one, last.function) for one in of_devices)
+        monkeypatch.setitem(registry.KERNELS, kernel, (*stand_ins, last))
+    plan = make_plan(canonicalise(q, k, v), method=method, budget=128)
+    assert {name: plan.kernels[name].target for name in targets} == targets
+    with memory:
+        out = kdecore.attention(q, k, v, method=method, budget=128)
+    assert memory.peak - out.untyped_storage().nbytes() <= plan.temporary_bytes

@@ -540,6 +540,22 @@ def test_info_without_numba_cuda(capsys, monkeypatch):
     assert "nowhere here: triton is not installed" in out
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_info_says_what_triton_needs(capsys, monkeypatch, installed):
+    """A device in any case: to install it would not do."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(registry, "find_spec", lambda name: name if installed and name == "triton" else None)
+    cuda_problem.cache_clear()
+    try:
+        _, out, _ = run(capsys, "info")
+    finally:
+        cuda_problem.cache_clear()
+    said = " ".join(out[out.index("  triton  ") : out.index("  torch-autograd  ")].split())
+    needed = "needs PyTorch tensors on a CUDA device, got torch on cpu"
+    assert said == f"triton nowhere here: {needed if installed else f'triton is not installed; {needed}'}"
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as info:
         cli.main(["--version"])

@@ -20,6 +20,7 @@ from numba.cuda.args import ArgHint
 from numba.cuda.dispatcher import _Kernel
 
 from kdecore import namespaces
+from kdecore.errors import KernelUnavailable
 from kdecore.kernels import cuda_jit
 from kdecore.kernels.cuda_jit import CudaKernel, launch, numba_type, parameters, word_format, words
 from kdecore.kernels.registry import cuda_problem
@@ -186,21 +187,25 @@ def test_bfloat16_arrives_as_its_bits():
     assert numba_type(tensor("bfloat16", (2, 2))) == types.uint16[:, ::1]
 
 
-@pytest.mark.parametrize(
-    ("grid", "blocks"), [(5, (5, 1, 1)), ((5,), (5, 1, 1)), ((5, 6), (5, 6, 1)), ((5, 6, 7), (5, 6, 7))]
-)
-def test_the_driver_gets_grid_block_stream_and_parameters(driver, kernel, grid, blocks):
+@pytest.mark.parametrize("blocks", [5, 2**16, 2**31 - 1])
+def test_the_driver_gets_grid_block_stream_and_parameters(driver, kernel, blocks):
     given = tensor("float32", (2, 3, 4)), True, -5, np.float32(0.25), tensor("bool", (0, 2)), 0.1, tensor("bfloat16", (9,))
     driver.forms = forms_of(given)
-    launch(kernel, grid, 64, *given)
+    launch(kernel, blocks, 64, *given)
     expected = [word for x in given for word in packed_by_numba(x)]
     ((function, dimensions, stream, found),) = driver.launched
-    assert (function, dimensions, stream) == (FUNCTION, (*blocks, 64, 1, 1), STREAM)
+    assert (function, dimensions, stream) == (FUNCTION, (blocks, 1, 1, 64, 1, 1), STREAM)
     assert found == expected
 
 
 def test_without_blocks_nothing_is_launched(driver, kernel):
-    launch(kernel, (3, 0), 64, tensor("float32", (0, 3)))
+    launch(kernel, 0, 64, tensor("float32", (0, 3)))
+    assert driver.launched == []
+
+
+def test_more_blocks_than_a_grid_has_room_for_are_refused(driver, kernel):
+    with pytest.raises(KernelUnavailable, match=r"at most 2147483647 blocks, got 2147483648 of test"):
+        launch(kernel, 2**31, 64, tensor("float32", (3,)))
     assert driver.launched == []
 
 

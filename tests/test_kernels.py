@@ -9,7 +9,8 @@ import pytest
 
 from kdecore.errors import KernelUnavailable, OptionError
 from kdecore.kernels import registry
-from kdecore.kernels.registry import KERNELS, Implementation, Site, choose
+from kdecore.kernels.registry import KERNELS, Implementation, choose
+from kdecore.kernels.site import Site
 from kdecore.kernels.threads import team
 from kdecore.namespaces import host
 from tests import oracles
@@ -478,6 +479,40 @@ def test_choose_refuses_a_target_that_cannot_run(spare):
 def test_choose_runs_in_the_array_api_what_lacks_a_target(spare):
     choice = choose("attend_dense", SITE, "spare")
     assert (choice.target, choice.reason) == ("array-api", "it has no target spare")
+
+
+NO_DEVICE = "needs PyTorch tensors on a CUDA device, got"
+NO_ARRAYS = "needs CuPy arrays or PyTorch tensors on a CUDA device, got"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "site", "reason"),
+    [
+        ("attend_blocks", "triton", Site("torch", "cpu", "float32"), f"{NO_DEVICE} torch on cpu"),
+        ("attend_blocks", "triton", Site("torch", "cpu", "float32", "reverse"), f"{NO_DEVICE} torch on cpu"),
+        ("attend_blocks", "triton", Site("torch", "cpu", "float64"), f"{NO_DEVICE} torch on cpu"),
+        ("attend_blocks", "triton", Site("numpy", "cpu", "float32"), f"{NO_DEVICE} numpy on cpu"),
+        ("attend_blocks", "triton", Site("cupy", "cuda:0", "float32"), f"{NO_DEVICE} cupy on cuda:0"),
+        ("attend_blocks", "triton", Site("torch", "cuda:0", "float64"), "computes in float32, not in float64"),
+        ("attend_blocks", "triton", Site("torch", "cuda:0", "float32"), "triton is not installed"),
+        ("attend_blocks", "triton", Site("torch", "cuda:0", "float32", "reverse"), "triton is not installed"),
+        ("node_summaries", "numba-cuda", Site("torch", "cpu", "float32", "reverse"), f"{NO_ARRAYS} torch on cpu"),
+        ("row_norms", "numba-cuda", Site("numpy", "cpu", "float32"), f"{NO_ARRAYS} numpy on cpu"),
+        ("row_norms", "numba-cuda", Site("cupy", "cuda:0", "float32"), "numba-cuda is not installed"),
+        ("attend_blocks", "numba-cpu", Site("torch", "cpu", "float32", "reverse"), "records no gradients"),
+        ("attend_dense", "torch-autograd", Site("torch", "cpu", "float32"), "for PyTorch tensors whose gradients are rec"),
+    ],
+    ids=str,
+)
+def test_the_first_thing_that_is_missing_is_said(monkeypatch, kernel, target, site, reason):
+    """The device before the dtype, both before a package, and gradients last; without Triton and numba-cuda here."""
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    registry.cuda_problem.cache_clear()
+    try:
+        (one,) = (found for found in KERNELS[kernel] if found.target == target)
+        assert one.unsupported(site).startswith(reason)
+    finally:
+        registry.cuda_problem.cache_clear()
 
 
 def test_choose_refuses_unknown_targets():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdecore import SortLSH, Treecode, attention
+from kdecore.kernels.registry import KERNELS
 
 
 def measured(*arrays, **options):
@@ -46,6 +47,18 @@ def test_the_plan_bounds_the_memory_taken(n_q, n_k, d, options, kernels):
     q, k, v = (rng.standard_normal((n, d), dtype=np.float32) for n in (n_q, n_k, n_k))
     planned, taken = measured(q, k, v, kernels=kernels, **options)
     assert taken <= planned <= 4 * taken + 2**23
+
+
+@pytest.mark.parametrize("kernel", ["", *Treecode().at(False).kernels])
+@pytest.mark.parametrize(("n_q", "n_k", "d", "d_v"), [(500, 10000, 32, 300), (10000, 1000, 16, 300), (2000, 2000, 300, 16)])
+def test_the_plan_bounds_the_memory_taken_where_one_kernel_is_the_array_api(monkeypatch, n_q, n_k, d, d_v, kernel):
+    """As it is for a kernel that doesn't take rows so wide, beside others that do; and where none is."""
+    if kernel:
+        monkeypatch.setitem(KERNELS, kernel, KERNELS[kernel][-1:])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n, width), dtype=np.float32) for n, width in ((n_q, d), (n_k, d), (n_k, d_v)))
+    planned, taken = measured(q, k, v, method="treecode", budget=128)
+    assert taken <= planned
 
 
 RESTRICTED = {

@@ -236,3 +236,34 @@ def test_nothing_has_no_gradient(q, k):
     scaled_dot_product_attention(*arrays, method="sortlsh", budget=9).sum().backward()
     for x in arrays:
         assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "array-api"])
+@pytest.mark.parametrize("method", ["sortlsh", "treecode", "kdeformer"])
+def test_calls_in_inference_mode_leave_nothing_that_training_cannot_record(method, kernels):
+    """What a call keeps for others, such as hyperplanes, is no tensor of PyTorch's inference mode."""
+    q, k, v = tensors((2, 60, 4), (2, 60, 4), (2, 60, 5))
+    call = {"method": method, "budget": 20, "seed": 987_654_321, "kernels": kernels}
+    with torch.inference_mode():
+        first = kdecore.attention(q, k, v, **call)
+        assert first.is_inference()
+    out = kdecore.attention(q, k, v, **call)
+    torch.testing.assert_close(out.detach(), first)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_an_index_built_in_inference_mode_serves_training(dtype):
+    """Its trees and its copies of keys are recorded as any constants are; without inference mode it records no less."""
+    q, k, v = (x.detach().to(dtype) for x in tensors((2, 30, 4), (2, 200, 4), (2, 200, 5)))
+    with torch.inference_mode():
+        index = kdecore.KeyIndex(k, v, budget=32)
+        index.append(k, v)
+        index.append(k[:, :9], v[:, :9])
+        index.attend_and_append(q, k[:, :5], v[:, :5])
+    q.requires_grad_()
+    (found,) = torch.autograd.grad(index.attend(q).sum(), q)
+    assert found.isfinite().all()
+    k.requires_grad_()
+    (found,) = torch.autograd.grad(kdecore.KeyIndex(k, v, budget=32).attend(q).sum(), k)
+    assert found.abs().sum() > 0

@@ -17,7 +17,8 @@ from kdecore import Hyper, SortLSH, Treecode
 from kdecore.grouping.sign_lsh import hash_codes, sort_codes
 from kdecore.inputs import canonicalise
 from kdecore.kernels.draw_uniform import reference
-from kdecore.kernels.registry import KERNELS, Site
+from kdecore.kernels.registry import KERNELS
+from kdecore.kernels.site import Site
 from kdecore.methods import SELECT, sortlsh, treecode
 from kdecore.namespaces import host
 from kdecore.planning import make_plan

@@ -2,7 +2,7 @@
 
 What is compiled is what would be launched: the kernels' callers run on small tensors of the host, and each launch is
 recorded in place of being made. A kernel that spills registers, takes more shared memory than the device has, multiplies
-without tensor cores or computes in float64 is an error.
+without tensor cores, computes in float64 or moves one of its arrays' addresses by a number of 32 bits is an error.
 """
 
 import os
@@ -22,12 +22,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdecore.kernels.attend_blocks import contract as widths
 from kdecore.kernels.attend_blocks import triton as forward
 from kdecore.kernels.attend_blocks import triton_backward as backward
 from kdecore.kernels.node_summaries import triton as summaries
+from kdecore.kernels.open_sweeps import contract as sizes
 from kdecore.kernels.open_sweeps import triton as opening
 from kdecore.kernels.project_rows import triton as project
 from kdecore.kernels.rank_codes import triton as codes
+from kdecore.kernels.site import Largest
 from kdecore.merge import Part
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
@@ -107,7 +110,7 @@ def launch_all(dtype: torch.dtype, d: int, d_v: int, case: str) -> None:
     bias = torch.zeros(1 if "shared" in case else blocks, b, s) if "bias" in case else None
     before = Part(torch.zeros(len(q), d_v), torch.zeros(len(q))) if "before" in case else None
     found = forward.attend_lists(q, k, v, given, SIZES, 0.125, bias, before)
-    if backward.fits(q, v):
+    if widths.backward_limit(forward.widest(q, v)) is None:
         out = found.out if case == "dense" else None
         backward.gradients(
             q, k, v, given, SIZES, 0.125, found.lse, found.out, found.lse, bias, of_bias=bias is not None, out=out
@@ -118,15 +121,16 @@ def build_tree(dtype: torch.dtype, d: int, d_v: int) -> None:
     """Project keys, number their cells, summarise the nodes of a tree over them, and open it."""
     groups, n, p = 2, 8192, 16
     k, v = torch.zeros(groups, n, d, dtype=dtype), torch.zeros(groups, n, d_v, dtype=dtype)
-    coordinates, sizes, order = torch.zeros(groups, n, p), torch.zeros(groups, n), torch.zeros(groups, n, dtype=torch.int64)
+    coordinates, norms, order = torch.zeros(groups, n, p), torch.zeros(groups, n), torch.zeros(groups, n, dtype=torch.int64)
     for width in (p, d_v):
         project.project_rows(torch, k, torch.zeros(groups, d, width))
     codes.rank_codes(torch, coordinates, 24)
-    nodes = summaries.node_summaries(torch, k, v, coordinates, sizes, order, 4, torch.zeros(groups))
+    nodes = summaries.node_summaries(torch, k, v, coordinates, norms, order, 4, torch.zeros(groups))
     tree = nodes.keys, nodes.spread, nodes.variances, nodes.sizes
-    for rows, slots in ((64, 512), (64, opening.MOST_SLOTS), (opening.MOST_ROWS, 512)):
+    for rows, slots in ((64, 512), (64, sizes.MOST_SLOTS), (sizes.MOST_ROWS, 512)):
         index, own = (torch.zeros(groups, n // rows, rows, dtype=torch.int64) for _ in range(2))
-        if opening.fits(rows, d, p, slots, nodes.spread.shape[1], nodes.keys.element_size()):
+        largest = Largest(d=d, directions=p, rows=rows, slots=slots, item_bytes=nodes.keys.element_size())
+        if sizes.triton_limit(largest) is None:
             opening.open_sweeps(torch, k, 0.125, coordinates, index, *tree, own, slots, (6, 0, 64))
 
 
@@ -174,11 +178,15 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     (registers, spilled), ptx = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", said)[0]), found.asm["ptx"]
     shared, doubles = found.metadata.shared, ptx.count(".f64")
     products = len(re.findall(r"^\s*(?:wgmma\.mma_async|mma\.sync)", ptx, re.MULTILINE))
+    # Of arrays of 2**31 numbers, that would be too few.
+    arrays = "|".join(launch.kernel.arg_names)
+    narrow = re.findall(rf"tt\.addptr %(?:{arrays}), %(?!c\d|cst)\w+ : !tt\.ptr<\w+>, i32", found.asm["ttir"])
     problems = {
         "spills registers": spilled > 0,
         "takes too much shared memory": shared > SHARED_BYTES[architecture],
         "multiplies without tensor cores": not products and launch.kernel.__name__ in MULTIPLYING,
         "computes in float64": doubles > 0,
+        "moves addresses by 32 bits": bool(narrow),
     }
     problem = ", ".join(name for name, holds in problems.items() if holds)
     return Compiled(registers, spilled, shared, products, doubles, problem)

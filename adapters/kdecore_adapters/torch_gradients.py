@@ -12,19 +12,20 @@ are not: their gradients go down the tree to the rows in them.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kdecore.kernels.attend_blocks.contract import backward_limit
 from kdecore.kernels.jit import kernel
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.kernels.registry import Site, choose
+from kdecore.kernels.registry import choose, triton_problem
+from kdecore.kernels.site import Largest, Site
 from kdecore.merge import Part, merge
 from kdecore.namespaces import ACCUMULATION, Namespace, dtype_name, host, namespace_of, spans
-from kdecore.tree import bounds, depth
+from kdecore.tree import bounds, depth, node_count
 
 TILE_LOGITS, TILE_COPIES = 2**18, 2**19
 """Logits of a tile, and numbers of its keys or values, at most: larger ones take more memory than exact backward passes,
@@ -69,23 +70,51 @@ def node_summaries(
     return TreeNodes(*_Nodes.apply(k, v, coordinates, sizes, order, leaf_size, half_norm))
 
 
-def _unrecorded(kernel: str, tensor: Tensor) -> Callable[..., Any]:
-    """Return the kernel that runs where nothing is recorded."""
-    return choose(kernel, Site("torch", str(tensor.device), ACCUMULATION[dtype_name(tensor)])).function
+def backward(kernel: str, site: Site) -> str:
+    """Return what computes a kernel's gradients at a site, and why no other."""
+    if kernel == "node_summaries":
+        return "PyTorch"
+    reason = unfused(site)
+    return "triton" if reason is None else f"PyTorch (triton: {reason})"
 
 
-def _fused(q: Tensor, v: Tensor) -> Any:
-    """Return the module of fused gradients where it can be used, else None.
+def unfused(site: Site) -> str | None:
+    """Return why the gradients of attention cannot be computed by the kernels in Triton, or None where they can."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "adds in no fixed order, which torch.use_deterministic_algorithms forbids"
+    return triton_problem(site) or backward_limit(site.largest)
 
-    It adds in no fixed order, which `torch.use_deterministic_algorithms` forbids.
+
+def _unrecorded(kernel: str, site: Site) -> Callable[..., Any]:
+    """Return the kernel that runs where nothing is recorded.
+
+    Sizes are those of the call at hand, no larger than those that the plan was made for: what the plan says can run does.
     """
-    if q.device.type != "cuda" or q.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
-        return None
-    if find_spec("triton") is None:
+    return choose(kernel, site).function
+
+
+def _fused(site: Site) -> Any:
+    """Return the module of gradients in Triton where it can be used, else None."""
+    if unfused(site) is not None:
         return None
     from kdecore.kernels.attend_blocks import triton_backward
 
-    return triton_backward if triton_backward.fits(q, v) else None
+    return triton_backward
+
+
+def _site(tensor: Tensor, **sizes: int) -> Site:
+    """Return where a tensor is, with sizes of what is to be computed there."""
+    largest = Largest(item_bytes=tensor.element_size(), **sizes)
+    return Site("torch", str(tensor.device), ACCUMULATION[dtype_name(tensor)], largest=largest)
+
+
+def _site_of_blocks(q: Tensor, k: Tensor, v: Tensor, query_index: Tensor, key_index: Tensor) -> Site:
+    sizes = {"n_q": len(q), "n_k": len(k), "d": q.shape[1], "d_v": v.shape[1]}
+    return _site(q, **sizes, rows=query_index.shape[1], slots=key_index.shape[1])
+
+
+def _site_of_groups(q: Tensor, k: Tensor, v: Tensor) -> Site:
+    return _site(q, groups=len(q), n_q=q.shape[1], n_k=k.shape[1], d=q.shape[2], d_v=v.shape[2])
 
 
 def _in_dtypes_of(found: Iterable[Tensor], inputs: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -105,7 +134,7 @@ class _Blocks(torch.autograd.Function):
         scale: float,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        kernel = _unrecorded("attend_blocks", q)
+        kernel = _unrecorded("attend_blocks", _site_of_blocks(q, k, v, query_index, key_index))
         found = kernel(namespace_of(q), q, k, v, query_index, key_index, log_weight, scale, bias)
         return found.out, found.lse
 
@@ -120,7 +149,7 @@ class _Blocks(torch.autograd.Function):
         q, k, v, query_index, key_index, log_weight, bias, lse = ctx.saved_tensors
         lse, grad_lse = _of_rows(lse, grad_lse)
         biased = bias is not None and ctx.needs_input_grad[7]
-        if fused := _fused(q, v):
+        if fused := _fused(_site_of_blocks(q, k, v, query_index, key_index)):
             lists, sizes = (query_index, key_index, log_weight), (*query_index.shape, key_index.shape[1])
             found = fused.gradients(q, k, v, lists, sizes, ctx.scale, lse, grad_out, grad_lse, bias, of_bias=biased)
             return *found[:3], None, None, None, None, found[3]
@@ -158,7 +187,7 @@ class _Blocks(torch.autograd.Function):
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        found = _unrecorded("attend_dense", q)(namespace_of(q), q, k, v, scale)
+        found = _unrecorded("attend_dense", _site_of_groups(q, k, v))(namespace_of(q), q, k, v, scale)
         return found.out, found.lse
 
     @staticmethod
@@ -171,7 +200,7 @@ class _Dense(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         lse, grad_lse = _of_rows(lse, grad_lse)
-        if fused := _fused(q, v):
+        if fused := _fused(_site_of_groups(q, k, v)):
             sizes, rows = (*q.shape[:2], k.shape[1]), [_flat(x) for x in (q, k, v)]
             found = fused.gradients(
                 *rows, None, sizes, ctx.scale, *(_flat(x) for x in (lse, grad_out, grad_lse)), out=_flat(out)
@@ -193,9 +222,14 @@ class _Dense(torch.autograd.Function):
 
 class _Nodes(torch.autograd.Function):
     @staticmethod
-    def forward(k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = _unrecorded("node_summaries", k)(namespace_of(k), k, v, *rest)
-        return tuple(found)
+    def forward(
+        k: Tensor, v: Tensor, coordinates: Tensor, sizes: Tensor, order: Tensor, leaf_size: int, half_norm: Tensor
+    ) -> tuple[Tensor, ...]:
+        (groups, n, d), d_v, p = k.shape, v.shape[2], coordinates.shape[2]
+        nodes = node_count(n, leaf_size)
+        site = _site(k, groups=groups, n_k=n, d=d, d_v=d_v, directions=p, leaf_size=leaf_size, nodes=nodes)
+        kernel = _unrecorded("node_summaries", site)
+        return tuple(kernel(namespace_of(k), k, v, coordinates, sizes, order, leaf_size, half_norm))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, device_name, from_host, take_along_rows
+from kdecore.namespaces import Array, Namespace, device_name, from_host, outside_inference_mode, take_along_rows
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
 from kdecore.randomness import normal
@@ -51,6 +51,7 @@ class _Device:
 
 
 @lru_cache(maxsize=64)
+@outside_inference_mode()
 def _planes(xp: Namespace, seed: int, shape: tuple[int, int], dtype: object, on: _Device) -> Array:
     """Return hyperplanes on a device. The last few are kept: making them there takes a copy that waits for it."""
     return from_host(xp, normal(seed, PLANES_STREAM, shape), dtype=dtype, device=on.device)

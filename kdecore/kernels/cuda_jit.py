@@ -19,6 +19,7 @@ import numpy as np
 from cuda.bindings import driver
 from numba import config, cuda, types
 
+from kdecore.kernels.grids import flat_grid
 from kdecore.namespaces import Array, contiguous, cuda_address, dtype_name, host_bits, on_device
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
@@ -110,34 +111,39 @@ def cuda_kernel(arguments: str, threads: int, stored: str = "number") -> Callabl
     return declare
 
 
-def launch(kernel: CudaKernel, grid: int | tuple[int, ...], threads: int, *arguments: Any) -> None:
+def launch(kernel: CudaKernel, blocks: int, threads: int, *arguments: Any) -> None:
     """Launch a kernel on the device and current stream of its first argument that is an array.
 
     Parameters
     ----------
     kernel
         As declared.
-    grid
-        Blocks, groups first: of the other axes a device has 65,535 blocks at most. Without any, nothing is launched.
+    blocks
+        Thread blocks, along one axis. Without any, nothing is launched.
     threads
         Threads of a block.
     *arguments
         Arrays on one device, and numbers. What is written to must lie row by row in memory; of what doesn't, the kernel gets
         a copy. bfloat16 arrives as its bits, uint16.
+
+    Raises
+    ------
+    KernelUnavailable
+        A grid has no room for so many blocks.
     """
-    blocks = (*grid, 1, 1)[:3] if isinstance(grid, tuple) else (grid, 1, 1)
-    if 0 in blocks:
+    grid = flat_grid(kernel.name, blocks)
+    if blocks == 0:
         return
     given = [x if isinstance(x, NUMBERS) else contiguous(x) for x in arguments]
     if SIMULATED:
-        kernel.compiled[blocks, threads](*(x if isinstance(x, NUMBERS) else host_bits(x) for x in given))
+        kernel.compiled[grid, threads](*(x if isinstance(x, NUMBERS) else host_bits(x) for x in given))
         return
     index, stream = on_device(next(x for x in given if not isinstance(x, NUMBERS)))
     key = (index, *(kind(x) for x in given))
     found = kernel.loaded.get(key)
     if found is None:
         found = kernel.loaded[key] = load(kernel.compiled, index, given)
-    start(found, blocks, threads, stream, [word for x in given for word in words(x)])
+    start(found, *grid, threads, stream, [word for x in given for word in words(x)])
 
 
 def kind(argument: Any) -> Any:
@@ -192,7 +198,7 @@ def parameters(formats: str) -> tuple[struct.Struct, Any, Any]:
     return packed, memory, (ctypes.c_void_p * len(addresses))(*addresses)
 
 
-def start(loaded: Loaded, blocks: Sequence[int], threads: int, stream: int, given: Sequence[Any]) -> None:
+def start(loaded: Loaded, blocks: int, threads: int, stream: int, given: Sequence[Any]) -> None:
     """Launch on the device that a kernel is loaded on, whichever is current; ``given`` has the `words` of its arguments."""
     (current,) = ask(driver.cuCtxGetCurrent)
     # None is current in a thread in which nothing has used a device.
@@ -203,7 +209,7 @@ def start(loaded: Loaded, blocks: Sequence[int], threads: int, stream: int, give
         with loaded.lock:
             loaded.words.pack_into(loaded.memory, 0, *given)
             places = ctypes.addressof(loaded.places)
-            ask(driver.cuLaunchKernel, loaded.function, *blocks, threads, 1, 1, 0, stream, places, 0)
+            ask(driver.cuLaunchKernel, loaded.function, blocks, 1, 1, threads, 1, 1, 0, stream, places, 0)
     finally:
         if elsewhere:
             ask(driver.cuCtxPopCurrent)

@@ -1,12 +1,13 @@
 """Which implementations each kernel has, and the choice between them.
 
-The choice is made once, while planning, from what is known without touching array data; it and the reasons for what was
-passed over go into the plan and the report. An implementation asked for by name that is there and cannot run raises
-`KernelUnavailable`: nothing falls back in silence.
+The choice is made once, while planning, from what is known without touching array data: library, device, dtype, and the
+largest sizes of what a kernel will be given. It and the reasons for what was passed over go into the plan and the report. An
+implementation asked for by name that is there and cannot run raises `KernelUnavailable`: nothing falls back in silence, and
+no implementation calls another one for what it doesn't take.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,29 +32,11 @@ from kdecore.kernels import (
     row_norms,
     tree_order,
 )
+from kdecore.kernels.grids import MOST_BLOCKS
+from kdecore.kernels.site import Largest, Site, beyond
 from kdecore.options import one_of
 
-
-@dataclass(frozen=True)
-class Site:
-    """Where a kernel is to run: plain names only.
-
-    Attributes
-    ----------
-    library
-        Array library, such as ``"numpy"``.
-    device
-        Device as the library prints it, such as ``"cpu"`` or ``"cuda:0"``.
-    dtype
-        Accumulation dtype, ``"float32"`` or ``"float64"``.
-    gradient
-        ``"reverse"`` or ``"forward"`` where q, k or v is recorded for automatic differentiation, else "".
-    """
-
-    library: str
-    device: str
-    dtype: str
-    gradient: str = ""
+GRADIENTS = "kdecore_adapters.torch_gradients"
 
 
 def _anywhere(site: Site) -> str | None:
@@ -67,7 +50,20 @@ def _host_constants(site: Site) -> str | None:
 
 
 def _host_floats(site: Site) -> str | None:
-    return "records no gradients" if site.gradient else _host_constants(site)
+    return _host_constants(site) or _recording(site)
+
+
+def _recording(site: Site) -> str | None:
+    return "records no gradients" if site.gradient else None
+
+
+def _many_rows(site: Site) -> str | None:
+    """Say that there are more rows than a grid has blocks.
+
+    No kernel takes more blocks than there are rows, or 32 a group, but for arrays that no device's memory holds.
+    """
+    largest = site.largest
+    return beyond("rows of all groups", MOST_BLOCKS, largest.groups * max(largest.n_q, largest.n_k, 32))
 
 
 @cache
@@ -96,11 +92,11 @@ def cuda_problem() -> str | None:
 def _cuda_constants(site: Site) -> str | None:
     if site.library not in ("cupy", "torch") or not site.device.startswith("cuda"):
         return f"needs CuPy arrays or PyTorch tensors on a CUDA device, got {site.library} on {site.device}"
-    return cuda_problem()
+    return cuda_problem() or _many_rows(site)
 
 
 def _cuda_floats(site: Site) -> str | None:
-    return "records no gradients" if site.gradient else _cuda_constants(site)
+    return _cuda_constants(site) or _recording(site)
 
 
 def _sorted_by_torch(site: Site) -> str | None:
@@ -108,16 +104,17 @@ def _sorted_by_torch(site: Site) -> str | None:
     return "PyTorch's own radix sort is faster" if site.library == "torch" else None
 
 
-def _triton_constants(site: Site) -> str | None:
+def triton_problem(site: Site) -> str | None:
+    """Return why Triton kernels cannot run at a site, or None where they can."""
     if site.library != "torch" or not site.device.startswith("cuda"):
         return f"needs PyTorch tensors on a CUDA device, got {site.library} on {site.device}"
     if site.dtype != "float32":
         return f"computes in float32, not in {site.dtype}"
-    return None if find_spec("triton") is not None else "triton is not installed"
+    return _many_rows(site) if find_spec("triton") is not None else "triton is not installed"
 
 
 def _triton_floats(site: Site) -> str | None:
-    return "records no gradients" if site.gradient else _triton_constants(site)
+    return triton_problem(site) or _recording(site)
 
 
 def _recorded_tensors(site: Site) -> str | None:
@@ -128,6 +125,8 @@ def _recorded_tensors(site: Site) -> str | None:
 
 Unsupported: TypeAlias = Callable[[Site], str | None]
 """Why an implementation cannot run at a site, or None where it can."""
+Limit: TypeAlias = Callable[[Largest], str | None]
+"""Which size is larger than an implementation takes, or None where none is."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,23 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation chosen for one kernel, and why."""
+    """The implementation chosen for one kernel, and why.
+
+    Attributes
+    ----------
+    kernel, target, function
+        Of which kernel, and of the implementation.
+    reason
+        Why it, and what it computes by where that is another one.
+    computed_by
+        Target of what computes: ``target``, or the implementation that torch-autograd records.
+    """
 
     kernel: str
     target: str
     reason: str
     function: Callable[..., Any]
+    computed_by: str
 
 
 def _late(module: str, name: str, like: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,28 +182,36 @@ def _late(module: str, name: str, like: Callable[..., Any]) -> Callable[..., Any
     return called
 
 
+def _within(unsupported: Unsupported, limit: Limit) -> Unsupported:
+    """Return why an implementation cannot run at a site, for its sizes if not for anything else."""
+    return lambda site: unsupported(site) or limit(site.largest)
+
+
 def _implementations(
     folder: Any, *, host: Unsupported = _host_constants, slower: Unsupported = _anywhere, others: tuple[str, ...] = ()
 ) -> tuple[Implementation, ...]:
     """Return the implementations of the kernel in a folder, with some of ``others``, fastest first.
 
-    ``slower`` is of the one in Numba CUDA.
+    ``slower`` is of the one in Numba CUDA. What sizes an implementation takes, the kernel's contract says in ``LIMITS``.
     """
     name = folder.__name__.rpartition(".")[2]
     reference = getattr(folder.reference, name)
+    limits: dict[str, Limit] = getattr(import_module(f"{folder.__name__}.contract"), "LIMITS", {})
 
     def other(
         target: str, module: str, unsupported: Unsupported, slower: Unsupported = _anywhere
     ) -> tuple[Implementation, ...]:
         if target not in others:
             return ()
+        if target in limits:
+            unsupported = _within(unsupported, limits[target])
         return (Implementation(target, _late(module, name, reference), unsupported, slower),)
 
     return (
-        *other("triton", f"{folder.__name__}.triton", _triton_floats if host is _host_floats else _triton_constants),
+        *other("triton", f"{folder.__name__}.triton", _triton_floats if host is _host_floats else triton_problem),
         *other("numba-cuda", f"{folder.__name__}.cuda", _cuda_floats if host is _host_floats else _cuda_constants, slower),
         *((Implementation("numba-cpu", getattr(folder.cpu, name), host),) if hasattr(folder, "cpu") else ()),
-        *other("torch-autograd", "kdecore_adapters.torch_gradients", _recorded_tensors),
+        *other("torch-autograd", GRADIENTS, _recorded_tensors),
         Implementation("array-api", reference),
     )
 
@@ -226,6 +244,14 @@ def check_target(target: str) -> str:
     return one_of(("auto", *TARGETS), "kernels", target)
 
 
+def _recording_another(choice: Choice, site: Site) -> Choice:
+    """Return the choice of torch-autograd; its reason is what computes, and not who else records no gradients."""
+    forward = choose(choice.kernel, replace(site, gradient=""))
+    backward = import_module(GRADIENTS).backward(choice.kernel, site)
+    why = f"gradients are recorded: forward {forward.target} ({forward.reason}), backward {backward}"
+    return replace(choice, reason=why, computed_by=forward.target)
+
+
 def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     """Choose the implementation of ``kernel`` for ``site``.
 
@@ -234,7 +260,7 @@ def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     kernel
         A name in `KERNELS`.
     site
-        Where the arrays are.
+        Where the arrays are, and their sizes.
     target
         ``"auto"`` for the first implementation that can run, or the name of one; a kernel without one of that name runs in
         the array API.
@@ -244,11 +270,11 @@ def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
     OptionError
         Unknown target.
     KernelUnavailable
-        The target asked for cannot run here; the message says why.
+        The target asked for cannot run here, or not on what is so large; the message says why.
     """
     every = KERNELS[kernel]
     if check_target(target) != "auto" and target not in (one.target for one in every):
-        return Choice(kernel, every[-1].target, f"it has no target {target}", every[-1].function)
+        return Choice(kernel, every[-1].target, f"it has no target {target}", every[-1].function, every[-1].target)
     passed_over: list[str] = []
     for one in every:
         if target not in ("auto", one.target):
@@ -256,6 +282,7 @@ def choose(kernel: str, site: Site, target: str = "auto") -> Choice:
         reason = one.unsupported(site) or (one.slower(site) if target == "auto" else None)
         if reason is None:
             why = "asked for by name" if target != "auto" else "; ".join(passed_over) or "first choice"
-            return Choice(kernel, one.target, why, one.function)
+            found = Choice(kernel, one.target, why, one.function, one.target)
+            return _recording_another(found, site) if one.target == "torch-autograd" else found
         passed_over.append(f"{one.target}: {reason}")
     raise KernelUnavailable(f"kernel {kernel} cannot run: {'; '.join(passed_over)}")

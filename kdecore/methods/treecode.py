@@ -319,12 +319,14 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     first = ((n + 1) << last) - n - 1
     leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=nodes.keys.device) // n
 
-    def within(x: Array) -> Array:
-        """Return rows less the mean of their leaf."""
-        rows, means = x[:, count::step, :], take_columns(xp, x, leaf)
+    def within(x: Array, width: int) -> Array:
+        """Return the first columns of rows less those of the mean of their leaf."""
+        # Of x itself: where some of its columns are left out, NumPy copies all rows to take a few.
+        rows, means = x[:, count::step, :width], take_columns(xp, x, leaf)[:, :, :width]
         return xp.astype(rows, nodes.spread.dtype, copy=False) - xp.astype(means, nodes.spread.dtype, copy=False)
 
-    keys, values = within(nodes.keys), within(nodes.values[:, :, :-1])
+    d, d_v = int(nodes.keys.shape[2]), int(nodes.values.shape[2]) - 1
+    keys, values = within(nodes.keys, d), within(nodes.values, d_v)
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2), keepdims=True) / rows for x in (keys, values))
     covariance = cross_moment(xp, keys, values)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdecore.kernels.attend_blocks import triton
+from kdecore.kernels.attend_blocks import contract, reference, triton
 from kdecore.kernels.attend_dense import reference as dense_reference
 from kdecore.kernels.attend_dense import triton as dense
 from kdecore.merge import Part
@@ -156,22 +156,29 @@ def test_attend_dense(rng, tiles, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_references_take_half_precision(rng, monkeypatch, dtype):
-    """They do what is too wide for tiles, and round nothing to the dtype of the rows."""
-    monkeypatch.setattr(triton, "WIDEST", 0)
+def test_references_take_half_precision(rng, dtype):
+    """They are chosen for what is too wide for tiles, and round nothing to the dtype of the rows."""
     q, k, v = rows(rng, dtype, (20, 4), (40, 4), (40, 5))
     found = lists(rng, 20, 40, 2, 10, 33)
-    assert_part(triton.attend_blocks(xp, q, k, v, *found, 0.3), expected(q, k, v, *found, 0.3), v, "float32")
+    assert_part(reference.attend_blocks(xp, q, k, v, *found, 0.3), expected(q, k, v, *found, 0.3), v, "float32")
     truth = dense_reference.attend_dense(xp, q[None].double(), k[None].double(), v[None].double(), 0.3)
-    assert_part(dense.attend_dense(xp, q[None], k[None], v[None], 0.3), truth, v, "float32")
+    assert_part(dense_reference.attend_dense(xp, q[None], k[None], v[None], 0.3), truth, v, "float32")
+
+
+def test_rows_too_wide_for_tiles_are_not_taken(rng):
+    q, k, v = rows(rng, "float32", (20, 300), (40, 300), (40, 300))
+    with pytest.raises(AssertionError):
+        triton.attend_blocks(xp, q, k, v, *lists(rng, 20, 40, 2, 10, 33), 0.3)
+    with pytest.raises(AssertionError):
+        dense.attend_dense(xp, q[None], k[None], v[None], 0.3)
 
 
 def test_parts_hold_a_width_and_little_more():
     """Powers of two, 16 at least; together no wider than one power of two for all would be."""
     for width in range(1, 600):
-        main, rest = triton.parts(width)
+        main, rest = contract.parts(width)
         assert max(16, width) <= main + rest <= 2 ** np.ceil(np.log2(max(16, width)))
         assert all(x == 0 or (x >= 16 and x & (x - 1) == 0) for x in (main, rest))
-    assert triton.parts(64) == (64, 0)
-    assert triton.parts(65) == (64, 16)
-    assert triton.parts(127) == (128, 0)
+    assert contract.parts(64) == (64, 0)
+    assert contract.parts(65) == (64, 16)
+    assert contract.parts(127) == (128, 0)

@@ -1,11 +1,14 @@
 """Gradients in Triton's interpreter, as PyTorch calls them, against those of a plain implementation in float64."""
 
+from dataclasses import replace
+
 import array_api_compat.torch as xp
 import pytest
 import torch
 
 from kdecore.kernels.attend_blocks import triton, triton_backward
 from kdecore.kernels.attend_dense import triton as dense
+from kdecore.kernels.site import Largest, Site
 from kdecore_adapters import torch_gradients
 from tests.interpreted.problems import DTYPES, bias, lists, rows
 from tests.tolerances import EPS
@@ -120,13 +123,34 @@ def test_a_query_that_sees_nothing_spoils_no_gradient(rng):
     assert all(x.isfinite().all() for x in gradients)
 
 
-def test_where_fused_gradients_are_used(monkeypatch):
-    """On CUDA devices, for rows that fit; not in float64, nor where the order of additions is to be fixed."""
-    q = torch.zeros(3, 4, device="meta")
-    assert torch_gradients._fused(q, q) is None
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda _: torch.device("cuda")))
-    assert torch_gradients._fused(q, q) is triton_backward
-    assert torch_gradients._fused(q.double(), q.double()) is None
-    assert torch_gradients._fused(q, torch.zeros(3, 4000)) is None
+FUSED = Site("torch", "cuda:0", "float32", "reverse", Largest(d=64, d_v=65, item_bytes=4))
+
+
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        (FUSED, None),
+        (replace(FUSED, dtype="float64"), "computes in float32, not in float64"),
+        (replace(FUSED, device="cpu"), "needs PyTorch tensors on a CUDA device, got torch on cpu"),
+        (replace(FUSED, largest=Largest(d=64, d_v=81, item_bytes=4)), "of ≤ 576 bytes, padded, got 640"),
+    ],
+    ids=str,
+)
+def test_where_fused_gradients_are_used(site, reason):
+    """On CUDA devices, for rows that fit; not in float64."""
+    found = torch_gradients.unfused(site)
+    assert found is None if reason is None else reason in found
+    assert torch_gradients._fused(site) is (triton_backward if reason is None else None)
+
+
+def test_no_fused_gradients_where_the_order_of_additions_is_to_be_fixed(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert torch_gradients._fused(q, q) is None
+    assert "no fixed order" in torch_gradients.unfused(FUSED)
+    assert torch_gradients._fused(FUSED) is None
+
+
+def test_rows_too_wide_for_fused_gradients_are_not_taken(rng):
+    q, k, v = rows(rng, "float32", (10, 64), (30, 64), (30, 81))
+    found = lists(rng, 10, 30, 2, 5, 9)
+    with pytest.raises(AssertionError):
+        triton_backward.gradients(q, k, v, found, (2, 5, 9), 0.4, torch.ones(10), torch.ones(10, 81), torch.ones(10))

@@ -57,9 +57,7 @@ def test_numbers_that_are_not_finite_end(rng):
         np.testing.assert_allclose(one[1], other[0], rtol=0, atol=1e-10 * np.abs(other).max())
 
 
-def test_wide_rows_take_the_reference(rng, monkeypatch):
-    monkeypatch.setattr(cuda, "ROWS", 6)
-    given = graded_moments(rng, 7)
-    found, expected = (kernel.balanced_view(host, *given, 4) for kernel in (cuda, reference))
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+@pytest.mark.parametrize(("d", "p"), [(257, 4), (20, 17)])
+def test_what_shared_memory_cannot_hold_is_not_taken(rng, d, p):
+    with pytest.raises(AssertionError):
+        cuda.balanced_view(host, *graded_moments(rng, d), p)

@@ -1,9 +1,54 @@
-"""What every implementation of `attend_blocks` promises."""
+"""What every implementation of `attend_blocks` promises, and how wide the rows are that it takes."""
 
 from typing import Protocol
 
+from kdecore.kernels.site import Largest
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace
+
+WIDEST, WIDEST_BACKWARD = 2048, 576
+"""Bytes of a key and a value, padded, at most, in Triton, and for gradients there: tiles of wider ones, and of their
+gradients, do not fit the registers."""
+
+
+def parts(width: int) -> tuple[int, int]:
+    """Cut a width into a power of two and what is left, padded to one, 0 for none; into one where that is no longer.
+
+    Tensor cores take 16 columns at a time: 65, as of a tree's values with their spread, become 64 and 16, and not 128.
+    """
+    whole = power_above(max(16, width))
+    main = whole // 2
+    rest = power_above(max(16, width - main))
+    return (main, rest) if 16 <= main < width and rest < main else (whole, 0)
+
+
+def power_above(x: int) -> int:
+    """Return the least power of two that is at least x ≥ 1."""
+    return 1 << (x - 1).bit_length()
+
+
+def padded_bytes(largest: Largest) -> int:
+    """Return the bytes of a key and a value, padded."""
+    return (sum(parts(largest.d)) + sum(parts(largest.d_v))) * largest.item_bytes
+
+
+def triton_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Triton doesn't take so much, or None where it does."""
+    return _wider(WIDEST, largest)
+
+
+def backward_limit(largest: Largest) -> str | None:
+    """Return the same of its gradients."""
+    return _wider(WIDEST_BACKWARD, largest)
+
+
+def _wider(most: int, largest: Largest) -> str | None:
+    found = padded_bytes(largest)
+    sizes = f"d = {largest.d}, d_v = {largest.d_v}, {largest.item_bytes} bytes each"
+    return f"takes a key and a value of ≤ {most} bytes, padded, got {found} ({sizes})" if found > most else None
+
+
+LIMITS = {"triton": triton_limit}
 
 
 class AttendBlocks(Protocol):

@@ -24,7 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kdecore.kernels.attend_blocks import reference
+from kdecore.kernels.attend_blocks.contract import parts, triton_limit
+from kdecore.kernels.grids import flat_grid
+from kdecore.kernels.site import Largest
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace
 
@@ -33,9 +35,6 @@ LN2 = tl.constexpr(math.log(2.0))
 PRECISION = tl.constexpr("tf32x3")
 """Of products in float32: three of tf32 make one whose errors are nearly float32's, at a third of the rate. One alone would
 leave errors of 5e-4. Half precision is multiplied as it is."""
-
-WIDEST = 2048
-"""Bytes of a key and a value, padded, at most: tiles of wider ones do not fit the registers."""
 
 
 class Limits(NamedTuple):
@@ -280,17 +279,6 @@ def clear_rows(out, lse, count, D_V: tl.constexpr, COLUMNS: tl.constexpr, ROWS: 
     store_rows(out, row, empty, tl.zeros([ROWS, COLUMNS], tl.float32), 0, COLUMNS, D_V)
 
 
-def parts(width: int) -> tuple[int, int]:
-    """Cut a width into a power of two and what is left, padded to one, 0 for none; into one where that is no longer.
-
-    Tensor cores take 16 columns at a time: 65, as of a tree's values with their spread, become 64 and 16, and not 128.
-    """
-    whole = triton.next_power_of_2(max(16, width))
-    main = whole // 2
-    rest = triton.next_power_of_2(max(16, width - main))
-    return (main, rest) if 16 <= main < width and rest < main else (whole, 0)
-
-
 def widths(d: int, d_v: int) -> dict[str, int]:
     """Return what kernels know of widths when they are compiled."""
     (d_main, d_rest), (v_main, v_rest) = parts(d), parts(d_v)
@@ -334,7 +322,7 @@ def attend_lists(
     Parameters
     ----------
     q, k, v
-        Rows as in `kdecore.kernels.attend_blocks.contract.AttendBlocks`, narrow enough (`fits`).
+        Rows as in `kdecore.kernels.attend_blocks.contract.AttendBlocks`, within its `triton_limit`.
     lists
         query_index, key_index and log_weight, as there; None where blocks and their keys follow each other row by row.
     sizes
@@ -343,6 +331,7 @@ def attend_lists(
         As there.
     """
     blocks, rows, slots = sizes
+    assert triton_limit(widest(q, v)) is None
     q, k, v = plain_rows(q), plain_rows(k), plain_rows(v)
     query_index, key_index, log_weight = (None, None, None) if lists is None else (x.contiguous() for x in lists)
     known = widths(q.shape[1], v.shape[1])
@@ -353,7 +342,7 @@ def attend_lists(
             lse = torch.full((q.shape[0],), -math.inf, dtype=torch.float32, device=q.device)
         else:
             out, lse = before.out.contiguous(), before.lse.contiguous()
-        attend_tile[(blocks * triton.cdiv(rows, tile.kept),)](
+        attend_tile[flat_grid("attend_tile", blocks * triton.cdiv(rows, tile.kept))](
             q,
             k,
             v,
@@ -380,18 +369,14 @@ def attend_lists(
         if before is None and lists is not None:
             # Cheaper than zeros first: nearly every row is written anyway.
             width = v.shape[1]
-            clear_rows[(triton.cdiv(len(lse), 128),)](out, lse, len(lse), width, triton.next_power_of_2(width), 128)
+            grid = flat_grid("clear_rows", triton.cdiv(len(lse), 128))
+            clear_rows[grid](out, lse, len(lse), width, triton.next_power_of_2(width), 128)
     return Part(out, lse)
 
 
-def row_bytes(q: Any, v: Any) -> int:
-    """Return the bytes of a key and a value, padded."""
-    return columns(widths(q.shape[-1], v.shape[-1]), None) * int(q.element_size())
-
-
-def fits(q: Any, v: Any) -> bool:
-    """Return whether `attend_lists` takes rows so wide."""
-    return row_bytes(q, v) <= WIDEST
+def widest(q: Any, v: Any) -> Largest:
+    """Return what of the sizes limits how wide rows may be."""
+    return Largest(d=q.shape[-1], d_v=v.shape[-1], item_bytes=q.element_size())
 
 
 def attend_blocks(
@@ -406,8 +391,6 @@ def attend_blocks(
     bias: Array | None = None,
     before: Part | None = None,
 ) -> Part:
-    """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`; wider rows than `WIDEST` take the reference."""
-    if not fits(q, v):
-        return reference.attend_blocks(xp, q, k, v, query_index, key_index, log_weight, scale, bias, before)
+    """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`, within its `triton_limit`."""
     sizes = (*query_index.shape, key_index.shape[1])
     return attend_lists(q, k, v, (query_index, key_index, log_weight), sizes, scale, bias, before)

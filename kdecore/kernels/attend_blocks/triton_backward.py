@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.kernels.attend_blocks.contract import backward_limit
 from kdecore.kernels.attend_blocks.triton import (
     LN2,
     LOG2E,
@@ -34,15 +35,13 @@ from kdecore.kernels.attend_blocks.triton import (
     numbers,
     plain_rows,
     products,
-    row_bytes,
     store_parts,
     tile_logits,
     tiling,
+    widest,
     widths,
 )
-
-WIDEST = 576
-"""Bytes of a key and a value, padded, at most: tiles of wider ones and of their gradients do not fit the registers."""
+from kdecore.kernels.grids import flat_grid
 
 OF_QUERIES = {2: Limits(64, 2**14, 32, 2**13, 2**14, 2), 4: Limits(16, 2**11, 32, 2**12, 2**13, 2)}
 OF_KEYS = {2: Limits(64, 2**14, 32, 2**12, 2**13, 3), 4: Limits(16, 2**11, 32, 2**12, 2**13, 2)}
@@ -231,11 +230,6 @@ def add_columns(rows, row, counts, found, FIRST: tl.constexpr, COLUMNS: tl.const
     tl.atomic_add(places, found, mask=counts[:, None] & (column < WIDTH)[None, :], sem="relaxed")
 
 
-def fits(q: Any, v: Any) -> bool:
-    """Return whether `gradients` takes rows so wide."""
-    return row_bytes(q, v) <= WIDEST
-
-
 def gradients(
     q: Any,
     k: Any,
@@ -255,7 +249,7 @@ def gradients(
     Parameters
     ----------
     q, k, v, lists, sizes, scale, bias
-        As in `kdecore.kernels.attend_blocks.triton.attend_lists`; no wider rows than `WIDEST`.
+        As in `kdecore.kernels.attend_blocks.triton.attend_lists`, within `backward_limit` of the kernel's contract.
     lse
         As that found it; +∞ for queries without keys.
     grad_out, grad_lse
@@ -267,6 +261,7 @@ def gradients(
         kept.
     """
     blocks, rows, slots = sizes
+    assert backward_limit(widest(q, v)) is None
     q, k, v, grad_out = (plain_rows(x) for x in (q, k, v, grad_out))
     query_index, key_index, log_weight = (None, None, None) if lists is None else (x.contiguous() for x in lists)
     bias = None if bias is None else bias.contiguous()
@@ -287,7 +282,7 @@ def gradients(
         )
         inputs = (q, k, v, query_index, key_index, log_weight, bias, lse, grad_out)
         sizes_and_strides = (scale * math.log2(math.e), rows, slots, *strides)
-        gradient_of_queries[(blocks * triton.cdiv(rows, of_rows.kept),)](
+        gradient_of_queries[flat_grid("gradient_of_queries", blocks * triton.cdiv(rows, of_rows.kept))](
             *inputs,
             grad_lse.contiguous() if out is None else None,
             slopes,
@@ -301,7 +296,7 @@ def gradients(
             num_warps=of_rows.warps,
             num_stages=of_rows.stages,
         )
-        gradient_of_keys[(blocks * triton.cdiv(slots, of_slots.kept),)](
+        gradient_of_keys[flat_grid("gradient_of_keys", blocks * triton.cdiv(slots, of_slots.kept))](
             *inputs,
             slopes,
             of_k,

@@ -1,7 +1,8 @@
-"""What every implementation of `attend_dense` promises."""
+"""What every implementation of `attend_dense` promises, and how wide the rows are that it takes."""
 
 from typing import Protocol
 
+from kdecore.kernels.attend_blocks.contract import LIMITS as LIMITS
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace
 

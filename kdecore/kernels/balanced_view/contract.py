@@ -1,7 +1,8 @@
-"""What every implementation of `balanced_view` promises."""
+"""What every implementation of `balanced_view` promises, and how much it takes."""
 
 from typing import Protocol
 
+from kdecore.kernels.site import Largest, beyond
 from kdecore.namespaces import Array, Namespace
 
 RIDGE = 1e-6
@@ -9,6 +10,16 @@ RIDGE = 1e-6
 ORTHOGONAL_ITERATIONS = 4
 SMALLEST_SQUARE = 1e-12
 """Squared singular values of the logits count as this part of the largest at least."""
+MOST_ROWS, MOST_COLUMNS = 256, 16
+"""Dimensions and coordinates, at most, in Numba CUDA, which keeps a basis in shared memory."""
+
+
+def numba_cuda_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Numba CUDA doesn't take so much, or None where it does."""
+    return beyond("d", MOST_ROWS, largest.d) or beyond("directions", MOST_COLUMNS, largest.directions)
+
+
+LIMITS = {"numba-cuda": numba_cuda_limit}
 
 
 class BalancedView(Protocol):

@@ -17,15 +17,18 @@ import math
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.balanced_view import reference
-from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE
+from kdecore.kernels.balanced_view.contract import (
+    MOST_COLUMNS,
+    MOST_ROWS,
+    ORTHOGONAL_ITERATIONS,
+    RIDGE,
+    SMALLEST_SQUARE,
+)
 from kdecore.kernels.cuda_jit import cuda_kernel, launch
 from kdecore.namespaces import Array, Namespace
 
 THREADS = 256
-ROWS = 256
-"""Dimensions, at most; of more, and of more coordinates than `COLUMNS`, the reference finds the view."""
-COLUMNS = 16
+ROWS, COLUMNS = MOST_ROWS, MOST_COLUMNS
 PAIRS = COLUMNS // 2
 TOGETHER = 4
 """Columns of a product that a thread computes at once, from one read of the moment."""
@@ -40,10 +43,10 @@ TINY = {"THREADS": 32, "PARTS": 2}
 
 
 def balanced_view(xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:
-    """Follow `kdecore.kernels.balanced_view.contract.BalancedView`."""
+    """Follow `kdecore.kernels.balanced_view.contract.BalancedView`, within its `numba_cuda_limit`."""
     groups, d, _ = query_moment.shape
-    if d > ROWS or p > COLUMNS:
-        return reference.balanced_view(xp, query_moment, key_moment, p)
+    assert d <= ROWS
+    assert p <= COLUMNS
     images = xp.empty((2, groups, d, COLUMNS), dtype=xp.float64, device=query_moment.device)
     queries, keys = (xp.empty((groups, d, p), dtype=xp.float64, device=query_moment.device) for _ in "qk")
     launch(balance, groups, THREADS, query_moment, key_moment, images, queries, keys)

@@ -33,15 +33,15 @@ def bucket_order(xp: Namespace, codes: Array, bits: int) -> Array:
     device = codes.device
     passes = max(1, -(-bits // DIGIT_BITS))
     digit_bits = -(-bits // passes)
-    grid = (groups, -(-n // (THREADS * TILES)))
+    chunks = -(-n // (THREADS * TILES))
     order = codes
     for number in range(passes):
-        counts = xp.empty((*grid, 1 << digit_bits), dtype=xp.int32, device=device)
+        counts = xp.empty((groups, chunks, 1 << digit_bits), dtype=xp.int32, device=device)
         place = (number * digit_bits, (1 << digit_bits) - 1)
         given, order = order, xp.empty((groups, n), dtype=xp.int64, device=device)
-        launch(count_digits, grid, THREADS, codes, given, number > 0, *place, counts)
+        launch(count_digits, groups * chunks, THREADS, codes, given, number > 0, *place, counts)
         launch(sum_counts, groups, THREADS, counts)
-        launch(place_rows, grid, THREADS, codes, given, number > 0, *place, counts, order)
+        launch(place_rows, groups * chunks, THREADS, codes, given, number > 0, *place, counts, order)
     return order
 
 
@@ -59,7 +59,8 @@ def _arguments(codes, given, *others):
 @cuda_kernel(_arguments("int16", "int16"), THREADS)
 def count_digits(codes, given, again, shift, mask, counts):
     """Count the digits of a chunk."""
-    lane, group, chunk = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    lane, chunks = cuda.threadIdx.x, counts.shape[1]
+    group, chunk = cuda.blockIdx.x // chunks, cuda.blockIdx.x % chunks
     found = cuda.shared.array(DIGITS, np.int32)
     for digit in range(lane, mask + 1, THREADS):
         found[digit] = 0
@@ -117,7 +118,8 @@ def sum_counts(counts):
 @cuda_kernel(_arguments("int16", "int16", "int64[:, ::1]"), THREADS)
 def place_rows(codes, given, again, shift, mask, counts, order):
     """Write the rows of a chunk to where they belong."""
-    lane, group, chunk = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    lane, chunks = cuda.threadIdx.x, counts.shape[1]
+    group, chunk = cuda.blockIdx.x // chunks, cuda.blockIdx.x % chunks
     places = cuda.shared.array(DIGITS, np.int32)
     tile = cuda.shared.array(THREADS, np.int32)
     for digit in range(lane, mask + 1, THREADS):

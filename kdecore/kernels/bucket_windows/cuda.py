@@ -16,7 +16,7 @@ def bucket_windows(xp: Namespace, query_codes: Array, key_codes: Array, blocks: 
     """Follow `kdecore.kernels.bucket_windows.contract.BucketWindows`."""
     groups = int(query_codes.shape[0])
     starts = xp.empty((groups, blocks), dtype=xp.int64, device=query_codes.device)
-    launch(place_windows, (groups, -(-blocks // THREADS)), THREADS, query_codes, key_codes, size, starts)
+    launch(place_windows, groups * -(-blocks // THREADS), THREADS, query_codes, key_codes, size, starts)
     return starts
 
 
@@ -36,8 +36,9 @@ def first_above(ascending, group, value, least):
 @cuda_kernel("int16[:, ::1], int16[:, ::1], int64, int64[:, ::1]", THREADS)
 def place_windows(query_codes, key_codes, size, starts):
     """Write where a block's window begins."""
-    group, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     n_q, n_k, blocks = query_codes.shape[1], key_codes.shape[1], starts.shape[1]
+    tiles = -(-blocks // THREADS)
+    group, i = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * THREADS + cuda.threadIdx.x
     if i < blocks:
         middle = (i * n_q // blocks + (i + 1) * n_q // blocks) // 2
         code = int(query_codes[group, middle])

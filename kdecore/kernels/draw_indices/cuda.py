@@ -26,7 +26,7 @@ def draw_indices(
     sums = xp.cumulative_sum(weights, axis=1)
     positions = xp.empty((groups, blocks, count), dtype=xp.int64, device=weights.device)
     log_inclusion = xp.empty((groups, blocks, count), dtype=xp.float64, device=weights.device)
-    grid = (groups, blocks, -(-count // THREADS))
+    grid = groups * blocks * -(-count // THREADS)
     launch(draw, grid, THREADS, weights, sums, window_start, window_size, starts, positions, log_inclusion)
     return positions, log_inclusion
 
@@ -42,8 +42,10 @@ def sum_before(sums, group, place):
 )
 def draw(weights, sums, window_start, size, starts, positions, log_inclusion):
     """Draw a block's positions."""
-    group, block, i = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z * THREADS + cuda.threadIdx.x
-    n, count = weights.shape[1], positions.shape[2]
+    n, blocks, count = weights.shape[1], positions.shape[1], positions.shape[2]
+    parts = -(-count // THREADS)
+    number, i = cuda.blockIdx.x // parts, cuda.blockIdx.x % parts * THREADS + cuda.threadIdx.x
+    group, block = number // blocks, number % blocks
     if i < count:
         begin = window_start[group, block]
         below, end = sum_before(sums, group, begin), begin + size

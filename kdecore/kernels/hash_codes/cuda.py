@@ -39,9 +39,9 @@ def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
     projected = xp.empty((groups, bits, n), dtype=planes.dtype, device=x.device)
     means = xp.empty((groups, bits), dtype=planes.dtype, device=x.device)
     codes = xp.empty((groups, n), dtype=xp.int16 if bits <= 15 else xp.int32, device=x.device)
-    launch(project(x), (groups, -(-n // ROWS)), THREADS, x, planes, projected)
-    launch(average, (groups, bits), THREADS, projected, means)
-    launch(pack, (groups, -(-n // THREADS)), THREADS, projected, means, codes)
+    launch(project(x), groups * -(-n // ROWS), THREADS, x, planes, projected)
+    launch(average, groups * bits, THREADS, projected, means)
+    launch(pack, groups * -(-n // THREADS), THREADS, projected, means, codes)
     return codes
 
 
@@ -52,9 +52,10 @@ def project(stored: str, read: Any) -> CudaKernel:
     @cuda_kernel("stored[:, :, ::1], number[:, ::1], number[:, :, ::1]", THREADS, stored)
     def project(x, planes, projected):
         """Write the products of a tile of rows with all planes."""
-        thread, group, first = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y * ROWS
-        lane, part = thread % LANES, thread // LANES
         n, d, bits = x.shape[1], x.shape[2], planes.shape[1]
+        thread, tiles = cuda.threadIdx.x, -(-n // ROWS)
+        group, first = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * ROWS
+        lane, part = thread % LANES, thread // LANES
         rows = cuda.shared.array((ROWS, PITCH), planes.dtype)
         normals = cuda.shared.array((DEPTH, PLANES), planes.dtype)
         sums = cuda.local.array((SIDE, SIDE), planes.dtype)
@@ -99,7 +100,8 @@ def add_exactly(total, error, number):
 @cuda_kernel("number[:, :, ::1], number[:, ::1]", THREADS)
 def average(projected, means):
     """Write the mean of the finite projections on a plane."""
-    lane, group, bit = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+    lane, bits = cuda.threadIdx.x, means.shape[1]
+    group, bit = cuda.blockIdx.x // bits, cuda.blockIdx.x % bits
     totals = cuda.shared.array(THREADS, means.dtype)
     errors = cuda.shared.array(THREADS, means.dtype)
     counts = cuda.shared.array(THREADS, np.int32)
@@ -122,8 +124,8 @@ def average(projected, means):
 @cuda_kernel("number[:, :, ::1], number[:, ::1], int16[:, ::1]", THREADS)
 def pack(projected, means, codes):
     """Write the Gray rank of a row's signs."""
-    group, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-    bits = means.shape[1]
+    bits, tiles = means.shape[1], -(-codes.shape[1] // THREADS)
+    group, i = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * THREADS + cuda.threadIdx.x
     if i < codes.shape[1]:
         code = 0
         for bit in range(bits):

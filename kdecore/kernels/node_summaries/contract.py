@@ -1,8 +1,29 @@
-"""What every implementation of `node_summaries` promises."""
+"""What every implementation of `node_summaries` promises, and how much it takes."""
 
 from typing import NamedTuple, Protocol
 
+from kdecore.kernels.site import Largest, beyond
 from kdecore.namespaces import Array, Namespace
+
+NUMBERS = 2**12
+"""Of a tile of rows or nodes in Triton, at most: 32 a thread, which leaves room for another program meanwhile."""
+MOST_PLACES = 2**31 - 1
+"""Nodes and keys of a tree together, at most, in Triton, which numbers them in 32 bits."""
+
+
+def triton_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Triton doesn't take so much, or None where it does: a tile holds the rows of a leaf."""
+    widest = NUMBERS // max(2, 1 << (largest.leaf_size - 1).bit_length())
+    sizes = (
+        ("d", widest, largest.d),
+        ("d_v", widest, largest.d_v),
+        ("directions", widest, largest.directions),
+        ("nodes and keys", MOST_PLACES, largest.nodes + largest.n_k),
+    )
+    return next((said for size in sizes if (said := beyond(*size))), None)
+
+
+LIMITS = {"triton": triton_limit}
 
 
 class TreeNodes(NamedTuple):

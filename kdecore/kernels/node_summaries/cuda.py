@@ -50,11 +50,11 @@ def node_summaries(
     width = d + d_v + p + 1
     steps = [(low, max(low - LEVELS, 0)) for low in range(last, 0, -LEVELS)] or [(0, 0)]
     for low, high in steps:
-        grid = (groups, -(-(width << high) // THREADS))
+        grid = groups * -(-(width << high) // THREADS)
         launch(climb(k), grid, THREADS, *rows, low, high, low == last, keys, values, centres, variances, mean_sizes)
-    launch(distances, (groups, -(-nodes // THREADS)), THREADS, keys, values, spread)
+    launch(distances, groups * -(-nodes // THREADS), THREADS, keys, values, spread)
     for low, high in steps:
-        grid = (groups, -(-(1 << high) // THREADS))
+        grid = groups * -(-(1 << high) // THREADS)
         launch(climb_spreads, grid, THREADS, order, half_norm, low, high, low == last, values, spread)
     return TreeNodes(keys, values, spread, variances, xp.reshape(mean_sizes, (groups, nodes)))
 
@@ -122,7 +122,8 @@ def climb(stored: str, read: Any) -> CudaKernel:
         """Climb a column of keys, values, coordinates or sizes."""
         d, d_v, p = k.shape[2], v.shape[2], coordinates.shape[2]
         width = d + d_v + p + 1
-        group, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+        tiles = -(-(width << high) // THREADS)
+        group, i = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * THREADS + cuda.threadIdx.x
         column, subtree = i % width, i // width
         if subtree < 1 << high:
             if column < d:
@@ -143,8 +144,9 @@ def climb(stored: str, read: Any) -> CudaKernel:
 @cuda_kernel("number[:, :, ::1], number[:, :, ::1], number[:, ::1]", THREADS)
 def distances(keys, values, spread):
     """Write a leaf's spread, and 0 for those of its keys; or the squared distance of an inner node's children."""
-    group, place = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     nodes, d, last = spread.shape[1], keys.shape[2], values.shape[2] - 1
+    tiles = -(-nodes // THREADS)
+    group, place = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * THREADS + cuda.threadIdx.x
     n, leaves = keys.shape[1] - nodes, nodes // 2 + 1
     if place < nodes:
         total = spread.dtype.type(0.0)
@@ -167,8 +169,8 @@ def distances(keys, values, spread):
 @cuda_kernel("int64[:, ::1], number[::1], int64, int64, boolean, number[:, :, ::1], number[:, ::1]", THREADS)
 def climb_spreads(order, half_norm, low, high, from_rows, values, spread):
     """Write the spreads of a subtree, and the last column of its values."""
-    group, subtree = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-    n, last = order.shape[1], values.shape[2] - 1
+    n, last, tiles = order.shape[1], values.shape[2] - 1, -(-(1 << high) // THREADS)
+    group, subtree = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * THREADS + cuda.threadIdx.x
     one = spread.dtype.type(1.0)
     if subtree < 1 << high:
         for level in range(low if from_rows else low - 1, high - 1, -1):

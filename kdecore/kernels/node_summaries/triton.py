@@ -14,13 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kdecore.kernels.node_summaries import reference
-from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.grids import flat_grid
+from kdecore.kernels.node_summaries.contract import NUMBERS, TreeNodes
 from kdecore.namespaces import Array, Namespace
 from kdecore.tree import depth, node_count
 
-NUMBERS = 2**12
-"""Of a tile of rows or nodes, at most: 32 a thread, which leaves room for another program meanwhile."""
 KINDS = 4
 """Keys, values, coordinates and sizes, a program each: together they would hold more than the registers do."""
 PITCH = 16
@@ -267,12 +265,11 @@ def node_summaries(
     leaf_size: int,
     half_norm: Array,
 ) -> TreeNodes:
-    """Follow `kdecore.kernels.node_summaries.contract.NodeSummaries`; rows too wide for tiles take the reference."""
+    """Follow `kdecore.kernels.node_summaries.contract.NodeSummaries`, within its `triton_limit`."""
     (groups, n, d), d_v, p = k.shape, int(v.shape[2]), int(coordinates.shape[2])
     columns, leaf = [triton.next_power_of_2(x) for x in (d, d_v, p)], triton.next_power_of_2(min(n, leaf_size))
     most = NUMBERS // max(columns)
-    if most < max(2, leaf):
-        return reference.node_summaries(xp, k, v, coordinates, sizes, order, leaf_size, half_norm)
+    assert most >= max(2, leaf)
     last, nodes, pitch = depth(n, leaf_size), node_count(n, leaf_size), triton.cdiv(d_v + 1, PITCH) * PITCH
     stored = torch.bfloat16 if k.dtype == torch.bfloat16 else torch.float32
     widths = [width for pair in zip((d, d_v, p), columns, strict=True) for width in pair]
@@ -286,13 +283,14 @@ def node_summaries(
         found = keys, values, spread, variances, mean_sizes
         high = max(0, last - floor_log(most // leaf))
         rows, roots = [x.contiguous() for x in (k, v, coordinates, sizes, order)], empty(1 << high, d + d_v + p + 1)
-        summarise_rows[(groups << high, KINDS)](*rows, *found, roots, n, last, nodes, pitch, *widths, leaf, last - high + 1)
+        grid = *flat_grid("summarise_rows", groups << high), KINDS
+        summarise_rows[grid](*rows, *found, roots, n, last, nodes, pitch, *widths, leaf, last - high + 1)
         while high > 0:
             level, below = high - 1, roots
             high = max(0, high - floor_log(most))
             roots = empty(1 << high, d + d_v + p + 1)
-            summarise_nodes[(groups << high, KINDS)](below, *found, roots, n, level, nodes, pitch, *widths, level - high + 1)
-        grid = (groups * triton.cdiv(nodes + n, ROWS),)
-        rest = triton.next_power_of_2(pitch - d_v)
-        write_spreads[grid](spread, half_norm.contiguous(), values, n, nodes, last, d_v, pitch, rest, ROWS)
+            grid = *flat_grid("summarise_nodes", groups << high), KINDS
+            summarise_nodes[grid](below, *found, roots, n, level, nodes, pitch, *widths, level - high + 1)
+        tiles, rest = flat_grid("write_spreads", groups * triton.cdiv(nodes + n, ROWS)), triton.next_power_of_2(pitch - d_v)
+        write_spreads[tiles](spread, half_norm.contiguous(), values, n, nodes, last, d_v, pitch, rest, ROWS)
     return TreeNodes(keys, values[:, :, : d_v + 1], spread, variances, mean_sizes)

@@ -1,7 +1,8 @@
-"""What every implementation of `open_sweeps` promises."""
+"""What every implementation of `open_sweeps` promises, and how much it takes."""
 
 from typing import Protocol
 
+from kdecore.kernels.site import Largest, beyond
 from kdecore.namespaces import Array, Namespace
 
 GROWTH = 2.5
@@ -25,6 +26,27 @@ LEAST_SHARE, LARGEST_SHARE = -20.0, 60.0
 was opened: of what hardly counts, nodes of large spread are opened where slots are left, which may hide a key that does."""
 LARGEST_ERROR = 1e30
 """Of the sum of fourth powers, so that ranks are finite."""
+MOST_ROWS, MOST_SLOTS, WIDEST, MOST_BYTES = 128, 1024, 128, 2**15
+"""Queries of a block, slots of a list, columns of a key, and bytes of all a block's queries, at most, in Triton: of more,
+registers are spilled on sm_80 or sm_90 (tests/triton_compile.py)."""
+MOST_NODES = 2**24 - 1
+"""Of a tree, in Triton: float32 holds their numbers."""
+
+
+def triton_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Triton doesn't take so much, or None where it does."""
+    sizes = (
+        ("d", WIDEST, largest.d),
+        ("directions", WIDEST, largest.directions),
+        ("queries of a block", MOST_ROWS, largest.rows),
+        ("bytes of a block's queries", MOST_BYTES, largest.rows * largest.d * largest.item_bytes),
+        ("slots", MOST_SLOTS, largest.slots),
+        ("nodes", MOST_NODES, largest.nodes),
+    )
+    return next((said for size in sizes if (said := beyond(*size))), None)
+
+
+LIMITS = {"triton": triton_limit}
 
 
 class OpenSweeps(Protocol):

@@ -16,13 +16,12 @@ second-level cache, 192 bytes each, 6.3 GB, 1.1 ms at 5.5 TB/s. Lists are writte
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kdecore.kernels.open_sweeps import reference
+from kdecore.kernels.grids import flat_grid
 from kdecore.kernels.open_sweeps.contract import (
     GROWTH,
     HALVINGS,
@@ -32,8 +31,9 @@ from kdecore.kernels.open_sweeps.contract import (
     MORE_SWEEPS,
     OCTAVES,
     SUMMED_SWEEPS,
+    triton_limit,
 )
-from kdecore.kernels.registry import cuda_problem
+from kdecore.kernels.site import Largest
 from kdecore.namespaces import Array, Namespace
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -50,11 +50,6 @@ LEAST_SUM = tl.constexpr(2.0**-20)
 MOST_REGISTERS = 255
 TILE, SMALL_TILE = 32, 16
 """Nodes that are weighed at once, and where queries leave the registers less room, or are few."""
-MOST_ROWS, MOST_SLOTS, WIDEST, MOST_BYTES = 128, 1024, 128, 2**15
-"""Queries of a block, slots of a list, columns of a key, and bytes of all a block's queries, at most: of more, registers are
-spilled on sm_80 or sm_90 (tests/triton_compile.py)."""
-MOST_NODES = 2**24
-"""Of a tree: float32 holds their numbers."""
 
 
 @triton.jit
@@ -349,22 +344,6 @@ def is_wide(rows: int, d: int, itemsize: int) -> bool:
     return rows * max(64, d) * itemsize > 2**14
 
 
-def fits(rows: int, d: int, p: int, slots: int, nodes: int, itemsize: int) -> bool:
-    """Return whether the kernel holds so much; ``itemsize`` is the bytes of a number of a mean key."""
-    narrow = max(d, p) <= WIDEST and rows * d * itemsize <= MOST_BYTES
-    return narrow and rows <= MOST_ROWS and slots <= MOST_SLOTS and nodes < MOST_NODES
-
-
-def without_tiles(xp: Namespace, q: Array, *others: Any) -> tuple[Array, Array]:
-    """Open trees by the kernel in Numba, which has no such limits, or in the array API where that cannot run."""
-    if q.is_cuda and cuda_problem() is None:
-        from kdecore.kernels.open_sweeps import cuda
-
-        found: tuple[Array, Array] = cuda.open_sweeps(xp, q, *others)
-        return found
-    return reference.open_sweeps(xp, q, *others)
-
-
 def open_sweeps(
     xp: Namespace,
     q: Array,
@@ -379,12 +358,11 @@ def open_sweeps(
     slots: int,
     start: tuple[int, int, int],
 ) -> tuple[Array, Array]:
-    """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`; what the registers don't hold goes to `without_tiles`."""
+    """Follow `kdecore.kernels.open_sweeps.contract.OpenSweeps`, within its `triton_limit`."""
     groups, blocks, rows = query_index.shape
     d, p, nodes = int(q.shape[2]), int(coordinates.shape[2]), int(spread.shape[1])
-    if not fits(rows, d, p, slots, nodes, keys.element_size()):
-        given = xp, q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start
-        return without_tiles(*given)
+    largest = Largest(d=d, directions=p, rows=rows, slots=slots, nodes=nodes, item_bytes=keys.element_size())
+    assert triton_limit(largest) is None
     q, coordinates, query_index, spread, variances, sizes = (
         x.contiguous() for x in (q, coordinates, query_index, spread, variances, sizes)
     )
@@ -398,7 +376,7 @@ def open_sweeps(
     with torch.cuda.device_of(q):
         key_index = torch.empty((groups, blocks, slots), dtype=torch.int64, device=q.device)
         log_weight = torch.empty((groups, blocks, slots), dtype=torch.float32, device=q.device)
-        open_blocks[(groups * blocks,)](
+        open_blocks[flat_grid("open_blocks", groups * blocks)](
             q, coordinates, query_index, keys, spread, variances, sizes, given_own, key_index, log_weight,
             scale * math.log2(math.e), scale, blocks, rows, int(q.shape[1]), n, nodes, slots, count_own,
             level, first, end - first, sweeps, keys.stride(1),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kdecore.kernels.attend_blocks.triton import PRECISION
+from kdecore.kernels.grids import flat_grid
 from kdecore.namespaces import Array, Namespace
 
 ROWS = 64
@@ -54,7 +55,7 @@ def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
     step, columns = padded(d, STEP), padded(p, COLUMNS)
     with torch.cuda.device_of(rows):
         out = torch.empty((groups, n, p), dtype=torch.float32, device=rows.device)
-        grid = (groups * triton.cdiv(n, ROWS) * triton.cdiv(p, columns),)
+        grid = flat_grid("project_tile", groups * triton.cdiv(n, ROWS) * triton.cdiv(p, columns))
         # Eight warps for so few columns have been seen to read beyond shared memory (Triton 3.6, sm_90).
         project_tile[grid](rows.contiguous(), matrix.contiguous(), out, n, d, p, ROWS, step, columns, num_warps=4)
     return out

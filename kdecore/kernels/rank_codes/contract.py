@@ -1,7 +1,8 @@
-"""What every implementation of `rank_codes` promises."""
+"""What every implementation of `rank_codes` promises, and how much it takes."""
 
 from typing import Protocol
 
+from kdecore.kernels.site import Largest, beyond
 from kdecore.namespaces import Array, Namespace
 
 SAMPLE = 1023
@@ -9,6 +10,16 @@ SAMPLE = 1023
 RATIO = 3.0
 """A direction's variance counts so many times less after each bit that it is given. 4 would be right for uniform
 coordinates, and errs more (bench/NOTES.md)."""
+MOST_COLUMNS = 64
+"""Coordinates, at most, in Numba CUDA, which keeps their variances in shared memory."""
+
+
+def numba_cuda_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Numba CUDA doesn't take so much, or None where it does."""
+    return beyond("directions", MOST_COLUMNS, largest.directions)
+
+
+LIMITS = {"numba-cuda": numba_cuda_limit}
 
 
 class RankCodes(Protocol):

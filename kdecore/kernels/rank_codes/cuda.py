@@ -9,31 +9,28 @@ import numpy as np
 from numba import cuda
 
 from kdecore.kernels.cuda_jit import cuda_kernel, launch
-from kdecore.kernels.rank_codes import reference
-from kdecore.kernels.rank_codes.contract import RATIO, SAMPLE
+from kdecore.kernels.rank_codes.contract import MOST_COLUMNS, RATIO, SAMPLE
 from kdecore.namespaces import Array, Namespace
 
 THREADS = 128
 """Rows of a tile, a thread each; and threads that sort a sample."""
-COLUMNS = 64
-"""Coordinates, at most; wider rows take the reference."""
+COLUMNS = MOST_COLUMNS
 BITS = 30
 TINY = {"THREADS": 8}
 """What tests in the simulator put in their place."""
 
 
 def rank_codes(xp: Namespace, x: Array, bits: int, in_order: int = 0) -> Array:
-    """Follow `kdecore.kernels.rank_codes.contract.RankCodes`."""
+    """Follow `kdecore.kernels.rank_codes.contract.RankCodes`, within its `numba_cuda_limit`."""
     groups, n, p = x.shape
-    if p > COLUMNS:
-        return reference.rank_codes(xp, x, bits, in_order)
+    assert p <= COLUMNS
     ascending = xp.empty((groups, p, min(SAMPLE, n)), dtype=x.dtype, device=x.device)
     variances = xp.empty((groups, p), dtype=x.dtype, device=x.device)
     dealt = xp.empty((2, groups, bits - in_order), dtype=xp.int32, device=x.device)
     codes = xp.empty((groups, n), dtype=xp.int32, device=x.device)
-    launch(sort_samples, (groups, p), THREADS, x, ascending, variances)
+    launch(sort_samples, groups * p, THREADS, x, ascending, variances)
     launch(deal_bits, groups, 1, variances, dealt)
-    launch(number_cells, (groups, -(-n // THREADS)), THREADS, x, ascending, dealt, in_order, codes)
+    launch(number_cells, groups * -(-n // THREADS), THREADS, x, ascending, dealt, in_order, codes)
     return codes
 
 
@@ -46,8 +43,8 @@ def finite_or_zero(number, zero):
 @cuda_kernel("number[:, :, ::1], number[:, :, ::1], number[:, ::1]", THREADS)
 def sort_samples(x, ascending, variances):
     """Write the sorted sample of a coordinate, and its variance."""
-    lane, group, column = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
-    n, count = x.shape[1], ascending.shape[2]
+    n, p, count = x.shape[1], x.shape[2], ascending.shape[2]
+    lane, group, column = cuda.threadIdx.x, cuda.blockIdx.x // p, cuda.blockIdx.x % p
     sample = cuda.shared.array(SAMPLE, x.dtype)
     zero = x.dtype.type(0.0)
     for j in range(lane, count, THREADS):
@@ -89,9 +86,9 @@ def deal_bits(variances, dealt):
 @cuda_kernel("number[:, :, ::1], number[:, :, ::1], int32[:, :, ::1], int64, int32[:, ::1]", THREADS)
 def number_cells(x, ascending, dealt, in_order, codes):
     """Write the codes of a tile of rows."""
-    lane, group = cuda.threadIdx.x, cuda.blockIdx.x
-    row = cuda.blockIdx.y * THREADS + lane
     n, p, count, given = x.shape[1], x.shape[2], ascending.shape[2], dealt.shape[2]
+    lane, tiles = cuda.threadIdx.x, -(-n // THREADS)
+    group, row = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * THREADS + lane
     zero = x.dtype.type(0.0)
     sample = cuda.shared.array(SAMPLE, x.dtype)
     columns = cuda.shared.array(BITS, np.int32)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.kernels.grids import flat_grid
 from kdecore.kernels.rank_codes.contract import RATIO, SAMPLE
 from kdecore.namespaces import Array, Namespace
 
@@ -33,14 +34,14 @@ def finite_or_zero(numbers):
 @triton.jit
 def sort_samples(x, ascending, variances, n, count, P: tl.constexpr):
     """Write the sorted sample of a coordinate, infinity after it, and its variance."""
-    group, column = tl.program_id(0) // P, tl.program_id(0) % P
-    place = tl.arange(0, PLACES)
+    program, place = tl.program_id(0).to(tl.int64), tl.arange(0, PLACES)
+    group, column = program // P, program % P
     held = place < count
-    row = group.to(tl.int64) * n + place.to(tl.int64) * n // count
+    row = group * n + place.to(tl.int64) * n // count
     sample = finite_or_zero(tl.load(x + row * P + column, mask=held, other=0.0))
     gaps = tl.where(held, sample - tl.sum(sample) / count, 0.0)
-    tl.store(variances + tl.program_id(0), tl.sum(gaps * gaps) / count)
-    tl.store(ascending + tl.program_id(0) * PLACES + place, tl.sort(tl.where(held, sample, float("inf"))))
+    tl.store(variances + program, tl.sum(gaps * gaps) / count)
+    tl.store(ascending + program * PLACES + place, tl.sort(tl.where(held, sample, float("inf"))))
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def deal_bits(variances, dealt, given, P: tl.constexpr, COLUMNS: tl.constexpr):
 
     Those of a coordinate follow each other.
     """
-    group, column, bit = tl.program_id(0), tl.arange(0, COLUMNS), tl.arange(0, BITS)
+    group, column, bit = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS), tl.arange(0, BITS)
     shares = tl.load(variances + group * P + column, mask=column < P, other=-1.0)
     # An overflow's: it counts as the largest.
     shares = tl.where(shares == shares, shares, float("inf"))
@@ -75,8 +76,8 @@ def deal_bits(variances, dealt, given, P: tl.constexpr, COLUMNS: tl.constexpr):
 def number_cells(x, ascending, dealt, codes, n, count, given, in_order, P: tl.constexpr, ROWS: tl.constexpr):
     """Write the codes of a tile of a group's rows."""
     tiles = tl.cdiv(n, ROWS)
-    group, row = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    inside, place = row < n, group.to(tl.int64) * n + row
+    group, row = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    inside, place = row < n, group * n + row
     number, cell = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.int32)
     code = tl.zeros([ROWS], tl.int32)
     for i in range(given):
@@ -104,7 +105,9 @@ def rank_codes(xp: Namespace, x: Array, bits: int, in_order: int = 0) -> Array:
         variances = torch.empty((groups, p), dtype=torch.float32, device=x.device)
         dealt = torch.empty((groups, given, 3), dtype=torch.int32, device=x.device)
         codes = torch.empty((groups, n), dtype=torch.int32, device=x.device)
-        sort_samples[(groups * p,)](x, ascending, variances, n, count, p)
-        deal_bits[(groups,)](variances, dealt, given, p, triton.next_power_of_2(p), num_warps=1)
-        number_cells[(groups * triton.cdiv(n, ROWS),)](x, ascending, dealt, codes, n, count, given, in_order, p, ROWS)
+        sort_samples[flat_grid("sort_samples", groups * p)](x, ascending, variances, n, count, p)
+        grid = flat_grid("deal_bits", groups)
+        deal_bits[grid](variances, dealt, given, p, triton.next_power_of_2(p), num_warps=1)
+        grid = flat_grid("number_cells", groups * triton.cdiv(n, ROWS))
+        number_cells[grid](x, ascending, dealt, codes, n, count, given, in_order, p, ROWS)
     return codes

@@ -33,8 +33,8 @@ def row_norms(xp: Namespace, rows: Array) -> Array:
     if d == 0:
         return xp.astype(found, xp.float64)
     tops = xp.empty((groups, PARTS), dtype=dtype, device=rows.device)
-    launch(largest(rows), (groups, PARTS), THREADS, xp.reshape(rows, (groups, n * d)), tops)
-    launch(norms(rows), (groups, -(-n // THREADS)), THREADS, rows, tops, found)
+    launch(largest(rows), groups * PARTS, THREADS, xp.reshape(rows, (groups, n * d)), tops)
+    launch(norms(rows), groups * -(-n // THREADS), THREADS, rows, tops, found)
     return xp.astype(found, xp.float64, copy=False)
 
 
@@ -45,7 +45,7 @@ def largest(stored: str, read: Any) -> CudaKernel:
     @cuda_kernel("stored[:, ::1], number[:, ::1]", THREADS, stored)
     def largest(rows, tops):
         """Write the largest finite absolute value of each of `PARTS` interleaved parts of a group."""
-        lane, group, part = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y
+        lane, group, part = cuda.threadIdx.x, cuda.blockIdx.x // PARTS, cuda.blockIdx.x % PARTS
         found = cuda.shared.array(THREADS, tops.dtype)
         top = tops.dtype.type(0.0)
         for i in range(part * THREADS + lane, rows.shape[1], PARTS * THREADS):
@@ -69,8 +69,9 @@ def norms(stored: str, read: Any) -> CudaKernel:
     @cuda_kernel("stored[:, :, ::1], number[:, ::1], number[:, ::1]", THREADS, stored)
     def norms(rows, tops, found):
         """Write the norms of a tile of rows, each divided by its group's largest number."""
-        lane, group, first = cuda.threadIdx.x, cuda.blockIdx.x, cuda.blockIdx.y * THREADS
         n, d = rows.shape[1], rows.shape[2]
+        lane, tiles = cuda.threadIdx.x, -(-n // THREADS)
+        group, first = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * THREADS
         tile = cuda.shared.array((THREADS, PITCH), found.dtype)
         top = found.dtype.type(0.0)
         for part in range(PARTS):
