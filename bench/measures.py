@@ -9,6 +9,7 @@ import numpy as np
 import kdecore
 from bench import glove_full, peers
 from bench.causal import causal_error, causal_speed, grouped_heads, padding
+from bench.contention import contention
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
@@ -353,6 +354,7 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         training_speed,
         adapter_overhead,
         minilm,
+        contention,
     )
 }
 """Measure name → function."""

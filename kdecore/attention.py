@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from kdecore.call import CallOptions
-from kdecore.inputs import canonicalise
+from kdecore.inputs import canonicalise_on_host
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
-from kdecore.namespaces import Array, device_context
+from kdecore.namespaces import Array, device_context, in_library_of
 from kdecore.nonfinite import finite_queries, spoilt
 from kdecore.options import Options, check_boolean
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
@@ -190,7 +190,7 @@ def attention(
     )
     check_boolean("return_lse", return_lse)
     check_boolean("return_report", return_report)
-    problem = canonicalise(q, k, v, scale, call.diagonal)
+    problem = canonicalise_on_host(q, k, v, scale, call.diagonal, mask)
     restrictions = check_restrictions(problem, call.causal, call.window, key_lengths, mask, q)
     if check_finite:
         check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
@@ -213,9 +213,9 @@ def attention(
         found, seconds = None, 0.0
         if return_report and certificate > 0 and rtol is None:
             found, seconds = certify_all(problem, whole, outcomes, float(certificate), settings["seed"])
-    results: list[Any] = [problem.xp.astype(problem.unfolded(part.out), q.dtype, copy=False)]
+    results: list[Any] = [problem.returned(part.out, q)]
     if return_lse:
-        results.append(problem.unfolded(part.lse))
+        results.append(in_library_of(q, problem.unfolded(part.lse)))
     if return_report:
         compiling = compile_seconds() - compiled
         took = time.perf_counter() - started

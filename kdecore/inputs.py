@@ -14,8 +14,11 @@ from kdecore.namespaces import (
     common_namespace,
     contiguous,
     dtype_name,
+    host_views,
+    in_library_of,
     is_contiguous,
     namespace_name,
+    namespace_of,
     on_accelerator,
     take_along_rows,
     to_float,
@@ -40,9 +43,11 @@ class Problem:
     lead
         Leading dimensions of the result, the query heads among them.
     xp
-        Array namespace of the inputs.
+        Array namespace of q, k and v.
     device
-        Device of the inputs.
+        Device of q, k and v.
+    library
+        Plain name of the inputs' library; that of q, k and v may be NumPy where it isn't (`canonicalise_on_host`).
     input_dtype
         Name of the inputs' dtype, which the result has too.
     copied
@@ -65,6 +70,7 @@ class Problem:
     lead: tuple[int, ...]
     xp: Namespace
     device: object
+    library: str
     input_dtype: str
     copied: tuple[str, ...]
     repeats: int = 1
@@ -101,11 +107,6 @@ class Problem:
     def dtype(self) -> object:
         """What everything is computed in, whatever q, k and v are stored in."""
         return accumulation_dtype(self.xp, self.input_dtype)
-
-    @property
-    def library(self) -> str:
-        """Plain name of the array library."""
-        return namespace_name(self.xp)
 
     def without_gradient(self) -> "Problem":
         """Return the same problem, not recorded for automatic differentiation."""
@@ -150,6 +151,11 @@ class Problem:
             return None
         first, last = ((self.diagonal + row) // self.repeats for row in (query, end - 1))
         return (first, last + 1) if first < self.n_k and last >= 0 else None
+
+    def returned(self, rows: Array, like: Array) -> Array:
+        """Return `unfolded` results in the dtype and library of an input."""
+        rows = in_library_of(like, self.unfolded(rows))
+        return namespace_of(like).astype(rows, like.dtype, copy=False)
 
     def unfolded(self, rows: Array) -> Array:
         """Return results (G, n_q, …) by query heads, with the leading dimensions of the inputs."""
@@ -213,6 +219,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
         lead=lead,
         xp=xp,
         device=device,
+        library=namespace_name(xp),
         input_dtype=name,
         copied=tuple(
             label
@@ -222,6 +229,25 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
         repeats=repeats,
         diagonal=None if diagonal is None else integer("diagonal", diagonal) * repeats,
     )
+
+
+def canonicalise_on_host(
+    q: Array, k: Array, v: Array, scale: float | None, diagonal: int | None, mask: Array | None
+) -> Problem:
+    """Check, and bring into canonical form as `canonicalise` does, NumPy views of tensors on the CPU that record nothing.
+
+    PyTorch computes array operations on threads that wait for each other by spinning: beside another busy process that takes
+    several times as long, and alone it saves nothing here (bench/NOTES.md). ``mask`` may record gradients too.
+    """
+    check_alike(q=q, k=k, v=v)
+    views = host_views(q, k, v, recorded=mask)
+    if views is None:
+        return canonicalise(q, k, v, scale, diagonal)
+    own_q, own_k, own_v = views
+    problem = canonicalise(own_q, own_k, own_v, scale, diagonal)
+    name = dtype_name(q)
+    copied = ("q", "k", "v") if name == "bfloat16" else problem.copied
+    return replace(problem, library=namespace_name(namespace_of(q)), input_dtype=name, copied=copied)
 
 
 def check_alike(**arrays: Array) -> tuple[Namespace, Any]:

@@ -12,6 +12,7 @@ from kdecore.errors import OptionError, ShapeError, did_you_mean
 from kdecore.evaluate import Watch, counting
 from kdecore.inputs import Problem, canonicalise, check_alike
 from kdecore.kernels.jit import compile_seconds
+from kdecore.kernels.registry import choose
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
@@ -30,7 +31,7 @@ from kdecore.namespaces import (
 from kdecore.nonfinite import merge_not_finite
 from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, check_boolean, integer_at_least
 from kdecore.outcomes import run_all
-from kdecore.planning import Plan, check_settings, exact_row_cost, expected_cost, make_plan
+from kdecore.planning import Plan, check_settings, exact_row_cost, expected_cost, make_plan, site_of
 from kdecore.report import report_of_plan
 from kdecore.selection import Selection
 from kdecore.shares import check_restrictions
@@ -156,8 +157,9 @@ class KeyIndex:
         seen = problem.k if queries is None else self._fitting("queries", queries).q
         # Raises where the kernels asked for can't run, however few the keys.
         self._plan(problem, Exact())
+        multiply = choose("cross_moment", site_of(problem), self._settings["kernels"]).function
         with team(self._settings["threads"]), device_context(self._one[0]):
-            self._moment = treecode.second_moment(problem.xp, without_gradient(seen))
+            self._moment = treecode.second_moment(problem, multiply, seen)
             self._segments: tuple[Segment, ...] = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 
     @property

@@ -75,6 +75,8 @@ __all__ = [
     "host_bits",
     "host_memory",
     "host_view",
+    "host_views",
+    "in_library_of",
     "invert_permutation",
     "is_boolean",
     "is_contiguous",
@@ -298,6 +300,30 @@ def host_view(array: Array) -> Array:
     view = view.view()
     view.flags.writeable = False
     return view
+
+
+def host_views(*arrays: Array, recorded: Array | None = None) -> tuple[Array, ...] | None:
+    """Return PyTorch tensors on the CPU as NumPy arrays that share their memory, bfloat16 as a copy in float32.
+
+    None for arrays of other libraries, on other devices, whose gradients, or those of ``recorded``, are recorded, and for
+    what stands for a tensor that isn't there, as within torch.func.
+    """
+    if not array_api_compat.is_torch_array(arrays[0]) or device_name(arrays[0]) != "cpu":
+        return None
+    others = (recorded,) if array_api_compat.is_torch_array(recorded) else ()
+    try:
+        if gradient_mode(*arrays, *others):
+            return None
+        return tuple(_adapter(array).to_numpy(array) for array in arrays)
+    except RuntimeError:  # of PyTorch, where there is no memory to share
+        return None
+
+
+def in_library_of(like: Array, array: Array) -> Array:
+    """Return an array in the library of another one, sharing its memory: itself where it is one of these already."""
+    if array_api_compat.is_numpy_array(array) and not array_api_compat.is_numpy_array(like):
+        return _adapter(like).from_numpy(array)
+    return array
 
 
 def host_memory(array: Array) -> Array:

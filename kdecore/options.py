@@ -277,6 +277,7 @@ class Treecode:
     def kernels(self) -> tuple[str, ...]:
         """Kernels that these options need."""
         return (
+            "cross_moment",
             "balanced_view",
             "project_rows",
             "row_norms",

@@ -11,7 +11,16 @@ from kdecore.kernels.open_sweeps.contract import PART, RESIDENT
 from kdecore.kernels.registry import Choice, check_target, choose
 from kdecore.kernels.site import Largest, Site
 from kdecore.kernels.threads import thread_count
-from kdecore.namespaces import ACCUMULATION, TILE_ELEMENTS, device_name, dtype_name, gradient_mode, host, on_accelerator
+from kdecore.namespaces import (
+    ACCUMULATION,
+    TILE_ELEMENTS,
+    device_name,
+    dtype_name,
+    gradient_mode,
+    host,
+    namespace_name,
+    on_accelerator,
+)
 from kdecore.options import (
     DEFAULT_BUDGET,
     DEFAULT_HASHES,
@@ -323,7 +332,7 @@ def site_of(problem: Problem) -> Site:
     masks = [] if problem.mask is None else [problem.mask.values]
     gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
     dtype = ACCUMULATION[problem.input_dtype]
-    return Site(problem.library, device_name(problem.q), dtype, gradient, _sizes(problem))
+    return Site(namespace_name(problem.xp), device_name(problem.q), dtype, gradient, _sizes(problem))
 
 
 def make_plan(

@@ -22,6 +22,8 @@ from kdecore.namespaces import (
     from_host,
     gradient_mode,
     host,
+    host_views,
+    namespace_name,
     take_along_rows,
     to_host,
     type_name,
@@ -126,6 +128,8 @@ def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
     count = math.prod(shape[:-2])
     matrix = host.broadcast_to(host.reshape(host.arange(count), shape[:-2]), problem.lead)
     values = xp.reshape(mask, (count, *shape[-2:]))
+    if namespace_name(problem.xp) != namespace_name(xp):
+        (values,) = host_views(values) or (values,)
     return Mask(values, host.reshape(matrix, (problem.groups, problem.repeats)))
 
 

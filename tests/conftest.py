@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdecore import inputs
 from tests import processes
 
 # What needs an environment of its own: tests/test_cuda.py and tests/test_triton.py start it.
@@ -97,6 +98,8 @@ BACKENDS = [
         lambda x: torch.tensor(np.ascontiguousarray(x)),
         _from_torch,
     ),
+    # As on a device: otherwise tensors on the CPU that record no gradients are computed as NumPy arrays.
+    Backend("torch-operations", array_api_compat.torch, ("bfloat16", "float32", "float64"), torch.tensor, _from_torch),
     Backend("array_api_strict", array_api_strict, ("float32", "float64"), array_api_strict.asarray, np.array),
 ]
 
@@ -136,7 +139,9 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    if request.param.name == "torch-operations":
+        monkeypatch.setattr(inputs, "host_views", lambda *arrays, **more: None)
     return request.param
 
 

@@ -11,6 +11,7 @@ import kdecore
 from kdecore.attend import attend
 from kdecore.evaluate import SELECT
 from kdecore.inputs import canonicalise
+from kdecore.kernels.cross_moment.reference import cross_moment
 from kdecore.methods import treecode
 from kdecore.planning import make_plan
 from kdecore_adapters import torch_gradients
@@ -43,14 +44,14 @@ def test_gradcheck_with_what_was_chosen_held_fixed(options):
     chosen = SELECT[plan.method](problem.without_gradient(), make_plan(problem.without_gradient(), method=options))
     if isinstance(options, kdecore.Treecode) and options.far_field == "mean":
         fixed = problem.without_gradient()
-        moment = treecode.second_moment(problem.xp, fixed.q)
+        moment = treecode.second_moment(problem, cross_moment, fixed.q)
         view, coordinates, sizes = treecode.described_keys(fixed, plan, moment)
 
     def estimate(q, k, v):
         found, selection = replace(problem, q=q, k=k, v=v), chosen
         if chosen.keys is not None:
             _, nodes = treecode.grow(found, plan, coordinates, sizes, view.half_norm)
-            slope = treecode.first_order_term(problem.xp, nodes, found.n_k)
+            slope = treecode.first_order_term(found.xp, nodes, found.n_k, cross_moment)
             selection = replace(chosen, keys=nodes.keys, values=nodes.values, slope=slope)
         part = attend(found, plan, selection)
         return part.out, part.lse

@@ -13,6 +13,7 @@ from kdecore.errors import OptionError
 from kdecore.inputs import canonicalise
 from kdecore.kernels import rank_codes
 from kdecore.kernels.balanced_view.reference import with_ridge
+from kdecore.kernels.cross_moment.reference import cross_moment
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.registry import KERNELS
@@ -240,7 +241,7 @@ def test_a_vector_added_to_all_keys_changes_nothing(rng):
 def view_of(q, k, scale):
     problem = canonicalise(q, k, k, scale)
     plan = make_plan(problem, method="treecode", budget=100)
-    return treecode.balanced_view(problem, plan, treecode.second_moment(host, q))
+    return treecode.balanced_view(problem, plan, treecode.second_moment(problem, cross_moment, q))
 
 
 def test_coordinates_hold_the_logits(rng):
@@ -460,7 +461,7 @@ def test_the_first_order_term_of_rows_in_half_precision_is_computed_in_the_dtype
     nodes = KERNELS["node_summaries"][-1].function(xp, k, k, k[:, :, :4], ones, order, 4, ones[:, 0])
     half = nodes._replace(keys=nodes.keys.to(torch.bfloat16), values=nodes.values.to(torch.bfloat16))
     wide = nodes._replace(keys=half.keys.to(torch.float32), values=half.values.to(torch.float32))
-    found, expected = (treecode.first_order_term(xp, x, 500) for x in (half, wide))
+    found, expected = (treecode.first_order_term(xp, x, 500, cross_moment) for x in (half, wide))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 
@@ -472,7 +473,7 @@ def test_no_first_order_term_is_read_from_chance(rng):
     norms = []
     for v in (unrelated, k @ rng.standard_normal((20, 20))):
         nodes = KERNELS["node_summaries"][-1].function(host, k, v, k[:, :, :4], np.ones((1, 3000)), order, 4, np.ones(1))
-        norms.append(np.linalg.norm(treecode.first_order_term(host, nodes, 3000)) / np.linalg.norm(v))
+        norms.append(np.linalg.norm(treecode.first_order_term(host, nodes, 3000, cross_moment)) / np.linalg.norm(v))
     # Chance alone would leave √(1 / 1,000 rows) of what the linear map shows, times √20 for as many columns: 0.14.
     assert norms[0] < 0.05 * norms[1]
 

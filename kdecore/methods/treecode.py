@@ -14,6 +14,7 @@ replaced by one of its keys, drawn at random, and the estimate is unbiased in nu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kdecore.inputs import Problem
@@ -25,7 +26,6 @@ from kdecore.namespaces import (
     Array,
     Namespace,
     contiguous,
-    cross_moment,
     invert_permutation,
     searchsorted_rows,
     take_along_rows,
@@ -115,13 +115,14 @@ def select(problem: Problem, plan: Plan) -> Selection:
 
 def prepare(problem: Problem, plan: Plan) -> Prepared:
     """Build the tree over the keys, and the blocks of queries. O(G ((n_q + n_k) (d p + p log n) + d² p))."""
-    moment = second_moment(problem.xp, without_gradient(problem.q))
+    moment = second_moment(problem, plan.kernels["cross_moment"].function, problem.q)
     return prepare_queries(problem, plan, build(problem, plan, moment))
 
 
 def describe(problem: Problem, plan: Plan) -> Described:
     """Find coordinates of queries and keys, and sizes of values."""
-    view, coordinates, sizes = described_keys(problem, plan, second_moment(problem.xp, without_gradient(problem.q)))
+    moment = second_moment(problem, plan.kernels["cross_moment"].function, problem.q)
+    view, coordinates, sizes = described_keys(problem, plan, moment)
     of_queries = plan.kernels["project_rows"].function(problem.xp, without_gradient(problem.q), view.queries)
     return Described((of_queries,), (coordinates, sizes), (view.half_norm,), shared=view)
 
@@ -152,7 +153,8 @@ def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
     """Build the tree over a problem's keys for queries whose `second_moment` is ``moment``."""
     view, coordinates, sizes = described_keys(problem, plan, moment)
     order, nodes = grow(problem, plan, coordinates, sizes, view.half_norm)
-    return KeyTree(view, order, nodes, first_order_term(problem.xp, nodes, problem.n_k))
+    multiply = plan.kernels["cross_moment"].function
+    return KeyTree(view, order, nodes, first_order_term(problem.xp, nodes, problem.n_k, multiply))
 
 
 def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple["View", Array, Array]:
@@ -303,14 +305,14 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
     return Selection(blocks, key_index, log_weight, keys=keys, values=values, slope=prepared.keys.slope)
 
 
-def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
+def first_order_term(xp: Namespace, nodes: TreeNodes, n: int, multiply: Callable[..., Array]) -> Array:
     """Return `DAMPING` times what the mean value of a node of unit spread gains for each unit of a query (derived).
 
     A node's mean value leaves out that keys of larger logits weigh more: to first order its values' mean under attention is
     v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
     spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
-    most, which leaves less of them within; and less of what may be chance. Returns (G, d, d_v), in
-    O(G `MOMENT_ROWS` d d_v).
+    most, which leaves less of them within; and less of what may be chance. ``multiply`` is the kernel `cross_moment`.
+    Returns (G, d, d_v), in O(G `MOMENT_ROWS` d d_v).
     """
     count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
     # An odd step meets all places of a leaf.
@@ -329,7 +331,7 @@ def first_order_term(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     keys, values = within(nodes.keys, d), within(nodes.values, d_v)
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2), keepdims=True) / rows for x in (keys, values))
-    covariance = cross_moment(xp, keys, values)
+    covariance = multiply(xp, keys, values)
     # Of rows that have nothing to do with each other, this much is left by chance.
     signal, noise = xp.sum(covariance * covariance, axis=(1, 2), keepdims=True), size * value_size / rows
     above = signal > noise
@@ -386,10 +388,13 @@ class View:
     half_norm: Array
 
 
-def second_moment(xp: Namespace, rows: Array) -> Array:
-    """Return the mean of x xᵀ over rows (G, n, d), from some of them where there are many: (G, d, d) float64."""
-    rows = finite_rows(xp, rows)
-    return cross_moment(xp, rows, rows)
+def second_moment(problem: Problem, multiply: Callable[..., Array], rows: Array) -> Array:
+    """Return the mean of x xᵀ over rows (G, n, d), from some of them where there are many: (G, d, d) float64.
+
+    ``multiply`` is the kernel `cross_moment`.
+    """
+    rows = finite_rows(problem.xp, without_gradient(rows))
+    return multiply(problem.xp, rows, rows)
 
 
 def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
@@ -407,10 +412,12 @@ def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
     keys = keys - centre
     of_scaled = moment * scale**2
     half_norm = xp.astype(xp.linalg.trace(of_scaled) * (0.5 / d), dtype)
-    find = plan.kernels["balanced_view"].function
-    queries, of_keys = find(xp, of_scaled, cross_moment(xp, keys, keys), min(Treecode.DIRECTIONS, d))
+    kernels = plan.kernels
+    of_centred = kernels["cross_moment"].function(xp, keys, keys)
+    queries, of_keys = kernels["balanced_view"].function(xp, of_scaled, of_centred, min(Treecode.DIRECTIONS, d))
     of_keys = xp.astype(of_keys, dtype)
-    return View(xp.astype(queries * scale, dtype), of_keys, xp.astype(centre, dtype) @ of_keys, half_norm)
+    of_centre = kernels["project_rows"].function(xp, xp.astype(centre, dtype), of_keys)
+    return View(xp.astype(queries * scale, dtype), of_keys, of_centre, half_norm)
 
 
 def finite_rows(xp: Namespace, rows: Array) -> Array:
