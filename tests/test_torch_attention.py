@@ -191,6 +191,40 @@ def test_torch_compile_makes_one_graph():
             assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+def test_lengths_in_a_tensor_make_one_graph(options):
+    arrays = same(50, 50, grad=True)
+
+    def attend(q, k, v, lengths):
+        return scaled_dot_product_attention(q * 1.0, k, v, key_lengths=lengths, **options)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for lengths in (torch.tensor([50, 21]), torch.tensor([9, 1])):
+        found, expected = compiled(*arrays, lengths), attend(*arrays, lengths)
+        assert torch.equal(found, expected)
+        seen = (torch.arange(50) < lengths[:, None])[:, None, None, :]
+        if not options:
+            torch.testing.assert_close(expected, functional.scaled_dot_product_attention(*arrays, seen))
+        for x, y in zip(*(torch.autograd.grad(out.sum(), arrays) for out in (found, expected)), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_lengths_are_mapped_over():
+    q, k, v = (x[None].expand(3, *x.shape) for x in same(30, 30))
+    lengths = torch.tensor([[30, 9], [4, 30], [1, 2]])
+    call = lambda *x: scaled_dot_product_attention(*x[:3], key_lengths=x[3], **ESTIMATED)  # noqa: E731
+    for dims, some in (((0, 0, 0, 0), lengths), ((0, 0, 0, None), lengths[0])):
+        found = torch.func.vmap(call, in_dims=dims)(q, k, v, some)
+        expected = [call(q[i], k[i], v[i], some[i] if dims[3] == 0 else some) for i in range(3)]
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() < 0.9 * other.norm()
+            seen = some[0] if dims[3] == 0 else some
+        hidden = v.clone()
+        hidden[0, 0, :, int(seen[0]) :] = 1e6
+        again = torch.func.vmap(call, in_dims=dims)(q, k, hidden, some)
+        assert torch.equal(again[0, 0], found[0, 0])
+
+
 def test_torch_compile_takes_any_length():
     explained = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(lambda q, k, v: scaled_dot_product_attention(q, k, v, **ESTIMATED), backend=explained, dynamic=True)
