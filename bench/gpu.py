@@ -28,6 +28,7 @@ from bench.gpu_session import Findings, Row, Session, attempted, failure, left_o
 from bench.gpu_speed import ceilings, graphs, timings
 from bench.gpu_suite import suite
 from bench.gpu_table import failed, finite, table, verdicts
+from kdecore.kernels.registry import cuda_problem
 from kdecore.machine import this_machine
 
 SECONDS = 480.0
@@ -86,10 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def device_problem() -> str | None:
-    """Return why there is no device, or None."""
+    """Return why there is no device that all kernels run on, or None.
+
+    Without Numba's, the tests and figures would be of array operations.
+    """
     if not torch.version.cuda:
         return f"PyTorch {torch.__version__} is built without CUDA"
-    return None if torch.cuda.is_available() else "PyTorch finds none"
+    return cuda_problem() if torch.cuda.is_available() else "PyTorch finds none"
 
 
 def rows_path(out: Path) -> Path:

@@ -15,7 +15,7 @@ from kdecore.options import Options, check_boolean
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
 from kdecore.planning import Plan, make_plan
 from kdecore.report import make_report
-from kdecore.shares import aligned, check_finite_inputs, check_restrictions, shares
+from kdecore.shares import check_finite_inputs, check_restrictions, shares
 from kdecore.tolerance import to_try
 
 
@@ -190,34 +190,36 @@ def attention(
     )
     check_boolean("return_lse", return_lse)
     check_boolean("return_report", return_report)
-    problem = canonicalise_on_host(q, k, v, scale, call.diagonal, mask)
-    restrictions = check_restrictions(problem, call.causal, call.window, key_lengths, mask, q)
-    if check_finite:
+    problem = canonicalise_on_host(q, k, v, scale, [mask])
+    restrictions = check_restrictions(problem, call.causal, call.window, call.diagonal, key_lengths, mask, q)
+    if call.check_finite:
         check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
     settings = call.settings
-    tried = [] if rtol is None else to_try(method, budget, problem, kernels)
-    plan_for: Callable[..., Plan] = partial(make_plan, method=method, budget=budget, **settings)
+    tried = [] if call.rtol is None else to_try(call.method, call.budget, problem, call.kernels)
+    plan_for: Callable[..., Plan] = partial(make_plan, method=call.method, budget=call.budget, **settings)
     with team(settings["threads"]), device_context(problem.q):
-        problem, bad = finite_queries(aligned(problem, restrictions), kernels)
+        problem, bad = finite_queries(problem.standing_at(restrictions.diagonal), call.kernels)
         whole = shares(problem, restrictions)
         held = held_bytes(problem, restrictions, whole)
         outcomes: list[Outcome] = []
         for one in whole:
             if one.problem is None:
                 outcomes.append(unseen(problem, one, settings))
-            elif rtol is None:
+            elif call.rtol is None:
                 outcomes += run(one, plan_for, call.limit, count=return_report, held=held)
             else:
-                outcomes += find(one, settings, tried, float(rtol), rtol_norm, call.limit)
+                outcomes += find(one, settings, tried, float(call.rtol), call.rtol_norm, call.limit)
         part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
         found, seconds = None, 0.0
-        if return_report and certificate > 0 and rtol is None:
-            found, seconds = certify_all(problem, whole, outcomes, float(certificate), settings["seed"])
+        if return_report and call.certificate > 0 and call.rtol is None:
+            found, seconds = certify_all(problem, whole, outcomes, float(call.certificate), settings["seed"])
     results: list[Any] = [problem.returned(part.out, q)]
     if return_lse:
         results.append(in_library_of(q, problem.unfolded(part.lse)))
     if return_report:
         compiling = compile_seconds() - compiled
         took = time.perf_counter() - started
-        results.append(make_report(problem, outcomes, found, seconds, took, compiling, rtol_norm))
+        results.append(
+            make_report(problem, restrictions.diagonal, outcomes, found, seconds, took, compiling, call.rtol_norm)
+        )
     return tuple(results) if len(results) > 1 else results[0]

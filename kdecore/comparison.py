@@ -246,7 +246,7 @@ def check_case(case: Case) -> Problem:
 
     That is where the output has no elements, or a number is not finite: one makes all errors nan, which are means.
     """
-    problem = canonicalise(case.q, case.k, case.v, case.scale, case.diagonal)
+    problem = canonicalise(case.q, case.k, case.v, case.scale)
     if problem.groups * problem.n_q * problem.d_v == 0:
         raise ShapeError(f"the output must have at least one element to compare; got q {case.q.shape}, v {case.v.shape}")
     arrays = {"q": case.q, "k": case.k, "v": case.v}

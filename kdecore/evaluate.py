@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from kdecore.attend import attend
-from kdecore.inputs import Problem
+from kdecore.inputs import Problem, own_among
 from kdecore.merge import Part
 from kdecore.methods import SELECT, STRETCHES
 from kdecore.namespaces import Array, host, spans, to_host
@@ -106,13 +106,13 @@ def by_stretches(
         part = attend(problem, plan, selection, part)
     alike: dict[tuple[object, ...], list[Remainder]] = {}
     for one in remainders:
-        alike.setdefault((left_diagonal(problem, one), *one.kind), []).append(one)
+        alike.setdefault(one.kind, []).append(one)
     for number, some in enumerate(alike.values()):
         queries, keys = [one.queries for one in some], [key for one in some for key in one.keys]
         q, out, lse = (stacked(xp, x, queries, len(some)) for x in (problem.q, part.out, part.lse))
         k, v = (stacked(xp, x, keys, len(some)) for x in (problem.k, problem.v))
         found = by_stretches(
-            replace(problem, q=q, k=k, v=v, visible=some[0].visible, diagonal=left_diagonal(problem, some[0])),
+            replace(problem, q=q, k=k, v=v, visible=some[0].visible, own=own_of_remainders(problem, some)),
             plan.part(number),
             levels[1:],
             described.stacked(xp, queries, keys, len(some)),
@@ -123,15 +123,21 @@ def by_stretches(
     return part
 
 
-def left_diagonal(problem: Problem, rest: Remainder) -> int | None:
-    """Return `Problem.diagonal` of a remainder; None where the keys that are left are not all of its queries' own."""
-    own = problem.own_keys(*rest.queries)
-    before = 0
-    for low, high in rest.keys:
-        if own is not None and low <= own[0] and own[1] <= high:
-            return problem.diagonal_from(rest.queries[0], low - before)
-        before += high - low
-    return None
+def own_of_remainders(problem: Problem, some: list[Remainder]) -> Array | None:
+    """Return `Problem.own` of the problem that remainders are stacked to."""
+    if problem.own is None:
+        return None
+    none = host.full((1, 1), -1, dtype=host.int64)
+    rows = []
+    for rest in some:
+        own = own_among(problem.own[:, slice(*rest.queries)], rest.keys)
+        rows.append(host.broadcast_to(none if own is None else own, (len(problem.own), rest.queries[1] - rest.queries[0])))
+    if len(problem.own) == 1 and all(host.array_equal(row, rows[0]) for row in rows):
+        rows = rows[:1]
+    elif len(problem.own) == 1:
+        rows = [host.broadcast_to(row, (problem.groups, row.shape[1])) for row in rows]
+    found = host.reshape(host.stack(rows, axis=1), (-1, rows[0].shape[1]))
+    return found if bool(host.any(found >= 0)) else None
 
 
 def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> tuple[list[Selection], list[Remainder]]:

@@ -1,6 +1,7 @@
 """Validation: what the user passed → `Problem`, the canonical form that every later stage works on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from kdecore.namespaces import (
     common_namespace,
     contiguous,
     dtype_name,
+    host,
     host_views,
     in_library_of,
     is_contiguous,
@@ -24,7 +26,6 @@ from kdecore.namespaces import (
     to_float,
     without_gradient,
 )
-from kdecore.options import integer
 from kdecore.visibility import Mask, Visible
 
 
@@ -58,9 +59,9 @@ class Problem:
         Which keys each query sees, where it isn't all.
     mask
         What else is hidden or added.
-    diagonal
-        Row i of q stands at the position of key ⌊(i + diagonal) / repeats⌋, its own key where there is one of that number;
-        None where queries stand at no positions among the keys.
+    own
+        (G, n_q) or, the same for all groups, (1, n_q), NumPy int64: the number of each query's own key, as in
+        self-attention, −1 where it has none; None where none has one.
     """
 
     q: Array
@@ -76,7 +77,7 @@ class Problem:
     repeats: int = 1
     visible: Visible | None = None
     mask: Mask | None = None
-    diagonal: int | None = None
+    own: Array | None = None
 
     @property
     def groups(self) -> int:
@@ -129,28 +130,25 @@ class Problem:
 
     def with_queries(self, rows: Array) -> "Problem":
         """Return the same problem for some of the queries only, rows (G, m) int64; they are to see all keys."""
-        return replace(self, q=take_along_rows(self.xp, self.q, rows), diagonal=None)
+        return replace(self, q=take_along_rows(self.xp, self.q, rows), own=None)
 
     def rows(self, first: int, end: int) -> "Problem":
         """Return the same problem for the queries first … end − 1 only, without what hides keys."""
         q = contiguous(self.q[:, first:end, :])
-        return replace(self, q=q, visible=None, mask=None, diagonal=self.diagonal_from(first, 0))
+        return replace(self, q=q, visible=None, mask=None, own=None if self.own is None else self.own[:, first:end])
 
     def keys(self, first: int, end: int) -> "Problem":
         """Return the same problem for the keys first … end − 1 only, without what hides keys."""
         k, v = (contiguous(x[:, first:end, :]) for x in (self.k, self.v))
-        return replace(self, k=k, v=v, visible=None, mask=None, diagonal=self.diagonal_from(0, first))
+        return replace(self, k=k, v=v, visible=None, mask=None, own=own_among(self.own, [(first, end)]))
 
-    def diagonal_from(self, query: int, key: int) -> int | None:
-        """Return ``diagonal`` of a problem that begins with row ``query`` of q, and with key ``key``, of this one."""
-        return None if self.diagonal is None else self.diagonal + query - key * self.repeats
-
-    def own_keys(self, query: int, end: int) -> tuple[int, int] | None:
-        """Return the span of the own keys of the rows ``query`` … ``end`` − 1 of q; None where none is among these keys."""
-        if self.diagonal is None or query >= end:
-            return None
-        first, last = ((self.diagonal + row) // self.repeats for row in (query, end - 1))
-        return (first, last + 1) if first < self.n_k and last >= 0 else None
+    def standing_at(self, diagonal: int | None) -> "Problem":
+        """Return the same problem with queries at the positions of the keys i + diagonal, their own; None for at none."""
+        positions = self.n_q // self.repeats
+        if diagonal is None or not -positions < diagonal < self.n_k:
+            return replace(self, own=None)
+        own = host.arange(self.n_q, dtype=host.int64)[None, :] // self.repeats + diagonal
+        return replace(self, own=own_among(own, [(0, self.n_k)]))
 
     def returned(self, rows: Array, like: Array) -> Array:
         """Return `unfolded` results in the dtype and library of an input."""
@@ -169,8 +167,19 @@ class Problem:
 FORMS = {"q": "(…, n_q, d)", "k": "(…, n_k, d)", "v": "(…, n_k, d_v)", "queries": "(…, n, d)"}
 
 
-def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diagonal: int | None = None) -> Problem:
-    """Check q, k, v, scale and diagonal, and bring them into canonical form.
+def own_among(own: Array | None, some: Sequence[tuple[int, int]]) -> Array | None:
+    """Return `Problem.own` where only some spans of the keys are left, one after another."""
+    if own is None:
+        return None
+    found, before = host.full(own.shape, -1, dtype=host.int64), 0
+    for first, end in some:
+        found = host.where((first <= own) & (own < end), own + (before - first), found)
+        before += end - first
+    return found if bool(host.any(found >= 0)) else None
+
+
+def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Problem:
+    """Check q, k, v and scale, and bring them into canonical form.
 
     Parameters
     ----------
@@ -179,8 +188,6 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
         The last leading dimension of k and v may divide q's: then so many query heads share each key head.
     scale
         Factor on ⟨q, k⟩, finite; 1/√d if None.
-    diagonal
-        Query i stands at the position of key i + diagonal; None where it stands at none.
 
     Returns
     -------
@@ -194,7 +201,7 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
         Naming the argument, what was expected and what came.
     """
     xp, device = check_alike(q=q, k=k, v=v)
-    _check_shapes(q, k, v)
+    check_shapes(q, k, v)
     name = dtype_name(q)
     dtype = q.dtype if on_accelerator(q) else accumulation_dtype(xp, name)
     lead = tuple(int(size) for size in q.shape[:-2])
@@ -227,24 +234,23 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None, diago
             if not is_contiguous(x) or x.dtype != dtype or (repeats > 1 and label == "q")
         ),
         repeats=repeats,
-        diagonal=None if diagonal is None else integer("diagonal", diagonal) * repeats,
     )
 
 
 def canonicalise_on_host(
-    q: Array, k: Array, v: Array, scale: float | None, diagonal: int | None, mask: Array | None
+    q: Array, k: Array, v: Array, scale: float | None, recorded: Sequence[Array | None] = ()
 ) -> Problem:
     """Check, and bring into canonical form as `canonicalise` does, NumPy views of tensors on the CPU that record nothing.
 
     PyTorch computes array operations on threads that wait for each other by spinning: beside another busy process that takes
-    several times as long, and alone it saves nothing here (bench/NOTES.md). ``mask`` may record gradients too.
+    several times as long, and alone it saves nothing here (bench/NOTES.md). ``recorded`` are what else may record gradients.
     """
     check_alike(q=q, k=k, v=v)
-    views = host_views(q, k, v, recorded=mask)
+    views = host_views(q, k, v, recorded=recorded)
     if views is None:
-        return canonicalise(q, k, v, scale, diagonal)
+        return canonicalise(q, k, v, scale)
     own_q, own_k, own_v = views
-    problem = canonicalise(own_q, own_k, own_v, scale, diagonal)
+    problem = canonicalise(own_q, own_k, own_v, scale)
     name = dtype_name(q)
     copied = ("q", "k", "v") if name == "bfloat16" else problem.copied
     return replace(problem, library=namespace_name(namespace_of(q)), input_dtype=name, copied=copied)
@@ -270,9 +276,10 @@ def check_alike(**arrays: Array) -> tuple[Namespace, Any]:
     return xp, device
 
 
-def _check_shapes(q: Array, k: Array, v: Array) -> None:
+def check_shapes(q: Array, k: Array, v: Array) -> None:
+    """Raise `ShapeError` unless q, k and v, of two dimensions or more, fit each other as `canonicalise` says."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not _same_or_grouped_heads(tuple(q.shape[:-2]), tuple(k.shape[:-2])):
+    if not same_or_grouped_heads(tuple(q.shape[:-2]), tuple(k.shape[:-2])):
         expected = f"{tuple(q.shape[:-2])}, or in place of the last one a divisor of it (grouped heads)"
         raise ShapeError(f"k must have the leading dimensions of q, {expected}; {shapes}")
     if v.shape[:-2] != k.shape[:-2]:
@@ -287,7 +294,8 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
         raise ShapeError(f"q must have a last dimension d of at least 1; {shapes}")
 
 
-def _same_or_grouped_heads(of_queries: tuple[int, ...], of_keys: tuple[int, ...]) -> bool:
+def same_or_grouped_heads(of_queries: tuple[int, ...], of_keys: tuple[int, ...]) -> bool:
+    """Return whether queries of such leading dimensions fit keys of such ones."""
     if of_queries == of_keys:
         return True
     if not of_queries or len(of_queries) != len(of_keys) or of_queries[:-1] != of_keys[:-1]:

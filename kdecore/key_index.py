@@ -1,16 +1,16 @@
 """`KeyIndex`: the key side of the treecode, built once for many batches of queries, and for keys that are appended."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from kdecore.attend import attend
 from kdecore.call import CallOptions
 from kdecore.certificate import FEWEST_ROWS, Certificate, certify, estimate_errors, stratified
 from kdecore.errors import OptionError, ShapeError, did_you_mean
 from kdecore.evaluate import Watch, counting
-from kdecore.inputs import Problem, canonicalise, check_alike
+from kdecore.inputs import Problem, canonicalise_on_host, check_alike, same_or_grouped_heads
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.registry import choose
 from kdecore.kernels.threads import team
@@ -22,7 +22,9 @@ from kdecore.namespaces import (
     device_name,
     gradient_mode,
     host,
+    in_library_of,
     outside_inference_mode,
+    quiet,
     take_along_rows,
     to_float,
     to_host,
@@ -144,7 +146,7 @@ class KeyIndex:
         threads: int | None = None,
     ) -> None:
         check_alike(k=k, v=v)
-        problem = canonicalise(k, k, v, scale)
+        problem = canonicalise_on_host(k, k, v, scale, [queries])
         if not (isinstance(method, Treecode) or (isinstance(method, str) and method == Treecode.name)):
             hint = did_you_mean(method, [Treecode.name])
             raise OptionError(f'method must be "treecode" or Treecode options for a KeyIndex, got {method!r}{hint}')
@@ -154,13 +156,19 @@ class KeyIndex:
         self._settings = check_settings(seed, kernels, threads)
         self._plans: dict[Any, Plan] = {}
         self._one, self._scale = (k[..., :1, :], v[..., :1, :]), problem.scale
-        seen = problem.k if queries is None else self._fitting("queries", queries).q
+        self._segments: tuple[Segment, ...] = ()
+        seen = problem.k
+        if queries is not None:
+            seen = in_library_of(problem.k, self._fitting("queries", queries).q)
+            if queries.shape[-2] == 0:
+                raise ShapeError(f"queries must have at least one row, or be None; got shape {tuple(queries.shape)}")
         # Raises where the kernels asked for can't run, however few the keys.
         self._plan(problem, Exact())
         multiply = choose("cross_moment", site_of(problem), self._settings["kernels"]).function
         with team(self._settings["threads"]), device_context(self._one[0]):
-            self._moment = treecode.second_moment(problem, multiply, seen)
-            self._segments: tuple[Segment, ...] = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
+            with quiet():
+                self._moment = treecode.second_moment(problem, multiply, seen)
+            self._segments = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 
     @property
     def n_k(self) -> int:
@@ -240,7 +248,7 @@ class KeyIndex:
                     bound, seconds = self._certified(problem, found, float(certificate))
             else:
                 found, bound, rounds = self._to_tolerance(problem, float(rtol), rtol_norm)
-        results = self._results(problem, found.part, q.dtype, return_lse)
+        results = self._results(problem, found.part, q, return_lse)
         if return_report:
             compiling, took = compile_seconds() - compiled, time.perf_counter() - started
             main = max(zip(found.slots, found.plans, strict=True), key=lambda one: to_float(one[0]))[1]
@@ -281,14 +289,16 @@ class KeyIndex:
             Naming what doesn't fit; the index is then as it was.
         """
         check_boolean("return_lse", return_lse)
-        problem, added = self._fitting("q", q), self._added(k, v)
-        new = replace(added, q=problem.q, repeats=problem.repeats, lead=problem.lead)
+        added = self._added(k, v)
+        problem = self._fitting("q", q, added.k, added.v)
+        new = in_library(problem, Segment(added, None)).problem
+        new = replace(new, q=problem.q, repeats=problem.repeats, lead=problem.lead)
         with team(self._settings["threads"]), device_context(self._one[0]):
-            causal = check_restrictions(new, True, None, None, None, q)
+            causal = check_restrictions(new, True, None, None, None, None, q)
             of_new = run_all(new, causal, self._options, self._settings)
             part = merge_not_finite(problem.xp, self._attend_segments(problem, self._budget).part, of_new)
             self._append(added)
-        results = self._results(problem, part, q.dtype, return_lse)
+        results = self._results(problem, part, q, return_lse)
         return tuple(results) if return_lse else results[0]
 
     def append(self, k: Array, v: Array) -> None:
@@ -308,16 +318,17 @@ class KeyIndex:
         """Return new keys in canonical form, without queries, or raise what doesn't fit."""
         first = self._segments[0].problem
         self._check_like_keys(k=k, v=v)
-        added = canonicalise(self._one[0], k, v, first.scale)
-        if added.d_v != first.d_v:
-            raise ShapeError(f"v must have the last dimension {first.d_v} of the index's values, got {tuple(v.shape)}")
-        if added.groups != first.groups:
-            raise ShapeError(f"k must have the leading dimensions {first.lead} of the index's keys, got {tuple(k.shape)}")
-        return replace(first, k=added.k, v=added.v)
+        lead = tuple(self._one[0].shape[:-2])
+        for name, array, width in (("k", k, first.d), ("v", v, first.d_v)):
+            if array.shape[-1] != width or tuple(array.shape[:-2]) != lead:
+                expected = f"the index's leading dimensions {lead} and last dimension {width}"
+                raise ShapeError(f"{name} must have {expected}, got shape {tuple(array.shape)}")
+        added = canonicalise_on_host(self._one[0], k, v, first.scale, self._kept())
+        return replace(added, q=in_library_of(added.k, first.q), lead=first.lead)
 
     @outside_inference_mode()
     def _append(self, added: Problem) -> None:
-        segments = list(self._segments)
+        segments = [in_library(added, segment) for segment in self._segments]
         if segments[-1].tree is None:
             added = joined(segments.pop().problem, added)
         if added.n_k > self._budget:
@@ -327,7 +338,7 @@ class KeyIndex:
 
     def _attend_segments(self, problem: Problem, budget: int | None, *, count: bool = False) -> Found:
         """Return attention of a problem's queries to all keys so far; exact for the budget None."""
-        segments = self._segments
+        segments = [in_library(problem, segment) for segment in self._segments]
         n_k = sum(segment.problem.n_k for segment in segments)
         parts, plans = [], []
         slots: list[Array | int] = []
@@ -343,9 +354,10 @@ class KeyIndex:
         return Found(reduce(partial(merge, problem.xp), parts), plans, slots)
 
     @staticmethod
-    def _results(problem: Problem, part: Part, dtype: Any, return_lse: bool) -> list[Any]:
-        out = problem.xp.astype(problem.unfolded(part.out), dtype, copy=False)
-        return [out, problem.unfolded(part.lse)] if return_lse else [out]
+    def _results(problem: Problem, part: Part, q: Array, return_lse: bool) -> list[Any]:
+        """Return what a caller gets, in the library and dtype of his queries."""
+        out = problem.returned(part.out, q)
+        return [out, in_library_of(q, problem.unfolded(part.lse))] if return_lse else [out]
 
     def _exact_rows(self, problem: Problem, rows: Array) -> Array:
         """Return exact attention of the queries ``rows`` (G, m) to all keys: (G, m, d_v)."""
@@ -389,7 +401,7 @@ class KeyIndex:
             return estimate_errors(host.reshape(to_host(some), shape), host.reshape(to_host(exact), shape), n_q)
 
         budget = self._budget
-        while n_q > 2 * FEWEST_ROWS and 2 * budget < self.n_k:
+        while n_q > 2 * FEWEST_ROWS and 2 * budget < self.n_k and problem.groups * problem.d_v > 0:
             found = self._attend_segments(problem, budget, count=True)
             cost, row_cost = self._costs(problem, found.plans)
             spent, exact_cost = spent + cost, row_cost * n_q
@@ -419,11 +431,12 @@ class KeyIndex:
         return plan
 
     def _indexed(self, problem: Problem) -> Segment:
-        if problem.n_k <= self._budget:
+        if problem.n_k <= self._budget or problem.groups == 0:
             return Segment(problem, None)
         # Planned for one query: there are none yet.
         plan = self._plan(replace(problem, q=problem.k[:, :1, :]), self._options)
-        return Segment(problem, treecode.build(problem, plan, self._moment))
+        with quiet():
+            return Segment(problem, treecode.build(problem, plan, in_library_of(problem.k, self._moment)))
 
     def _attend_segment(self, problem: Problem, tree: treecode.KeyTree | None, plan: Plan, watch: Watch | None) -> Part:
         selection = Selection()
@@ -434,19 +447,43 @@ class KeyIndex:
             watch(problem, selection)
         return attend(problem, plan, selection)
 
-    def _fitting(self, name: str, queries: Array) -> Problem:
-        """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name."""
+    def _fitting(self, name: str, queries: Array, *others: Array) -> Problem:
+        """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name.
+
+        ``others`` are the call's other arrays, which may record gradients too.
+        """
         self._check_like_keys(**{name: queries})
-        d = int(self._one[0].shape[-1])
-        if queries.ndim > 1 and queries.shape[-1] != d:
-            raise ShapeError(
-                f"{name} must have the last dimension {d} of the index's keys, got shape {tuple(queries.shape)}"
-            )
-        return canonicalise(queries, *self._one, self._scale)
+        (*lead, _, d), shape = (tuple(x.shape) for x in (self._one[0], queries))
+        if shape[-1] != d or not same_or_grouped_heads(shape[:-2], tuple(lead)):
+            expected = f"the index's leading dimensions {tuple(lead)}, or a multiple of the last, and last dimension {d}"
+            raise ShapeError(f"{name} must have {expected}, got shape {shape}")
+        return canonicalise_on_host(queries, *self._one, self._scale, [*self._kept(), *others])
+
+    def _kept(self) -> list[Array]:
+        """Return all keys and values, which may record gradients."""
+        return [x for segment in self._segments for x in (segment.problem.k, segment.problem.v)]
 
     def _check_like_keys(self, **arrays: Array) -> None:
         # Otherwise it would be the keys that don't fit what came.
         check_alike(**{"the index's keys": self._one[0]}, **arrays)
+
+
+def in_library(like: Problem, segment: Segment) -> Segment:
+    """Return a segment with arrays of the library that a problem has, on the CPU, sharing memory."""
+    if segment.problem.xp is like.xp:
+        return segment
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, Problem):
+            arrays = {name: in_library_of(like.k, getattr(value, name)) for name in ("q", "k", "v")}
+            return replace(value, xp=like.xp, device=like.device, **arrays)
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{one.name: converted(getattr(value, one.name)) for one in fields(value)})
+        if isinstance(value, tuple):
+            return type(value)(*map(converted, value))
+        return value if value is None else in_library_of(like.k, value)
+
+    return cast("Segment", converted(segment))
 
 
 def joined(first: Problem, second: Problem) -> Problem:

@@ -110,7 +110,7 @@ def load_case(files: Sequence[str | Path], scale: float | None = None, diagonal:
     note = "" if stored is None else _note(paths[0].name, stored, scale)
     if scale is None and math.isfinite(number := _number(stored)):
         scale = number
-    canonicalise(q, k, v, scale, diagonal)
+    canonicalise(q, k, v, scale)
     return Case(", ".join(path.name for path in paths), q, k, v, scale, diagonal, note)
 
 

@@ -7,7 +7,7 @@ CuPy, PyTorch and array-api-strict. Importing this file imports no array library
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, TypeAlias
@@ -302,15 +302,17 @@ def host_view(array: Array) -> Array:
     return view
 
 
-def host_views(*arrays: Array, recorded: Array | None = None) -> tuple[Array, ...] | None:
+def host_views(*arrays: Array, recorded: Sequence[Array | None] = ()) -> tuple[Array, ...] | None:
     """Return PyTorch tensors on the CPU as NumPy arrays that share their memory, bfloat16 as a copy in float32.
 
-    None for arrays of other libraries, on other devices, whose gradients, or those of ``recorded``, are recorded, and for
-    what stands for a tensor that isn't there, as within torch.func.
+    None for arrays of other libraries, on other devices, whose gradients, or those of a tensor in ``recorded``, are
+    recorded, for what stands for a tensor that isn't there, as within torch.func, and where operations are traced.
     """
     if not array_api_compat.is_torch_array(arrays[0]) or device_name(arrays[0]) != "cpu":
         return None
-    others = (recorded,) if array_api_compat.is_torch_array(recorded) else ()
+    if _adapter(arrays[0]).operations_watched():
+        return None
+    others = filter(array_api_compat.is_torch_array, recorded)
     try:
         if gradient_mode(*arrays, *others):
             return None
@@ -320,10 +322,14 @@ def host_views(*arrays: Array, recorded: Array | None = None) -> tuple[Array, ..
 
 
 def in_library_of(like: Array, array: Array) -> Array:
-    """Return an array in the library of another one, sharing its memory: itself where it is one of these already."""
-    if array_api_compat.is_numpy_array(array) and not array_api_compat.is_numpy_array(like):
-        return _adapter(like).from_numpy(array)
-    return array
+    """Return an array on the CPU in the library of another one, NumPy's or the other way round, sharing its memory.
+
+    Itself where it is one of these already.
+    """
+    from_numpy, to_numpy = (array_api_compat.is_numpy_array(x) for x in (array, like))
+    if from_numpy == to_numpy:
+        return array
+    return _adapter(like).from_numpy(array) if from_numpy else _adapter(array).to_numpy(array)
 
 
 def host_memory(array: Array) -> Array:

@@ -204,6 +204,8 @@ class KDEformer:
         set_integers(self, num_samples=1)
         if self.eps is not None and not 0.0 < to_float(self.eps) < 1.0:
             raise OptionError(f"eps must lie strictly between 0 and 1, got {self.eps!r}")
+        if self.eps is not None:
+            object.__setattr__(self, "eps", float(self.eps))
         for name, known in (
             ("probabilities", ("mixture", "paper")),
             ("normaliser", ("kde", "sampled")),

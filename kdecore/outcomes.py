@@ -16,7 +16,7 @@ from kdecore.namespaces import Array, Namespace, host, invert_permutation
 from kdecore.nonfinite import finite_queries, merge_not_finite, not_finite_part, spoilt, spoilt_by_keys
 from kdecore.options import Exact, Options
 from kdecore.planning import FEWEST_QUERIES, Plan, expected_cost, item_bytes, make_plan
-from kdecore.shares import Restrictions, Share, aligned, in_halves, shares
+from kdecore.shares import Restrictions, Share, in_halves, shares
 from kdecore.tolerance import Round, search
 
 
@@ -97,7 +97,7 @@ def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, count: boo
 
 def run_all(problem: Problem, restrictions: Restrictions, options: Options, settings: dict[str, Any]) -> Part:
     """Evaluate a problem whose keys are restricted, the numbers that are not finite among them."""
-    problem, bad = finite_queries(aligned(problem, restrictions), settings["kernels"])
+    problem, bad = finite_queries(problem.standing_at(restrictions.diagonal), settings["kernels"])
     plan_for: Callable[..., Plan] = partial(make_plan, method=options, **settings)
     outcomes: list[Outcome] = []
     for one in shares(problem, restrictions):

@@ -5,11 +5,11 @@ from typing import Any
 from kdecore.attention import attention
 from kdecore.call import call_options
 from kdecore.errors import OptionError, ShapeError
-from kdecore.inputs import canonicalise
-from kdecore.namespaces import Array
+from kdecore.inputs import check_alike, check_scale, check_shapes
+from kdecore.namespaces import Array, accumulation_dtype, dtype_name
 from kdecore.options import check_boolean
 from kdecore.report import Report
-from kdecore.shares import integers
+from kdecore.shares import check_finite_inputs, integers
 
 OWN_LENGTHS = ("mask", "key_lengths")
 """What samples that have lengths of their own leave no room for."""
@@ -65,11 +65,15 @@ def packed_attention(
         if name in options:
             raise OptionError(f"{name} can't be given to packed_attention: samples have their own lengths")
     # Raises for what doesn't fit, whatever the samples are.
-    call_options({"causal": causal, **options}, "scale", *RETURNED)
+    call = call_options({"causal": causal, **options}, "scale", *RETURNED)
     for name in RETURNED:
         check_boolean(name, options.get(name, False))
-    problem = canonicalise(q, k, v, options.get("scale"))
-    xp = problem.xp
+    xp, device = check_alike(q=q, k=k, v=v)
+    check_shapes(q, k, v)
+    check_scale(options.get("scale"), int(q.shape[-1]))
+    if call.check_finite:
+        check_finite_inputs(q=q, k=k, v=v)
+        options = {**options, "check_finite": False}
     queries = _edges("cu_seqlens_q", cu_seqlens_q, int(q.shape[-2]))
     keys = _edges("cu_seqlens_k", cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, int(k.shape[-2]))
     if len(keys) != len(queries):
@@ -83,8 +87,8 @@ def packed_attention(
         if rows.start == rows.stop or seen.start == seen.stop:
             # Zeros of the right shape and dtype, whatever else the arrays hold.
             shape = tuple(int(size) for size in one.shape[:-1])
-            outs.append(xp.zeros((*shape, v.shape[-1]), dtype=v.dtype, device=v.device))
-            lses.append(xp.full(shape, -xp.inf, dtype=problem.dtype, device=v.device))
+            outs.append(xp.zeros((*shape, v.shape[-1]), dtype=v.dtype, device=device))
+            lses.append(xp.full(shape, -xp.inf, dtype=accumulation_dtype(xp, dtype_name(q)), device=device))
             reports.append(None)
             continue
         found = attention(one, k[..., seen, :], v[..., seen, :], causal=causal, **{**options, "return_lse": True})

@@ -332,7 +332,8 @@ def site_of(problem: Problem) -> Site:
     masks = [] if problem.mask is None else [problem.mask.values]
     gradient = gradient_mode(problem.q, problem.k, problem.v, *masks)
     dtype = ACCUMULATION[problem.input_dtype]
-    return Site(namespace_name(problem.xp), device_name(problem.q), dtype, gradient, _sizes(problem))
+    library = namespace_name(problem.xp)
+    return Site(library, device_name(problem.q), dtype, gradient, _sizes(problem), problem.library)
 
 
 def make_plan(

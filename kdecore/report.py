@@ -116,6 +116,7 @@ class Report:
 
 def make_report(
     problem: Problem,
+    diagonal: int | None,
     outcomes: list[Outcome],
     certificate: Certificate | None,
     certificate_seconds: float,
@@ -123,9 +124,10 @@ def make_report(
     compile_seconds: float,
     norm: str = "frobenius",
 ) -> Report:
-    """Describe a finished call that took ``seconds``, of them ``compile_seconds`` to compile; ``norm`` is that of rtol.
+    """Describe a finished call whose queries stand at ``diagonal``, that took ``seconds``, and of them so many to compile.
 
-    Where groups were treated differently, it says what was done with those of an approximate method that took most.
+    ``norm`` is that of rtol. Where groups were treated differently, this says what was done with those of an approximate
+    method that took most.
     """
     rows = [len(one.share.groups) * (one.share.queries[1] - one.share.queries[0]) for one in outcomes]
     keys = [sum(map(to_float, one.slots)) for one in outcomes]
@@ -141,6 +143,7 @@ def make_report(
     return replace(
         report_of_plan(problem, plan, sum(keys), seconds, compile_seconds),
         reason=reason,
+        diagonal=diagonal,
         kernels={name: text for one in outcomes for name, text in kernels_of(one.plan).items()},
         temporary_bytes=max(one.plan.temporary_bytes for one in outcomes),
         certificate=certificate,
@@ -163,7 +166,7 @@ def report_of_plan(problem: Problem, plan: Plan, keys: float, seconds: float, co
         budget=plan.budget_asked,
         keys_per_query=keys / max(1, problem.groups * problem.n_q),
         shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
-        diagonal=None if problem.diagonal is None else problem.diagonal // problem.repeats,
+        diagonal=None,
         dtype=problem.input_dtype,
         library=problem.library,
         device=device_name(problem.q),

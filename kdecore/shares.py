@@ -42,6 +42,8 @@ class Restrictions:
     ----------
     causal, window
         As given.
+    diagonal
+        As given, or else n_k − n_q where causal attention or a window goes by it.
     lengths
         (G,) NumPy int64: keys there are in each group.
     mask
@@ -50,6 +52,7 @@ class Restrictions:
 
     causal: bool
     window: int | None
+    diagonal: int | None
     lengths: Array
     mask: Mask | None
 
@@ -77,11 +80,20 @@ class Share:
 
 
 def check_restrictions(
-    problem: Problem, causal: bool, window: int | None, key_lengths: Any, mask: Any, like: Array
+    problem: Problem,
+    causal: bool,
+    window: int | None,
+    diagonal: int | None,
+    key_lengths: Any,
+    mask: Any,
+    like: Array,
 ) -> Restrictions:
     """Check lengths and mask, naming the argument; ``like`` is q. Arguments as in `kdecore.attention`."""
     lengths = _check_lengths(problem, key_lengths)
-    return Restrictions(causal, window, lengths, None if mask is None else _check_mask(problem, mask, like))
+    if diagonal is None and (causal or window is not None):
+        diagonal = problem.n_k - problem.n_q // problem.repeats
+    checked = None if mask is None else _check_mask(problem, mask, like)
+    return Restrictions(causal, window, diagonal, lengths, checked)
 
 
 def _check_lengths(problem: Problem, key_lengths: Any) -> Array:
@@ -133,15 +145,8 @@ def _check_mask(problem: Problem, mask: Any, like: Array) -> Mask:
     return Mask(values, host.reshape(matrix, (problem.groups, problem.repeats)))
 
 
-def aligned(problem: Problem, restrictions: Restrictions) -> Problem:
-    """Return a problem whose last query stands at the last key, where it says nothing else and restrictions go by it."""
-    if problem.diagonal is not None or not (restrictions.causal or restrictions.window is not None):
-        return problem
-    return replace(problem, diagonal=problem.n_k * problem.repeats - problem.n_q)
-
-
 def shares(problem: Problem, restrictions: Restrictions) -> list[Share]:
-    """Cut an `aligned` problem into shares: every group is in one of them, with all of its queries.
+    """Cut a problem into shares: every group is in one of them, with all of its queries.
 
     O(G n_k (d + d_v)) to look for numbers that are not finite among the keys that are seen, and a pass over the mask if
     there is one.
@@ -157,8 +162,7 @@ def seen_alike(problem: Problem, restrictions: Restrictions) -> list[Share]:
     if not everything or (whole and bool(host.all(lengths == problem.n_k))):
         return [Share(everything, (0, problem.n_q), problem)]
     positions = problem.n_q // problem.repeats
-    offset = 0 if problem.diagonal is None else problem.diagonal // problem.repeats
-    seen = sliding(positions, problem.n_k, restrictions.causal, restrictions.window, offset)
+    seen = sliding(positions, problem.n_k, restrictions.causal, restrictions.window, restrictions.diagonal or 0)
     intervals = {} if mask is None else mask_intervals(problem, mask)
     # To cut intervals takes O(n), and most groups are alike: once for each length and mask.
     alike: dict[tuple[int, ...], list[int]] = {}
@@ -253,9 +257,23 @@ def part_of(problem: Problem, groups: list[int], keys: list[Array], visible: Vis
         visible=None if sees_all else visible,
         mask=mask,
         copied=tuple(sorted(copied)),
-        # Where keys between others are left out, a query's own key is no longer at one offset.
-        diagonal=problem.diagonal_from(0, first) if first >= 0 else None,
+        own=own_of_part(problem.own, groups, keys),
     )
+
+
+def own_of_part(own: Array | None, groups: list[int], keys: list[Array]) -> Array | None:
+    """Return `Problem.own` of some groups where of each only some keys, ascending, are left."""
+    if own is None:
+        return None
+    if len(own) == 1 and len(distinct(keys)) == 1:
+        groups, keys = [0], keys[:1]
+    rows = []
+    for group, left in zip(groups, keys, strict=True):
+        mine = own[group % len(own)]
+        place = host.clip(host.searchsorted(left, mine), 0, len(left) - 1)
+        rows.append(host.where(left[place] == mine, place, -1))
+    found = host.stack(rows)
+    return found if bool(host.any(found >= 0)) else None
 
 
 def distinct(arrays: list[Array]) -> list[Array]:
@@ -368,7 +386,8 @@ def in_halves(share: Share) -> Iterator[Share]:
 
 def _groups_of(problem: Problem, some: slice) -> Problem:
     q, k, v = (x[some, ...] for x in (problem.q, problem.k, problem.v))
-    return replace(problem, q=q, k=k, v=v, mask=None if problem.mask is None else problem.mask.groups(some))
+    own = problem.own if problem.own is None or len(problem.own) == 1 else problem.own[some, :]
+    return replace(problem, q=q, k=k, v=v, own=own, mask=None if problem.mask is None else problem.mask.groups(some))
 
 
 def _queries_of(problem: Problem, first: int, end: int) -> Problem:
@@ -385,4 +404,4 @@ def single(problem: Problem, group: int, rows: Sequence[int]) -> Problem:
     index = from_host(xp, host.asarray(rows), dtype=xp.int64, device=problem.device)
     visible = None if one.visible is None else one.visible.rows(rows)
     mask = None if one.mask is None else one.mask.rows(xp, rows)
-    return replace(one, q=xp.take(one.q, index, axis=1), visible=visible, mask=mask)
+    return replace(one, q=xp.take(one.q, index, axis=1), visible=visible, mask=mask, own=None)

@@ -73,8 +73,11 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
     assert operations.copied == 0
 
 
-@pytest.mark.parametrize(("method", "most"), [("exact", 25), ("sortlsh", 85), ("hyper", 75), ("treecode", 140)])
-def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method, most):
+@pytest.mark.parametrize(
+    ("method", "most", "diagonal"),
+    [("exact", 25, None), ("sortlsh", 85, None), ("hyper", 75, None), ("treecode", 140, None), ("treecode", 150, 0)],
+)
+def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method, most, diagonal):
     """References stand for the kernels that a CUDA device would run, and count as so many launches as these have."""
 
     operations = Operations()
@@ -93,10 +96,10 @@ def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method
         if {"numba-cuda", "triton"} & {one.target for one in every}:
             monkeypatch.setitem(registry.KERNELS, kernel, (*every[:-1], counted(kernel, every[-1])))
     q, k, v = inputs("bfloat16")
-    kdecore.attention(q, k, v, method=method, budget=256)
+    kdecore.attention(q, k, v, method=method, budget=256, diagonal=diagonal)
     operations.launches = 0
     with operations:
-        kdecore.attention(q, k, v, method=method, budget=256)
+        kdecore.attention(q, k, v, method=method, budget=256, diagonal=diagonal)
     with capsys.disabled():
         print(f"\n{method}: {operations.launches} launches")
     assert 3 < operations.launches <= most

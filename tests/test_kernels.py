@@ -402,7 +402,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
         "balanced_view": (*graded_moments(rng, 20), 16),
         "cross_moment": (rng.standard_normal((2, n, 21)).astype(dtype), rng.standard_normal((2, n, 9)).astype(dtype)),
         "project_rows": (rng.standard_normal((2, n, 9)).astype(dtype), rng.standard_normal((2, 9, 7)).astype(dtype)),
-        "rank_codes": (rng.standard_normal((2, n, 9)), 20),
+        "rank_codes": (rng.standard_normal((2, n, 9)).astype(dtype), 20),
         "tree_order": (rng.standard_normal((2, n, 9)), 4),
         "node_summaries": (
             *(rng.standard_normal((2, n, width)).astype(dtype) for width in (9, 7, 3)),
@@ -424,7 +424,8 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     elif kernel in ("open_tree", "open_sweeps"):
         assert_same_lists(found, reference)
     elif kernel in ("row_norms", "project_rows", "cross_moment"):
-        assert_close(found, reference, dtype="float64" if kernel == "row_norms" else dtype)
+        in_double = kernel == "row_norms" and implementation.target != "numba-cuda"
+        assert_close(found, reference, dtype="float64" if in_double else dtype)
     elif kernel == "balanced_view":
         for part, expected in zip(found, reference, strict=True):
             np.testing.assert_allclose(part, expected, rtol=0, atol=1e-9 * np.abs(expected).max())

@@ -10,15 +10,25 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from kdecore.errors import OptionError
+from kdecore.errors import DTypeError, OptionError
 from kdecore.inputs import check_scale
-from kdecore.namespaces import ACCUMULATION
+from kdecore.namespaces import ACCUMULATION, common_namespace
 from kdecore.options import DEFAULT_BUDGET
 from kdecore.planning import WORTHWHILE, Sizes, exact_over_treecode
 from kdecore.tolerance import FIRST_BUDGET
-from kdecore_adapters.torch_operator import checked_seed, collect_reports, encoded, estimate
+from kdecore_adapters.torch_operator import (
+    aligned,
+    checked_seed,
+    collect_reports,
+    encoded,
+    estimate,
+    forward_differentiated,
+)
 
 __all__ = ["collect_reports", "scaled_dot_product_attention"]
+
+BEYOND = ("window", "key_lengths", "max_memory", "check_finite", "kernels")
+"""Options that ask for what PyTorch's own attention would not do, in the result or on the way there."""
 
 
 def version() -> str:
@@ -44,10 +54,14 @@ def threads() -> int | None:
 
 def gradient_mode(*tensors: Any) -> str:
     """Return ``"forward"`` or ``"reverse"`` where PyTorch differentiates what is done with any of the tensors, else ""."""
-    unpack: Any = torch.autograd.forward_ad.unpack_dual
-    if any(unpack(tensor).tangent is not None for tensor in tensors):
+    if forward_differentiated(*tensors):
         return "forward"
     return "reverse" if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) else ""
+
+
+def operations_watched() -> bool:
+    """Return whether someone else than automatic differentiation follows each operation: compilers, tracers and modes."""
+    return bool(torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
 
 
 def to_numpy(array: Any) -> Any:
@@ -189,12 +203,10 @@ def scaled_dot_product_attention(
     if not torch.compiler.is_compiling():
         # In compiled code these may be symbols, which the operator checks when it runs.
         checked_seed(kdecore_options.get("seed", 0))
-        check_scale(scale, query.shape[-1])
+        check_tensors(kdecore_options, query=query, key=key, value=value)
+        check_scale(scale, 1)
     if is_causal or lower_right:
-        diagonal = key.shape[-2] - query.shape[-2] if lower_right else 0
-        if kdecore_options.get("diagonal") not in (None, diagonal):
-            raise OptionError(f"diagonal must be None or {diagonal} here, got {kdecore_options['diagonal']!r}")
-        kdecore_options = {**kdecore_options, "diagonal": None if lower_right else 0}
+        kdecore_options = aligned(kdecore_options, query, key, top_left=is_causal)
     if left_to_torch(query, key, value, kdecore_options):
         return functional.scaled_dot_product_attention(
             query, key, value, given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -254,10 +266,20 @@ def left_to_torch(
     )
 
 
+def check_tensors(options: Mapping[str, Any], **tensors: Any) -> None:
+    """Raise `DTypeError` unless arguments are tensors that attention is computed of, or nested ones for PyTorch's own."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DTypeError(f"{name} must be a PyTorch tensor, got {type(tensor).__name__}")
+    if beyond_torch(options) or not any(tensor.is_nested for tensor in tensors.values()):
+        common_namespace(**tensors)
+
+
 def beyond_torch(options: Mapping[str, Any]) -> bool:
-    """Return whether options ask for what PyTorch's own attention would not do, in the result or on the way there."""
-    asked = any(options.get(name) is not None for name in ("window", "key_lengths", "max_memory"))
-    return asked or bool(options.get("check_finite")) or options.get("kernels", "auto") != "auto"
+    """Return whether options ask for what PyTorch's own attention would not do: `BEYOND`."""
+    return any(options.get(name) not in (None, False, "auto") for name in BEYOND if name != "key_lengths") or (
+        options.get("key_lengths") is not None
+    )
 
 
 def broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

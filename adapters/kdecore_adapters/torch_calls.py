@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from kdecore_adapters.torch_operator import counted_by
 TAKEN = "kdecore"
 """What is counted where looking which method kdecore ran would wait for a device, and where it raised."""
 PYTORCH = "PyTorch"
+Result = TypeVar("Result")
 NO_CALLS = "no attention was met"
 COMPILED = "compiled: not counted"
 
@@ -94,9 +95,10 @@ class Calls:
     @property
     def counts(self) -> Counter[Count]:
         """`Count` → number of calls."""
-        return Counter({count: tally.calls for count, tally in self.tallies.items()})
+        with self._lock:
+            return Counter({count: tally.calls for count, tally in self.tallies.items()})
 
-    def watch(self, layer: str, reason: str, query: Tensor, call: Callable[[], Tensor]) -> Tensor:
+    def watch(self, layer: str, reason: str, query: Tensor, call: Callable[[], Result]) -> Result:
         """Return what a call returns, and add it; ``reason`` says why it is left to PyTorch, "" where it isn't."""
         if torch.compiler.is_compiling():
             self._note_compiled()
@@ -104,9 +106,8 @@ class Calls:
         on_host, started = query.device.type == "cpu", time.perf_counter()
         reports: list[Report] = []
         try:
-            if reason or not on_host:
-                return call()
-            with counted_by(reports.append):
+            # Of what lies on a device no report is made, which would wait for it.
+            with counted_by(reports.append if on_host else None):
                 return call()
         finally:
             seconds = time.perf_counter() - started if on_host else None
@@ -127,7 +128,8 @@ class Calls:
 
     def __str__(self) -> str:
         head = ("layer", "calls", "keys per query", "error at most", "ms a call", "what ran")
-        rows = [head, *(tally.row(count) for count, tally in self.tallies.items())]
+        with self._lock:
+            rows = [head, *(tally.row(count) for count, tally in self.tallies.items())]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [
             "  ".join(
@@ -142,7 +144,8 @@ class Calls:
         return "\n".join([*(lines if self.tallies else [NO_CALLS]), *([COMPILED] if self.compiled else [])])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tallies": dict(self.tallies), "compiled": self.compiled}
+        with self._lock:
+            return {"tallies": dict(self.tallies), "compiled": self.compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]

@@ -6,6 +6,7 @@ is called. Neither changes parameters, so saved models load without kdecore.
 """
 
 import inspect
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from threading import local
 from types import FunctionType
 from typing import Any
@@ -23,10 +25,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from kdecore.errors import OptionError
+from kdecore.options import integer_at_least
 from kdecore.report import Report
-from kdecore_adapters.torch_adapter import beyond_torch, both_masks, left_to_torch, scaled_dot_product_attention
+from kdecore_adapters.torch_adapter import BEYOND, beyond_torch, both_masks, left_to_torch, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import Calls, Count
-from kdecore_adapters.torch_operator import checked, counted_by, estimate
+from kdecore_adapters.torch_operator import aligned, checked, counted_by, estimate
 
 MIN_KEYS = 1024
 """Calls with fewer keys are left to PyTorch where nothing else is asked for."""
@@ -203,7 +206,7 @@ class KDEAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         if is_causal and mask is not None:
             if dropout == 0.0 and not left_to_torch(q, k, v, options):
-                return estimate(q, k, v, mask, True, None, {**options, "diagonal": 0})
+                return estimate(q, k, v, mask, True, None, aligned(options, q, k, top_left=True))
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             mask, is_causal = both_masks(mask, causal), False
         return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, **options)
@@ -264,7 +267,7 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
 
     def __init__(self, *, min_keys: int = MIN_KEYS, **kdecore_options: Any) -> None:
         super().__init__()
-        self.min_keys = min_keys
+        self.min_keys = integer_at_least(0, "min_keys", min_keys)
         self.calls = Calls()
         self._options = checked(kdecore_options)
         self._running = _Running()
@@ -300,10 +303,10 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
                 self.warn_of_nothing()
 
     def warn_of_nothing(self) -> None:
-        """Warn if no call has been met."""
+        """Warn if no call has been met, at the line that called PyTorch or left the block."""
         if not self.calls.tallies and not self.calls.compiled:
             words = "no attention was met: only scaled_dot_product_attention and nn.MultiheadAttention of PyTorch are"
-            warnings.warn(f"{words}, and not a softmax of a model's own", NothingReplaced, stacklevel=3)
+            warnings.warn(f"{words}, and not a softmax of a model's own", NothingReplaced, stacklevel=_callers_level())
 
     def _ran_compiled(self, report: Report) -> None:
         """Count a call of the operator that no function of PyTorch's led to: compiled code calls it by itself."""
@@ -316,14 +319,24 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
-        if func is functional.multi_head_attention_forward and not torch.compiler.is_compiling():
-            given = self._signature.bind(*args, **kwargs).arguments
-            if not given.get("need_weights", True):
-                mask = given.get("attn_mask")
-                return self._multi_head[mask is not None and mask.ndim == 3](*args, **kwargs)
-            reason = "attention weights are asked for"
-            return self.calls.watch(self.layer()[0], reason, args[0], lambda: func(*args, **kwargs))
+        if func is functional.multi_head_attention_forward:
+            return self.multi_head(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def multi_head(self, *args: Any, **kwargs: Any) -> Any:
+        """Call PyTorch's multi-head attention, with this attention in it unless weights are asked for, or it is compiled."""
+        compiling = torch.compiler.is_compiling()
+        given = kwargs if compiling else self._signature.bind(*args, **kwargs).arguments
+        if not compiling and not given.get("need_weights", True):
+            mask = given.get("attn_mask")
+            return self._multi_head[mask is not None and mask.ndim == 3](*args, **kwargs)
+        layer, options = self.layer()
+        reason = "compiled" if compiling else "attention weights are asked for"
+        if beyond_torch(options):
+            raise OptionError(
+                f"nn.MultiheadAttention must be left to PyTorch ({reason}), which has none of {', '.join(BEYOND)}"
+            )
+        return self.calls.watch(layer, reason, args[0], lambda: functional.multi_head_attention_forward(*args, **kwargs))
 
     def attend(
         self,
@@ -413,8 +426,15 @@ class Replacement(reroute):
         """Return the name of the layer that is running, and its options."""
         return self._running.stack[-1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "handles": self._handles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handles = state["handles"]
+
     def restore(self) -> None:
-        """Leave the model's attention to PyTorch again."""
+        """Leave the model's attention to PyTorch again; of a copy, `restore_attention` does."""
         self.leave_all_but(0)
         for handle in self._handles:
             handle.remove()
@@ -443,6 +463,23 @@ class _Leave:
         self.replacement.leave(self.name, out is not None)
 
 
+def _callers_level() -> int:
+    """Return the ``stacklevel`` at which `warnings.warn`, called by who calls this, names the first line outside PyTorch."""
+    own = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules[__name__]))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Leave the attention of a model to PyTorch again, whatever replaced it: also of one that was copied or loaded whole."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if isinstance(hook, _Enter | _Leave):
+                hook.replacement.restore()
+
+
 def replace_attention(
     model: nn.Module,
     *,
@@ -454,7 +491,7 @@ def replace_attention(
 
     Works for every model that calls PyTorch's scaled_dot_product_attention or `torch.nn.MultiheadAttention`. The model keeps
     its modules and parameters: it gets hooks, which `Replacement.restore` takes away. Copied or pickled whole it keeps its
-    hooks, with counts of its own; its state dict knows nothing of them.
+    hooks, with counts of its own, until `restore_attention`; its state dict knows nothing of them.
 
     Parameters
     ----------
@@ -493,8 +530,9 @@ def replace_attention(
     names = [name for name, _ in model.named_modules()]
     for pattern, own in layers.items():
         checked({**kdecore_options, **own})
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptionError(f"layers must name modules of the model, got {pattern!r}; it has {', '.join(names[1:9])}, …")
+        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(map(repr, names[1:9] or names)) + (", …" if len(names) > 9 else "")
+            raise OptionError(f"layers must name modules of the model, got {pattern!r}; it has {some}")
     replacement = Replacement(min_keys=min_keys, **kdecore_options)
     replacement.attach(model, layers)
     return replacement

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from kdecore.attention import attention
 from kdecore.call import NAMES, call_options
@@ -20,6 +21,7 @@ from kdecore.errors import OptionError
 from kdecore.options import METHODS, Options
 from kdecore.randomness import check_seed
 from kdecore.report import Report
+from kdecore.shares import integers
 
 OPTIONS = (*(name for name in NAMES if name != "causal"), "key_lengths")
 """Options of `kdecore.attention` that calls through PyTorch take; what else it takes, PyTorch's own arguments say."""
@@ -46,16 +48,38 @@ def collect_reports() -> Iterator[list[Report]]:
 
 
 @contextmanager
-def counted_by(count: Callable[[Report], object]) -> Iterator[None]:
-    """Tell ``count``, and no other one around this context, of every call of the operator in it.
+def counted_by(count: Callable[[Report], object] | None) -> Iterator[None]:
+    """Tell ``count``, and no other one around this context, of every call of the operator in it; or nobody.
 
     Its report has a certificate where options ask for one, by ``certificate`` or ``rtol``.
     """
+    before = _counted.get()
     token = _counted.set(count)
     try:
         yield
     finally:
-        _counted.reset(token)
+        try:
+            _counted.reset(token)
+        except ValueError:  # left in another context than it was entered in, as after a KeyboardInterrupt
+            _counted.set(before)
+
+
+def forward_differentiated(*tensors: Tensor) -> bool:
+    """Return whether forward-mode derivatives of any of the tensors are recorded, which no operator passes on."""
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(tensor).tangent is not None for tensor in tensors)
+
+
+def aligned(options: Mapping[str, Any], query: Tensor, key: Tensor, *, top_left: bool) -> dict[str, Any]:
+    """Return options of causal attention that is aligned to the first query and key, or else to the last ones.
+
+    Raise `OptionError` where they say another ``diagonal``.
+    """
+    diagonal = options.get("diagonal")
+    if diagonal is not None and diagonal != (0 if top_left else key.shape[-2] - query.shape[-2]):
+        corner = "first" if top_left else "last"
+        raise OptionError(f"diagonal must be None where the {corner} query stands at the {corner} key, got {diagonal!r}")
+    return {**options, "diagonal": 0 if top_left else None}
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,9 +98,17 @@ def checked_seed(seed: object) -> int:
     return number
 
 
+def encoded(options: Mapping[str, Any]) -> str:
+    """Return options, checked, as text, which an operator can be given; without those that may be tensors, and the seed."""
+    if torch.compiler.is_compiling():
+        # Numbers that changed since compiled code was made are symbols there: it is made anew for each.
+        options = {name: guard_scalar(value) if isinstance(value, int | float) else value for name, value in options.items()}
+    text: str = _encoded(options)
+    return text
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def encoded(options: dict[str, Any]) -> str:
-    """Return options, checked, as text, which an operator can be given; without those that may be tensors or symbols."""
+def _encoded(options: Mapping[str, Any]) -> str:
     checked(options)
 
     def plain(value: Any) -> Any:
@@ -113,14 +145,18 @@ def estimate(
     options
         Of `OPTIONS`; ``seed`` is at most `LARGEST_SEED`.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and forward_differentiated(query, key, value):
+        raise OptionError("query, key and value must record no forward-mode derivatives where a call isn't left to PyTorch")
     options = dict(options)
     seed, lengths = options.pop("seed", 0), options.pop("key_lengths", None)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         seed = checked_seed(seed)
     elif not 0 <= seed <= LARGEST_SEED:  # one that may be a symbol
         raise OptionError(f"seed must be an integer in [0, 2**63), got {seed}")
     if lengths is not None and not isinstance(lengths, Tensor):
-        options["key_lengths"], lengths = lengths, None
+        # A tensor, so that torch.func can map over other dimensions.
+        lengths = torch.as_tensor(lengths) if compiling else torch.from_numpy(integers("key_lengths", lengths))
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -206,9 +242,14 @@ def attend_backward(
         inputs.append(mask)
     settings = _settings(mask, lengths, causal, scale, seed, options)
     with _recording(), torch.autocast(query.device.type, enabled=False):
-        # The result itself isn't kept while it is differentiated.
-        edge = torch.autograd.graph.get_gradient_edge(attention(*inputs[:3], **settings))
-        found = [x.contiguous() for x in torch.autograd.grad((edge,), inputs, (grad,))]
+        out = attention(*inputs[:3], **settings)
+        if not out.requires_grad:  # no query sees a key
+            found = [torch.zeros_like(x) for x in inputs]
+        else:
+            # The result itself isn't kept while it is differentiated.
+            edge = torch.autograd.graph.get_gradient_edge(out)
+            del out
+            found = [x.contiguous() for x in torch.autograd.grad((edge,), inputs, (grad,))]
     return found[0], found[1], found[2], found[3] if of_mask else query.new_empty(0)
 
 

@@ -18,7 +18,7 @@ from kdecore.errors import OptionError
 from kdecore_adapters.torch_adapter import both_masks, broadcast, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import Calls
 from kdecore_adapters.torch_modules import MIN_KEYS, left_by_model
-from kdecore_adapters.torch_operator import checked, estimate
+from kdecore_adapters.torch_operator import aligned, checked, estimate
 
 UNKNOWN = ("softcap", "s_aux", "head_mask")
 """Arguments of models' attention functions that would change the result, and aren't known here."""
@@ -149,7 +149,8 @@ def attend(
         if padded or (causal and bias is not None):
             if dropout > 0.0:
                 raise OptionError(f"dropout must be 0 where a call isn't left to PyTorch, got {dropout}")
-            out = estimate(*broadcast(query, key, value, True), whole, True, scaling, own)
+            lower_right = aligned(own, query, key, top_left=False)
+            out = estimate(*broadcast(query, key, value, True), whole, True, scaling, lower_right)
         else:
             out = scaled_dot_product_attention(
                 query, key, value, whole, dropout, is_causal=causal, scale=scaling, enable_gqa=True, **own

@@ -46,7 +46,7 @@ def _anywhere(site: Site) -> str | None:
 
 def _host_constants(site: Site) -> str | None:
     if site.library not in ("numpy", "torch") or site.device != "cpu":
-        return f"needs NumPy arrays or PyTorch tensors on the CPU, got {site.library} on {site.device}"
+        return f"needs NumPy arrays or PyTorch tensors on the CPU, got {site.place}"
     return None
 
 
@@ -92,7 +92,7 @@ def cuda_problem() -> str | None:
 
 def _cuda_constants(site: Site) -> str | None:
     if site.library not in ("cupy", "torch") or not site.device.startswith("cuda"):
-        return f"needs CuPy arrays or PyTorch tensors on a CUDA device, got {site.library} on {site.device}"
+        return f"needs CuPy arrays or PyTorch tensors on a CUDA device, got {site.place}"
     return cuda_problem() or _many_rows(site)
 
 
@@ -108,7 +108,7 @@ def _sorted_by_torch(site: Site) -> str | None:
 def triton_problem(site: Site) -> str | None:
     """Return why Triton kernels cannot run at a site, or None where they can."""
     if site.library != "torch" or not site.device.startswith("cuda"):
-        return f"needs PyTorch tensors on a CUDA device, got {site.library} on {site.device}"
+        return f"needs PyTorch tensors on a CUDA device, got {site.place}"
     if site.dtype != "float32":
         return f"computes in float32, not in {site.dtype}"
     return _many_rows(site) if find_spec("triton") is not None else "triton is not installed"

@@ -54,6 +54,8 @@ class Site:
         ``"reverse"`` or ``"forward"`` where q, k or v is recorded for automatic differentiation, else "".
     largest
         Sizes.
+    given
+        Array library of what the user gave, where that is another one.
     """
 
     library: str
@@ -61,6 +63,12 @@ class Site:
     dtype: str
     gradient: str = ""
     largest: Largest = Largest()
+    given: str = ""
+
+    @property
+    def place(self) -> str:
+        """Library and device, as the user knows them."""
+        return f"{self.given or self.library} on {self.device}"
 
 
 def beyond(name: str, most: int, found: int) -> str | None:

@@ -5,7 +5,7 @@
 3. A closed node is one key: the mean key, at log-weight ln(count) + spread, with the mean value. The keys of an open leaf
    are listed one by one, and exact.
 4. To a closed node's mean value is added what its keys of larger logits make of it, to first order, by one matrix for all.
-5. Where queries have keys of their own (`Problem.diagonal`) these are exact too, and taken out of the nodes that hold
+5. Where queries have keys of their own (`Problem.own`) these are exact too, and taken out of the nodes that hold
    them: out of their counts; taking them out of the means too erred no less on the data measured (bench/NOTES.md).
 
 Rows are compared by what the other side sees of them, in few coordinates whose products add up to nearly the whole logit
@@ -26,6 +26,8 @@ from kdecore.namespaces import (
     Array,
     Namespace,
     contiguous,
+    from_host,
+    host,
     invert_permutation,
     searchsorted_rows,
     take_along_rows,
@@ -36,7 +38,7 @@ from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.randomness import SAMPLES_STREAM
 from kdecore.selection import Blocks, Selection, equal_blocks
-from kdecore.stretches import Described, Stretch
+from kdecore.stretches import Described, Span, Stretch
 from kdecore.tree import depth, node_bounds, node_count
 
 MOMENT_ROWS = 2048
@@ -142,10 +144,8 @@ def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int,
     assert isinstance(plan.options, Treecode)
     queries = slice((number * problem.n_q) >> level, ((number + 1) * problem.n_q) >> level)
     blocks = equal_blocks(problem.xp, prepared.order[:, queries], plan.options.rows)
-    own = problem.own_keys(queries.start, queries.stop)
     seen = (keys.first * problem.n_k) >> level, (keys.end * problem.n_k) >> level
-    sees_own = own is not None and seen[0] <= own[0] and own[1] <= seen[1]
-    own_keys = own_positions(problem, blocks, prepared.keys.order) if sees_own else None
+    own_keys = own_positions(problem, blocks, prepared.keys.order, (queries.start, queries.stop), seen)
     return open_for(problem, plan, replace(prepared, blocks=blocks, own=own_keys, seen=(level, *keys)))
 
 
@@ -213,7 +213,8 @@ def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
     coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
     order = order_queries(problem, plan, coordinates)
     blocks = equal_blocks(xp, order, options.rows)
-    return Prepared(keys, coordinates, order, blocks, own_positions(problem, blocks, keys.order))
+    own = own_positions(problem, blocks, keys.order, (0, problem.n_q), (0, problem.n_k))
+    return Prepared(keys, coordinates, order, blocks, own)
 
 
 def for_queries(problem: Problem, keys: KeyTree) -> KeyTree:
@@ -231,14 +232,35 @@ def for_queries(problem: Problem, keys: KeyTree) -> KeyTree:
     return replace(keys, slope=keys.slope * factor[:, None, None])
 
 
-def own_positions(problem: Problem, blocks: Blocks, order: Array) -> Array | None:
-    """Return the places of each block's own keys in ``order`` (G, n_k), int64 (G, B, b), ascending; None for none."""
-    if problem.diagonal is None or problem.own_keys(0, problem.n_q) is None:
+def own_positions(problem: Problem, blocks: Blocks, order: Array, queries: Span, seen: Span) -> Array | None:
+    """Return the places of each block's own keys in ``order`` (G, n_k), int64 (G, B, b), ascending; None for none.
+
+    Blocks hold queries of ``queries`` only, and the keys ``seen`` are looked at only.
+    """
+    if problem.own is None:
         return None
-    xp = problem.xp
-    # A query whose own key is not among these has the nearest one, which does no harm.
-    own = xp.clip((blocks.index + problem.diagonal) // problem.repeats, 0, problem.n_k - 1)
-    return xp.sort(take_along_rows(xp, invert_permutation(xp, order), own), axis=-1)
+    own = problem.own[:, slice(*queries)]
+    there = (seen[0] <= own) & (own < seen[1])
+    if not bool(host.any(there)):
+        return None
+    xp, keys = problem.xp, own_on_device(problem, own, there, queries, seen)
+    keys = xp.broadcast_to(keys, (problem.groups, own.shape[1]))
+    mine = take_along_rows(xp, keys, blocks.index - queries[0])
+    return xp.sort(take_along_rows(xp, invert_permutation(xp, order), mine), axis=-1)
+
+
+def own_on_device(problem: Problem, own: Array, there: Array, queries: Span, seen: Span) -> Array:
+    """Return ``own`` (1|G, n) where ``there``, as an array of the problem's library; any of the keys ``seen`` elsewhere.
+
+    A query that has no own key among these may have any of them, which does no harm. Own keys that follow one another are
+    counted on the device: a CUDA graph takes no copy from the host.
+    """
+    xp, position = problem.xp, host.arange(*queries, dtype=host.int64) // problem.repeats
+    offset = int(own[there][0] - host.broadcast_to(position, own.shape)[there][0])
+    if host.array_equal(own[there], host.broadcast_to(position + offset, own.shape)[there]):
+        counted = xp.arange(*queries, dtype=xp.int64, device=problem.device) // problem.repeats
+        return xp.clip(counted + offset, seen[0], seen[1] - 1)[None, :]
+    return from_host(xp, host.where(there, own, seen[0]), dtype=None, device=problem.device)
 
 
 def restrict(problem: Problem, prepared: Prepared, numbers: Array) -> tuple[Problem, Prepared, Array]:
