@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kdecore import Exact, Hyper, KDEformer, SortLSH, attention
+from kdecore import Exact, Hyper, KDEformer, OptionError, SortLSH, attention, packed_attention
 from kdecore.kernels.attend_blocks import reference as blocks_reference
 from kdecore.kernels.attend_dense import reference as dense_reference
 from tests import oracles, strategies
@@ -296,6 +296,17 @@ def test_results_come_in_the_documented_order(rng):
     everything = attention(*arrays, return_lse=True, return_report=True)
     assert everything[1].shape == (5,)
     assert everything[2].method == "exact"
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("edges", [([0, 20, 40], [0, 20, 40]), ([0, 40, 40], [0, 30, 40])], ids=["two", "no queries"])
+def test_packed_samples_are_checked_in_the_arrays_that_were_given(backend, rng, edges, name):
+    """The index is not that in a sample, and a sample without queries is looked at too."""
+    arrays = dict(zip("qkv", make(rng, (2, 3), 40, 40, 6, 5), strict=True))
+    arrays[name][1, 2, 37, 3] = np.nan
+    q, k, v = backend.arrays(*arrays.values())
+    with pytest.raises(OptionError, match=rf"^{name} must be finite, got nan at index \(1, 2, 37, 3\)"):
+        packed_attention(q, k, v, *edges, method="sortlsh", budget=9, check_finite=True)
 
 
 # PyTorch autograd

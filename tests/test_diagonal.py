@@ -10,31 +10,30 @@ from hypothesis import strategies as st
 
 import kdecore
 from kdecore import OptionError, Treecode
-from kdecore.evaluate import left_diagonal
+from kdecore.evaluate import own_of_remainders
 from kdecore.inputs import canonicalise
 from kdecore.methods import SELECT, treecode
 from kdecore.metrics import errors
 from kdecore.namespaces import host
 from kdecore.planning import make_plan
 from kdecore.shares import check_restrictions, in_halves, shares
-from kdecore.stretches import Remainder, cut
+from kdecore.stretches import Remainder, cut, stacked
 from tests import oracles
 
 
 def owners(problem):
     """Return each query's own key by its label, the first coordinate of k, or −1: what every cut has to leave as it is."""
-    if problem.diagonal is None or problem.n_k == 0:
+    if problem.own is None:
         return np.full((problem.groups, problem.n_q), -1.0)
-    key = (np.arange(problem.n_q) + problem.diagonal) // problem.repeats
-    there = (key >= 0) & (key < problem.n_k)
-    return np.where(there, problem.k[:, np.clip(key, 0, problem.n_k - 1), 0], -1.0)
+    own = np.broadcast_to(problem.own, (problem.groups, problem.n_q))
+    return np.where(own >= 0, np.take_along_axis(problem.k[:, :, 0], np.maximum(own, 0), axis=1), -1.0)
 
 
 def labelled(n_q, n_k, repeats, diagonal, groups=2):
     """Return a problem whose queries and keys say in their first coordinate which they are."""
     q = np.tile(np.arange(n_q, dtype=float)[:, None], (groups * repeats, 1, 2))
     k = np.tile(np.arange(n_k, dtype=float)[:, None], (groups, 1, 2))
-    return canonicalise(q, k, k, diagonal=diagonal)
+    return canonicalise(q, k, k).standing_at(diagonal)
 
 
 @given(st.data(), st.integers(1, 20), st.integers(1, 20), st.integers(1, 3), st.integers(-25, 25))
@@ -51,17 +50,13 @@ def test_slices_keep_what_is_each_querys_own_key(data, n_q, n_k, repeats, diagon
     expected = before[:, slice(*rows)]
     kept = (expected >= keys[0]) & (expected < keys[1])
     np.testing.assert_array_equal(owners(part), np.where(kept, expected, -1.0))
-    span = problem.own_keys(*rows)
-    there = expected[expected >= 0]
-    assert (span is None) == (there.size == 0)
-    if span is not None:
-        np.testing.assert_array_equal((max(span[0], 0), min(span[1], n_k)), (there.min(), there.max() + 1))
+    assert (part.own is None) == (not kept.any())
 
 
 @given(st.integers(2, 20), st.integers(1, 20), st.integers(1, 3), st.integers(-25, 25))
 def test_halves_keep_it(n_q, n_k, repeats, diagonal):
     problem = labelled(n_q, n_k, repeats, diagonal, groups=1)
-    (whole,) = shares(problem, check_restrictions(problem, False, None, None, None, problem.q))
+    (whole,) = shares(problem, check_restrictions(problem, False, None, diagonal, None, None, problem.q))
     halves = [half.problem for half in in_halves(whole)]
     np.testing.assert_array_equal(np.concatenate([owners(half) for half in halves], axis=1), owners(problem))
 
@@ -72,7 +67,7 @@ def test_lengths_windows_and_what_they_leave_keep_it(data, n_q, n_k, repeats, di
     window = data.draw(st.one_of(st.none(), st.integers(1, 10)))
     lengths = data.draw(st.lists(st.integers(0, n_k), min_size=2, max_size=2))
     before = owners(problem)
-    for share in shares(problem, check_restrictions(problem, True, window, lengths, None, problem.q)):
+    for share in shares(problem, check_restrictions(problem, True, window, diagonal, lengths, None, problem.q)):
         if share.problem is None:
             continue
         expected = before[list(share.groups)]
@@ -84,17 +79,56 @@ def test_lengths_windows_and_what_they_leave_keep_it(data, n_q, n_k, repeats, di
             rest = Remainder(queries, spans, None)
             left = np.concatenate([np.arange(*span) for span in spans] or [np.arange(0)])
             k = share.problem.k[:, left, :]
-            part = replace(
-                share.problem, q=share.problem.q[:, slice(*queries)], k=k, diagonal=left_diagonal(share.problem, rest)
-            )
-            own = owners(share.problem)[:, slice(*queries)]
-            # Said where one span holds the own keys of all of these queries, and not said otherwise.
-            all_left = any(np.isin(own, share.problem.k[0, slice(*span), 0]).all() for span in spans)
-            np.testing.assert_array_equal(owners(part), own if all_left else np.full_like(own, -1.0))
+            own = own_of_remainders(share.problem, [rest])
+            part = replace(share.problem, q=share.problem.q[:, slice(*queries)], k=k, own=own)
+            before_cut = owners(share.problem)[:, slice(*queries)]
+            np.testing.assert_array_equal(owners(part), np.where(np.isin(before_cut, k[0, :, 0]), before_cut, -1.0))
 
 
-def own_listed(problem, selection):
-    """Return whether each query's own key is in its block's list: bool (G, n_q)."""
+@given(st.data(), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(-15, 15), st.booleans())
+def test_masks_that_leave_out_keys_between_others_keep_it(data, n_q, n_k, repeats, diagonal, of_each_head):
+    problem = labelled(n_q, n_k, repeats, diagonal)
+    columns = st.lists(st.booleans(), min_size=n_k, max_size=n_k)
+    masks = [data.draw(columns) for _ in range(2 if of_each_head else 1)]
+    mask = np.repeat(np.array(masks), repeats if of_each_head else 1, axis=0)[:, None, :]
+    before = owners(problem)
+    for share in shares(problem, check_restrictions(problem, False, None, diagonal, None, mask, problem.q)):
+        if share.problem is None:
+            continue
+        expected = before[list(share.groups)]
+        labels = share.problem.k[:, :, 0]
+        kept = np.stack([np.isin(own, left) for own, left in zip(expected, labels, strict=True)])
+        np.testing.assert_array_equal(owners(share.problem), np.where(kept, expected, -1.0))
+
+
+@given(st.integers(1, 20), st.integers(1, 3), st.integers(-10, 10))
+def test_remainders_that_are_stacked_keep_it(half, repeats, diagonal):
+    problem = labelled(2 * half, 2 * half, repeats, diagonal)
+    of_queries, of_keys = cut(2 * half * repeats, 2), cut(2 * half, 2)
+    some = [Remainder(queries, (keys,), None) for queries, keys in zip(of_queries, of_keys, strict=True)]
+    q, k = stacked(host, problem.q, of_queries, 2), stacked(host, problem.k, of_keys, 2)
+    before = owners(problem).reshape(len(q), -1)
+    kept = np.stack([np.isin(own, left) for own, left in zip(before, k[:, :, 0], strict=True)])
+    after = owners(replace(problem, q=q, k=k, own=own_of_remainders(problem, some)))
+    np.testing.assert_array_equal(after, np.where(kept, before, -1.0))
+
+
+def test_one_hidden_key_does_not_lose_the_others_queries_own_keys(rng):
+    """Rows that attend to themselves: one padded key in the middle must not cost all of them their own."""
+    x = rng.standard_normal((1, 2048, 32), dtype=np.float32) * 1.2
+    mask = np.ones((1, 2048), dtype=bool)
+    mask[0, 700] = False
+    options = {"diagonal": 0, "certificate": 0.0}
+    exact = kdecore.attention(x, x, x, mask=mask, method="exact")
+    hidden = kdecore.attention(x, x, x, mask=mask, method="treecode", budget=256, **options)
+    seen = kdecore.attention(x, x, x, method="treecode", budget=256, **options)
+    rows = np.arange(2048) != 700
+    of_all = errors(host, seen, kdecore.attention(x, x, x, method="exact")).frobenius
+    assert errors(host, hidden[:, rows], exact[:, rows]).frobenius < 1.2 * of_all
+
+
+def own_listed(problem, selection, diagonal):
+    """Return whether the key at each query's position is in its block's list: bool (G, n_q)."""
     tree_order = treecode.prepare(problem, make_plan(problem, method="treecode", budget=64)).keys.order
     nodes = selection.keys.shape[1] - problem.n_k
     listed = np.zeros((problem.groups, problem.n_q), dtype=bool)
@@ -102,15 +136,16 @@ def own_listed(problem, selection):
         index = selection.key_index[group, block][np.isfinite(selection.log_weight[group, block])]
         keys = tree_order[group][index[index >= nodes] - nodes]
         rows = selection.blocks.index[group, block]
-        listed[group, rows] = np.isin((rows + (problem.diagonal or 0)) // problem.repeats, keys)
+        listed[group, rows] = np.isin(rows + diagonal, keys)
     return listed
 
 
 @pytest.mark.parametrize(("n_q", "diagonal"), [(600, 0), (599, 1), (599, 0), (300, 300), (300, 17), (700, 0), (700, -100)])
 def test_treecode_lists_own_keys_where_they_are_said(rng, n_q, diagonal):
     q, k = rng.standard_normal((n_q, 16)), rng.standard_normal((600, 16))
-    problem = canonicalise(q, k, k, diagonal=diagonal)
-    listed = own_listed(problem, SELECT["treecode"](problem, make_plan(problem, method="treecode", budget=64)))
+    problem = canonicalise(q, k, k).standing_at(diagonal)
+    plan = make_plan(problem, method="treecode", budget=64)
+    listed = own_listed(problem, SELECT["treecode"](problem, plan), diagonal)
     own = np.arange(n_q) + diagonal
     assert listed[0][(own >= 0) & (own < 600)].all()
 
@@ -120,7 +155,7 @@ def test_equal_shapes_say_nothing(rng):
     problem = canonicalise(x, x, x)
     plan = make_plan(problem, method="treecode", budget=64)
     assert treecode.prepare(problem, plan).own is None
-    assert not own_listed(problem, SELECT["treecode"](problem, plan)).all()
+    assert not own_listed(problem, SELECT["treecode"](problem, plan), 0).all()
 
 
 def test_parts_for_want_of_memory_err_as_the_whole_does(rng):
@@ -165,7 +200,7 @@ def test_causal_attention_and_windows_are_aligned_by_it(rng, n_q, diagonal, wind
 def test_a_sample_of_the_far_field_counts_own_keys_once(rng):
     """Own keys are listed, and a node's sample that hits one of its block's counts for nothing."""
     x = rng.standard_normal((1, 900, 8))
-    problem = canonicalise(x[:, :800], x, x, diagonal=100)
+    problem = canonicalise(x[:, :800], x, x).standing_at(100)
     plan = make_plan(problem, method=Treecode(far_field="sample", block_size=8), budget=64)
     selection = SELECT["treecode"](problem, plan)
     for block in range(selection.key_index.shape[1]):

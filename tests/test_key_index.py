@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import kdecore
 from kdecore import DeviceError, DTypeError, KeyIndex, OptionError, ShapeError, Treecode
@@ -63,6 +64,88 @@ def test_errors_stay_small_while_keys_are_appended(rng, steps):
     assert sum(sizes) == 2000
     assert all(later < former for former, later in pairwise(sizes))
     assert all(segment.tree is not None for segment in index._segments[:-1])
+
+
+def test_tensors_on_the_cpu_are_computed_as_arrays_are(rng):
+    """Whatever is asked of an index, also of keys that are appended."""
+    arrays = [clustered(rng, 2, n).astype(np.float32) for n in (90, 700, 700, 200, 200)]
+    found = []
+    for convert in (np.array, torch.from_numpy):
+        q, k, v, more_k, more_v = map(convert, arrays)
+        index = KeyIndex(k, v, budget=100, queries=q)
+        outs = [*index.attend_and_append(q, more_k, more_v, return_lse=True), index.attend(q, rtol=0.3)]
+        index.append(more_k, more_v)
+        *last, report = index.attend(q, return_lse=True, return_report=True)
+        found.append([np.asarray(x) for x in (*outs, *last)])
+        assert all(type(x) is type(q) for x in (*outs, *last))
+        assert (report.library, report.method) == ({np.array: "numpy"}.get(convert, "torch"), "treecode")
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+ROWS = {"q": 30, "k": 150, "v": 150, "more_k": 30, "more_v": 30}
+
+
+def slopes(recorded, budget):
+    """Return what an index says while keys are appended, and the gradients of what is recorded."""
+    rng = np.random.default_rng(0)
+    x = {name: torch.from_numpy(clustered(rng, 2, n)).requires_grad_(name in recorded) for name, n in ROWS.items()}
+    index = KeyIndex(x["k"], x["v"], budget=budget, seed=3)
+    outs = [index.attend(x["q"]), index.attend_and_append(x["q"], x["more_k"], x["more_v"]), index.attend(x["q"])]
+    index.append(x["more_k"], x["more_v"])
+    outs.append(index.attend(x["q"]))
+    loss = sum((out * torch.linspace(-1, 1, 12)).sum() for out in outs)
+    return [out.detach() for out in outs], torch.autograd.grad(loss, [x[name] for name in recorded]), x
+
+
+@pytest.mark.parametrize("budget", [1000, 40], ids=["exact", "estimated"])
+@pytest.mark.parametrize("name", ROWS)
+def test_gradients_of_any_input_arrive(name, budget):
+    """Where one input alone is recorded, the others were NumPy arrays before."""
+    outs, (found,), _ = slopes([name], budget)
+    expected_outs, expected, _ = slopes(list(ROWS), budget)
+    for x, y in zip(outs, expected_outs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found, expected[list(ROWS).index(name)], rtol=1e-9, atol=1e-11)
+    assert (found != 0).any()
+
+
+def test_gradients_of_an_exact_index_are_pytorchs():
+    _, found, x = slopes(list(ROWS), 1000)
+    q, k, v, more_k, more_v = x.values()
+    keys = [k, torch.cat([k, more_k], -2), torch.cat([k, more_k, more_k], -2)]
+    values = [v, torch.cat([v, more_v], -2), torch.cat([v, more_v, more_v], -2)]
+    seen = torch.ones(30, 180, dtype=torch.bool).tril(150)
+    sdpa = functional.scaled_dot_product_attention
+    outs = [sdpa(q, k, v) for k, v in zip(keys, values, strict=True)]
+    outs.append(sdpa(q, keys[1], values[1], seen))
+    loss = sum((out * torch.linspace(-1, 1, 12)).sum() for out in outs)
+    for ours, theirs in zip(found, torch.autograd.grad(loss, list(x.values())), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_no_groups_have_an_index_of_any_length(backend):
+    q, k = (backend.array(np.zeros((0, n, 8), dtype=np.float32)) for n in (70, 90))
+    index = KeyIndex(k, k, budget=20)
+    index.append(k, k)
+    for out in (
+        index.attend(q),
+        index.attend(q, rtol=0.1),
+        index.attend(q, return_report=True)[0],
+        index.attend_and_append(q, k, k),
+    ):
+        assert out.shape == (0, 70, 8)
+    assert index.attend(q, return_lse=True)[1].shape == (0, 70)
+    assert len(index) == 270
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("convert", [np.array, torch.from_numpy], ids=["numpy", "torch"])
+def test_values_without_columns_are_within_any_tolerance(rng, convert, norm):
+    q, k = (convert(clustered(rng, 2, n)) for n in (90, 400))
+    out, report = KeyIndex(k, k[..., :0], budget=20).attend(q, rtol=0.1, rtol_norm=norm, return_report=True)
+    assert out.shape == (2, 90, 0)
+    assert report.certificate is None
 
 
 def test_more_budget_errs_less_and_all_keys_are_exact(rng):
@@ -183,7 +266,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
     before = index.attend(k[:, :4])
     for call, error, message in (
         (lambda: index.attend(k[:2]), ShapeError, "leading dimensions"),
-        (lambda: index.attend(k[..., :5]), ShapeError, r"q must have the last dimension 8 of the index's keys, got shape"),
+        (lambda: index.attend(k[..., :5]), ShapeError, "or a multiple of the last, and last dimension 8, got shape"),
         (lambda: index.attend(k, budget=0), OptionError, "budget must be an integer of at least 1"),
         (lambda: index.attend(k, budget=5, rtol=0.1), OptionError, "budget must be None with rtol"),
         (lambda: index.attend(k, rtol=-1), OptionError, "rtol must be a positive"),
@@ -200,10 +283,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
         (lambda: index.attend(torch.from_numpy(k)), DeviceError, r"q must come from the same library as the index's keys"),
         (lambda: index.append(k.astype(np.float32), v), DTypeError, r"k must have the same dtype as the index's keys"),
         (lambda: index.append(k[:2], v[:2]), ShapeError, "leading dimensions"),
-        (lambda: index.append(k, v[..., :5]), ShapeError, "v must have the last dimension 8"),
+        (lambda: index.append(k, v[..., :5]), ShapeError, "leading dimensions .* and last dimension 8, got"),
         (lambda: index.append(k[:, :3], v), ShapeError, "as many rows"),
         (lambda: index.append(k[:, :0], v[:, :0]), ShapeError, "at least one row"),
         (lambda: KeyIndex(k, v, queries=k[..., :5]), ShapeError, "last dimension"),
+        (
+            lambda: KeyIndex(k, v, queries=k[:, :0]),
+            ShapeError,
+            r"queries must have at least one row, .* shape \(3, 0, 8\)",
+        ),
+        (lambda: KeyIndex(k, v, queries=k[:2]), ShapeError, r"queries must have the index's leading dimensions \(3,\)"),
         (lambda: KeyIndex(k, v, method="sortlsh"), OptionError, 'method must be "treecode"'),
         (lambda: KeyIndex(k, v, budget=0), OptionError, "budget"),
         (lambda: KeyIndex(k, v, budget=5, method=Treecode(num_slots=6)), OptionError, "budget must be"),

@@ -163,7 +163,7 @@ def planned(dtype="float32", d=64, d_v=64, n=3000, options=None, causal=False, w
     """Return what is chosen for a treecode on a CUDA device."""
     q, k, v = (torch.empty(2, n, width, dtype=getattr(torch, dtype), device="meta") for width in (d, d, d_v))
     problem = canonicalise(q, k, v)
-    (share,) = shares(problem, check_restrictions(problem, causal, window, None, None, q))
+    (share,) = shares(problem, check_restrictions(problem, causal, window, None, None, None, q))
     options = (options or Treecode()).resolve(None).at(True)
     return planning._choices(share.problem, options, planning.steps(share.problem, options), CUDA, "auto")
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kdecore
 from kdecore import KernelUnavailable, KeyIndex, MemoryLimitError, OptionError, Treecode
+from kdecore.kernels import threads as threads_module
 from kdecore_adapters.torch_adapter import collect_reports, scaled_dot_product_attention
 from kdecore_adapters.torch_modules import KDEAttention, replace_attention, reroute
 
@@ -182,6 +184,44 @@ def test_an_option_is_honoured(option, way, kind):
     same(way, {**asked, **change}, reference)
 
 
+def used(monkeypatch):
+    """Return what is used from here on, where it is used: threads, and what a search for a budget goes by."""
+    found, function, index = {}, sys.modules["kdecore.attention"], sys.modules["kdecore.key_index"]
+    find, to_tolerance = function.find, KeyIndex._to_tolerance
+
+    def search(share, settings, tried, rtol, rtol_norm, limit):
+        found.update(rtol=rtol, rtol_norm=rtol_norm)
+        return find(share, settings, tried, rtol, rtol_norm, limit)
+
+    def search_in_index(self, problem, rtol, norm):
+        found.update(rtol=rtol, rtol_norm=norm)
+        return to_tolerance(self, problem, rtol, norm)
+
+    def team(threads):
+        found.update(threads=threads)
+        return threads_module.team(threads)
+
+    monkeypatch.setattr(function, "find", search)
+    monkeypatch.setattr(KeyIndex, "_to_tolerance", search_in_index)
+    for module in (function, index):
+        monkeypatch.setattr(module, "team", team)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("option", "way"),
+    [cell for cell in CELLS if cell[0] in ("rtol", "rtol_norm", "threads") and TABLE[cell[0]][cell[1]] == "✓"],
+)
+def test_what_results_of_few_keys_do_not_show_is_used(monkeypatch, option, way):
+    """So few keys are evaluated exactly within any tolerance, and by any number of threads alike."""
+    asked, change = base(way, "estimated"), CHANGES[option]
+    if "rtol" in change:
+        asked.pop("budget", None)
+    found = used(monkeypatch)
+    ask(way, {**asked, **change})
+    assert {name: found[name] for name in change} == change
+
+
 SAID = {
     "causal": lambda name: ({name: True}, {"causal": True, "diagonal": 0}),
     "mask": lambda name: ({name: torch.from_numpy(HIDES)[None, None]}, {"mask": torch.from_numpy(HIDES)}),
@@ -230,7 +270,8 @@ def test_an_unknown_name_is_refused(way, kind):
 @of_kinds
 @pytest.mark.parametrize("way", [way for way in WAYS if TABLE["kernels"][way] == "✓"])
 def test_kernels_that_can_not_run_are_refused(way, kind):
-    with pytest.raises(KernelUnavailable, match="triton: needs PyTorch tensors on a CUDA device"):
+    # Tensors on the CPU are computed as NumPy arrays, which is nothing that a caller knows.
+    with pytest.raises(KernelUnavailable, match="triton: needs PyTorch tensors on a CUDA device, got torch on cpu"):
         ask(way, {**base(way, kind), "kernels": "triton"})
 
 

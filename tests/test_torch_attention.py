@@ -5,8 +5,10 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.utils.flop_counter import FlopCounterMode
 
 import kdecore
 from kdecore_adapters import torch_adapter
@@ -95,7 +97,14 @@ def test_options_are_those_of_the_function():
 
 
 @pytest.mark.parametrize(
-    "method", ["treecode", kdecore.Treecode(far_field="sample"), kdecore.KDEformer(eps=0.5), kdecore.Exact()]
+    "method",
+    [
+        "treecode",
+        kdecore.Treecode(far_field="sample"),
+        kdecore.KDEformer(eps=0.5),
+        kdecore.KDEformer(eps=np.float32(0.5)),
+        kdecore.Exact(),
+    ],
 )
 def test_options_survive_being_text(method):
     assert decoded(encoded({"method": method, "budget": 7})) == {"method": method, "budget": 7}
@@ -121,6 +130,53 @@ def test_errors_name_the_argument(wrong):
     name = {"bugdet": "bugdet", "attn_mask": "attn_mask"}.get(next(iter(wrong)), next(iter(wrong)))
     with pytest.raises(kdecore.OptionError, match=name):
         scaled_dot_product_attention(*same(), **{**ESTIMATED, **wrong})
+
+
+NO_TENSORS = {
+    "list": (lambda x: x.tolist(), "must be a PyTorch tensor, got list"),
+    "array": (lambda x: x.numpy(), "must be a PyTorch tensor, got ndarray"),
+    "nothing": (lambda x: None, "must be a PyTorch tensor, got NoneType"),
+    "sparse": (lambda x: x.to_sparse(), "must be a plain array, got a tensor of layout torch.sparse_coo; pass .*to_dense"),
+}
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+@pytest.mark.parametrize(("given", "said"), NO_TENSORS.values(), ids=NO_TENSORS)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_no_tensor_is_refused_by_its_name(name, given, said, options):
+    arrays = dict(zip(("query", "key", "value"), same(), strict=True))
+    with pytest.raises(kdecore.DTypeError, match=f"^{name} {said}"):
+        scaled_dot_product_attention(**{**arrays, name: given(arrays[name])}, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("option", [{"window": 5}, {"check_finite": True}, {"kernels": "array-api"}], ids=str)
+def test_nested_tensors_are_refused_where_a_call_can_not_be_left_to_pytorch(name, option):
+    arrays = dict(zip(("query", "key", "value"), same(), strict=True))
+    nested = torch.nested.nested_tensor(list(arrays[name]))
+    with pytest.raises(kdecore.DTypeError, match=f"^{name} must be a plain array, got a nested tensor; pass .*key_lengths="):
+        scaled_dot_product_attention(**{**arrays, name: nested}, **option)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of PyTorch's own forward mode
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("options", [ESTIMATED, {"method": "exact"}, {"window": 5}], ids=str)
+def test_forward_mode_is_refused_where_it_would_be_lost(place, options):
+    """An operator passes nothing on: results would have no tangents, or zeros."""
+    arrays, forward = same(), torch.autograd.forward_ad
+
+    def call(x):
+        return scaled_dot_product_attention(*arrays[:place], x, *arrays[place + 1 :], **options)
+
+    step = torch.ones_like(arrays[place])
+    with pytest.raises(kdecore.OptionError, match="query, key and value must record no forward-mode derivatives"):
+        torch.func.jvp(call, (arrays[place],), (step,))
+    with (
+        forward.dual_level(),
+        pytest.raises(kdecore.OptionError, match="query, key and value must record no forward-mode derivatives"),
+    ):
+        call(forward.make_dual(arrays[place], step))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +279,98 @@ def test_lengths_are_mapped_over():
         hidden[0, 0, :, int(seen[0]) :] = 1e6
         again = torch.func.vmap(call, in_dims=dims)(q, k, hidden, some)
         assert torch.equal(again[0, 0], found[0, 0])
+
+
+def test_lengths_in_a_list_are_those_in_a_tensor():
+    arrays = same()
+    listed, lengths = (
+        lambda *x, given=given: scaled_dot_product_attention(*x, key_lengths=given, **ESTIMATED)
+        for given in ([30, 9], torch.tensor([30, 9]))
+    )
+    expected = lengths(*arrays)
+    assert torch.equal(listed(*arrays), expected)
+    assert torch.equal(torch.compile(listed, fullgraph=True, backend="aot_eager")(*arrays), expected)
+    mapped = [x[None].expand(3, *x.shape) for x in arrays]
+    assert torch.equal(torch.func.vmap(listed)(*mapped), torch.func.vmap(lengths)(*mapped))
+    for wrong in ([30, 9.5], [30, 31], [30, 9, 3]):
+        with pytest.raises(kdecore.KdecoreError, match=r"^key_lengths must"):
+            scaled_dot_product_attention(*arrays, key_lengths=wrong, **ESTIMATED)
+
+
+CHANGED = {
+    "budget": (10, 20, 30, 25),
+    "window": (3, 5, 9, 20),
+    "diagonal": (0, 1, 7, 30),
+    "certificate": (0.0, 1e6, 0.0, 1e5),
+    "rtol": (0.5, 0.1, 0.25),
+    "scale": (1.0, 0.5, 2.0),
+}
+
+
+@pytest.mark.parametrize("option", CHANGED)
+def test_a_compiled_call_takes_options_that_changed(option):
+    """From its second value on a number is a symbol to the compiler: no graph of another value may be taken."""
+    torch.compiler.reset()
+    arrays = same(60, 60)
+    base = {"method": "sortlsh"} if option == "rtol" else {**ESTIMATED, "window": 9 if option == "diagonal" else None}
+
+    def attend(q, k, v, value):
+        return scaled_dot_product_attention(q, k, v, **{**base, option: value})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for value in CHANGED[option]:
+        with collect_reports() as reports:
+            found, expected = compiled(*arrays, value), attend(*arrays, value)
+        assert torch.equal(found, expected)
+        # A tolerance is seen in the reason only: so few keys are evaluated exactly.
+        ours, theirs = ((one.budget, one.diagonal, one.reason, one.certificate and one.certificate.rows) for one in reports)
+        assert ours == theirs
+        assert option != "rtol" or f"rtol {value}" in ours[2]
+
+
+# What follows the operations of `kdecore.attention` itself, which otherwise are not PyTorch's on the CPU
+
+BY_OPERATIONS = {"exact": {"method": "exact"}, "sortlsh": ESTIMATED}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo :UserWarning")  # of where it breaks the graph, and of caches
+@pytest.mark.parametrize(("how", "method"), [("trace", "exact"), ("trace", "sortlsh"), ("compile", "exact")])
+def test_what_is_traced_is_attention_of_other_arrays_too(how, method):
+    """And not the result for those that it was traced with."""
+    torch.compiler.reset()
+    q, k, v = same()
+
+    def attend(q, k, v):
+        return kdecore.attention(q, k, v, kernels="array-api", **BY_OPERATIONS[method])
+
+    if how == "trace":
+        traced = torch.jit.trace(attend, (q, k, v), check_trace=False)
+    else:
+        traced = torch.compile(attend, backend="eager")
+        traced(q, k, v)
+    # Hashes, of which a trace may make constants, are the same for longer queries.
+    torch.testing.assert_close(traced(2 * q, k, 3 * v), attend(2 * q, k, 3 * v), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", BY_OPERATIONS.values(), ids=BY_OPERATIONS)
+def test_what_can_not_be_traced_is_refused_by_pytorch(options):
+    with pytest.raises(RuntimeError, match="value out of a tracing tensor"):
+        make_fx(lambda *x: kdecore.attention(*x, **options))(*same())
+
+
+@pytest.mark.parametrize("options", BY_OPERATIONS.values(), ids=BY_OPERATIONS)
+def test_modes_meet_the_operations(options):
+    arrays = same()
+    call = {"kernels": "array-api", **options}
+    expected = kdecore.attention(*arrays, **call)
+    with FlopCounterMode(display=False) as counter:
+        found = kdecore.attention(*arrays, **call)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert counter.get_total_flops() > 0
+    # A mode of functions, as the device that tensors are made on, follows what is called and not what is done.
+    with torch.device("cpu"):
+        assert torch.equal(kdecore.attention(*arrays, **call), expected)
 
 
 def test_torch_compile_takes_any_length():

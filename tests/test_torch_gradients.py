@@ -239,6 +239,46 @@ def test_nothing_has_no_gradient(q, k):
         assert (x.grad == 0).all()
 
 
+HIDES_ALL = {
+    "lengths": {"key_lengths": [0, 0]},
+    "boolean mask": {"attn_mask": torch.zeros(30, 30, dtype=torch.bool)},
+    "window": {"window": 3, "diagonal": 500},
+    "learned mask": {"attn_mask": torch.full((30, 30), -torch.inf, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("hides", HIDES_ALL.values(), ids=HIDES_ALL)
+@pytest.mark.parametrize("method", ["sortlsh", "treecode"])
+def test_queries_that_see_no_key_have_no_gradient(method, hides):
+    arrays = tensors((2, 4, 30, 6), (2, 4, 30, 6), (2, 4, 30, 5))
+    hides = {name: x.clone() if name == "attn_mask" else x for name, x in hides.items()}
+    mask = hides.get("attn_mask")
+    if mask is not None and mask.dtype != torch.bool:
+        arrays.append(mask.requires_grad_())
+    out = scaled_dot_product_attention(*arrays[:3], method=method, budget=20, **hides)
+    assert (out == 0).all()
+    for x, slope in zip(arrays, torch.autograd.grad(out.sum(), arrays), strict=True):
+        assert slope.shape == x.shape
+        assert (slope == 0).all()
+
+
+@pytest.mark.parametrize("method", ["sortlsh", "treecode"])
+def test_queries_that_see_no_key_beside_others_have_no_gradient(method):
+    arrays = tensors((2, 4, 30, 6), (2, 4, 30, 6), (2, 4, 30, 5))
+    out = scaled_dot_product_attention(*arrays, method=method, budget=20, key_lengths=[0, 25])
+    for slope in torch.autograd.grad((out * torch.linspace(-1, 1, 5)).sum(), arrays):
+        assert (slope[0] == 0).all()
+        assert slope.isfinite().all()
+        assert (slope[1] != 0).any()
+    q, k, v = arrays
+    # Queries stand before and behind the keys.
+    out = scaled_dot_product_attention(q, k, v, method=method, budget=20, window=3, diagonal=15)
+    (slope,) = torch.autograd.grad((out * torch.linspace(-1, 1, 5)).sum(), q)
+    assert slope.isfinite().all()
+    assert (slope[..., 17:, :] == 0).all()
+    assert (slope[..., :15, :] != 0).any(dim=-1).all()
+
+
 @pytest.mark.parametrize("kernels", ["auto", "array-api"])
 @pytest.mark.parametrize("method", ["sortlsh", "treecode", "kdeformer"])
 def test_calls_in_inference_mode_leave_nothing_that_training_cannot_record(method, kernels):

@@ -1,9 +1,12 @@
 """`KDEAttention`, `reroute`, `replace_attention`: at a full budget as PyTorch has it, and what becomes of each call."""
 
+import contextvars
 import copy
 import io
 import re
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +17,17 @@ from torch.overrides import _get_current_function_mode_stack as running_modes
 from torch.utils.checkpoint import checkpoint
 
 from kdecore import OptionError
-from kdecore_adapters.torch_adapter import collect_reports
-from kdecore_adapters.torch_calls import Count
-from kdecore_adapters.torch_modules import POSITION_BIAS, KDEAttention, NothingReplaced, replace_attention, reroute
+from kdecore_adapters.torch_adapter import collect_reports, scaled_dot_product_attention
+from kdecore_adapters.torch_calls import TAKEN, Count
+from kdecore_adapters.torch_modules import (
+    POSITION_BIAS,
+    KDEAttention,
+    NothingReplaced,
+    replace_attention,
+    reroute,
+    restore_attention,
+)
+from kdecore_adapters.torch_operator import counted_by
 
 FULL = {"method": "treecode", "budget": 1000}
 SMALL = {"method": "sortlsh", "budget": 50}
@@ -221,7 +232,11 @@ def test_what_can_not_be_kept_is_refused():
         (lambda: reroute(bugdet=3), "got 'bugdet'"),
         (lambda: replace_attention(model(), bugdet=3), "got 'bugdet'"),
         (lambda: replace_attention(model(), layers={"0": {"bugdet": 3}}), "got 'bugdet'"),
-        (lambda: replace_attention(model(), layers={"7*": {}}), "must name modules of the model, got '7\\*'; it has 0,"),
+        (lambda: replace_attention(model(), layers={"7*": {}}), "must name modules of the model, got '7\\*'; it has '0',"),
+        (lambda: replace_attention(model(), layers={0: {}}), "must name modules of the model, got 0; it has '0',"),
+        (lambda: replace_attention(Layer(), layers={"7": {}}), "got '7'; it has 'project'$"),
+        (lambda: replace_attention(model(), min_keys=-1), "min_keys must be an integer of at least 0, got -1"),
+        (lambda: reroute(min_keys="3"), "min_keys must be an integer of at least 0, got '3'"),
     ):
         with pytest.raises(OptionError, match=message):
             call()
@@ -326,6 +341,64 @@ def test_attention_weights_that_are_asked_for_are_those_of_pytorch():
     assert met.counts == {("", "attention weights are asked for"): 1}
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CHECK)
+
+
+BEYOND_PYTORCH = [
+    {"window": 5},
+    {"key_lengths": [N, 20]},
+    {"kernels": "array-api"},
+    {"check_finite": True},
+    {"max_memory": 10**9},
+]
+
+
+@pytest.mark.parametrize("option", BEYOND_PYTORCH, ids=str)
+@pytest.mark.parametrize("block", [True, False])
+def test_attention_weights_are_refused_with_options_that_pytorch_has_not(block, option):
+    """Weights are PyTorch's own, which would drop the option."""
+    _, module = pair(batch_first=True)
+    x = rows(2, N, WIDTH)
+    if not block:
+        replace_attention(module, min_keys=1, **SMALL, **option)
+    with (
+        pytest.raises(OptionError, match=r"must be left to PyTorch \(attention weights are asked for\), .* none of window"),
+        reroute(min_keys=1, **(SMALL if block else {}), **option),
+    ):
+        module(x, x, x, need_weights=True)
+    assert not running_modes()
+
+
+@pytest.mark.parametrize("how", ["block", "model", "compiled"])
+def test_without_attention_weights_these_options_hold(how):
+    """Compiled in one graph it would be left to PyTorch: the graph is broken instead."""
+    torch.compiler.reset()
+    _, module = pair(batch_first=True)
+    x, distance = rows(2, N, WIDTH), torch.arange(N)[:, None] - torch.arange(N)
+    expected, _ = module(x, x, x, attn_mask=distance.abs() >= 5, need_weights=False)
+    if how == "block":
+        with reroute(window=5):
+            out, _ = module(x, x, x, need_weights=False)
+    else:
+        replace_attention(module, window=5)
+        call = torch.compile(module, backend="eager") if how == "compiled" else module
+        with torch.no_grad():
+            out, _ = call(x, x, x, need_weights=False)
+    torch.testing.assert_close(out, expected, **CHECK)
+    assert not running_modes()
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_what_can_not_hold_in_one_graph_raises(block):
+    torch.compiler.reset()
+    _, module = pair(batch_first=True)
+    x = rows(2, N, WIDTH)
+    if not block:
+        replace_attention(module, window=5)
+    one_graph = torch.compile(module, backend="eager", fullgraph=True)
+    met = reroute(window=5) if block else nullcontext()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="OptionError"), met:
+        one_graph(x, x, x, need_weights=False)
+    assert not running_modes()
 
 
 @pytest.mark.parametrize(("min_keys", "outcome"), [(1, "exact"), (1000, "fewer than 1000 keys")])
@@ -503,6 +576,41 @@ def test_restore_leaves_attention_to_pytorch():
     assert torch.equal(found(x), expected)
     assert replacement.counts == counted
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in found.modules())
+
+
+@pytest.mark.parametrize("how", ["itself", "twice", "pickled", "copied"])
+def test_restore_attention_leaves_any_model_to_pytorch(how):
+    """Of a copy, `Replacement.restore` of what was copied knows nothing."""
+    found, x = model(), rows(2, N, WIDTH)
+    keys, expected = list(found.state_dict()), found(x)
+    replace_attention(found, min_keys=1, layers={"0": {"method": "treecode"}}, **SMALL)
+    if how == "twice":
+        replace_attention(found[1], min_keys=1, **SMALL)
+    estimated, restored = found(x), found
+    if how == "pickled":
+        file = io.BytesIO()
+        torch.save(found, file)
+        file.seek(0)
+        restored = torch.load(file, weights_only=False)
+    elif how == "copied":
+        restored = copy.deepcopy(found)
+    assert torch.equal(restored(x), estimated)
+    assert not torch.equal(estimated, expected)
+    restore_attention(restored)
+    assert torch.equal(restored(x), expected)
+    assert list(restored.state_dict()) == keys
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in restored.modules())
+    if restored is not found:
+        assert torch.equal(found(x), estimated)
+
+
+def test_restore_attention_leaves_other_hooks_and_models_alone():
+    found, x, calls = model(), rows(2, N, WIDTH), []
+    found[0].register_forward_hook(lambda *_: calls.append(1))
+    expected = found(x)
+    restore_attention(found)
+    assert torch.equal(found(x), expected)
+    assert len(calls) == 2
 
 
 class Raises(nn.Module):
@@ -693,6 +801,17 @@ def test_a_model_with_a_softmax_of_its_own_is_warned_of():
         OwnSoftmax()(x)
 
 
+@pytest.mark.parametrize("block", [True, False])
+def test_the_warning_names_the_line_that_called(block):
+    """And no line of PyTorch's modules, nor of these."""
+    found, x = nn.Sequential(nn.Sequential(OwnSoftmax())), rows(2, N, WIDTH)
+    if not block:
+        replace_attention(found, min_keys=1, **SMALL)
+    with pytest.warns(NothingReplaced) as warned, reroute(min_keys=1, **SMALL) if block else nullcontext():
+        found(x)
+    assert [one.filename for one in warned] == [__file__]
+
+
 def test_parts_without_attention_and_models_that_raise_are_not():
     found, x = nn.Sequential(nn.Identity(), Layer(), Raises(ValueError("in the model"))), rows(2, N, WIDTH)
     replace_attention(found, min_keys=1, **SMALL)
@@ -724,6 +843,25 @@ def test_the_table_says_what_ran_and_what_it_took():
     assert re.match(r"1\.1 +2 +50 +0\.\d+ +\d+\.\d  sortlsh$", lines[1])
 
 
+@pytest.mark.parametrize(("device", "reason"), [("cuda", ""), ("cuda", "dropout"), ("cpu", "dropout"), ("cpu", "")])
+def test_a_call_is_counted_once_wherever_it_runs(device, reason):
+    """Of what lies on a device nothing waits for a report; the block around it must not ask for one either."""
+    q, there = rows(1, 2, N, 8), SimpleNamespace(device=torch.device(device))
+    with reroute(min_keys=1, **SMALL) as met:
+        met.calls.watch("", reason, there, lambda: scaled_dot_product_attention(q, q, q, **SMALL))
+    assert met.counts == {("", reason or {"cpu": "sortlsh", "cuda": TAKEN}[device]): 1}
+
+
+def test_counting_may_end_in_another_context_than_it_began_in():
+    """As where a KeyboardInterrupt leaves what another thread or task began."""
+    counted, other = [], contextvars.copy_context()
+    counting = counted_by(counted.append)
+    other.run(counting.__enter__)
+    counting.__exit__(None, None, None)
+    scaled_dot_product_attention(*[rows(1, 2, N, 8)] * 3, **SMALL)
+    assert not counted
+
+
 def test_checking_options_leaves_no_report_behind():
     with collect_reports() as reports:
         reroute(method="exact")
@@ -753,6 +891,22 @@ def test_rows_that_attend_to_themselves_have_own_keys():
         ours(x, x, x)
         ours(x, x.clone(), x)
     assert [report.diagonal for report in reports] == [0, None]
+
+
+@pytest.mark.parametrize("call", ["plain", "both", "causal", "causal, padding", "causal, padding, additive"])
+@pytest.mark.parametrize("diagonal", [0, 3])
+def test_a_diagonal_of_the_module_holds_or_is_refused(diagonal, call):
+    """PyTorch's causal attention is aligned to the first query and key, with padding too."""
+    ours, theirs = pair({**FULL, "diagonal": diagonal}, batch_first=True)
+    x, call = rows(2, N, WIDTH), CALLS[call]
+    if diagonal and "is_causal" in call:
+        with pytest.raises(OptionError, match="diagonal must be None where the first query stands at the first key, got 3"):
+            ours(x, x, x, **call)
+        return
+    with collect_reports() as reports:
+        out, _ = ours(x, x, x, **call)
+    assert [report.diagonal for report in reports] == [diagonal]
+    torch.testing.assert_close(out, theirs(x, x, x, need_weights=False, **call)[0], **CHECK)
 
 
 # torch.compile
@@ -838,3 +992,4 @@ def test_multi_head_attention_in_a_graph_is_left_to_pytorch():
     replacement = replace_attention(found, min_keys=1, **SMALL)
     torch.testing.assert_close(torch.compile(found, backend="eager")(x), expected, **CHECK)
     assert not replacement.counts
+    assert str(replacement) == "no attention was met\ncompiled: not counted"

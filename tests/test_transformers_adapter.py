@@ -336,6 +336,42 @@ def test_the_scale_and_the_causality_of_a_layer(scaling, causal, small):
         torch.testing.assert_close(out, expected, **CHECK)
 
 
+LITTLE = RIGHT.bool()[:, None, None, :]
+DIAGONALS = {
+    # Aligned to the first key, as PyTorch has it.
+    "causal": (N, True, None, 0, "first query stands at the first key"),
+    # Aligned to the last key: a chunk of a prefill, or a whole one.
+    "causal, padded": (N, True, LITTLE.to(adapter.CAUSAL_TOO), 0, "last query stands at the last key"),
+    "chunk, padded": (35, True, LITTLE.to(adapter.CAUSAL_TOO), N - 35, "last query stands at the last key"),
+    "all seen": (N, False, None, None, ""),
+    "padded": (N, False, LITTLE, None, ""),
+}
+
+
+@pytest.mark.parametrize("case", DIAGONALS.values(), ids=DIAGONALS)
+@pytest.mark.parametrize("diagonal", [None, 0, 3, N - 35])
+def test_a_diagonal_holds_or_is_refused(diagonal, case):
+    """What a causal model sees is the model's, whatever is asked for."""
+    n_q, causal, hides, own, said = case
+    register(diagonal=diagonal, **FULL)
+    q, k, v = torch.randn(3, 2, 4, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    layer = torch.nn.Module()
+    layer.is_causal = causal
+    call = transformers.AttentionInterface()["kdecore"]
+    if said and diagonal not in (None, own):
+        with pytest.raises(OptionError, match=f"diagonal must be None where the {said}, got {diagonal}"):
+            call(layer, q[:, :, :n_q], k, v, hides)
+        return
+    with collect_reports() as reports:
+        out, _ = call(layer, q[:, :, :n_q], k, v, hides)
+    assert [report.diagonal for report in reports] == [own if said else diagonal]
+    seen_keys = torch.ones(n_q, N, dtype=torch.bool)
+    seen_keys = seen_keys.tril(N - n_q) if causal else seen_keys
+    whole = seen_keys if hides is None else seen_keys & LITTLE
+    expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, :n_q], k, v, whole).transpose(1, 2)
+    torch.testing.assert_close(out, expected, **CHECK)
+
+
 def test_unknown_options_are_refused_and_nothing_is_registered():
     for call in ({"bugdet": 3}, {"layers": {0: {"bugdet": 3}}}):
         with pytest.raises(OptionError, match="got 'bugdet'"):
