@@ -1,13 +1,21 @@
 """`attend`: the one engine, Selection → Part, through the kernels that the plan chose."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from kdecore.inputs import Problem
 from kdecore.merge import Part, merge
-from kdecore.namespaces import Array, spans
+from kdecore.namespaces import Array, Namespace, contiguous, spans, take_along_rows
 from kdecore.planning import MASK_TILE, Plan
-from kdecore.selection import Blocks, Selection
+from kdecore.selection import Blocks, Opening, Selected, Selection, Slots, changed, slots_evaluated, slots_of
+
+Watch: TypeAlias = Callable[[Slots], object]
+"""Told how many slots each Selection that was evaluated had."""
 
 
-def attend(problem: Problem, plan: Plan, selection: Selection, before: Part | None = None) -> Part:
+def attend(
+    problem: Problem, plan: Plan, selection: Selected, before: Part | None = None, watch: Watch | None = None
+) -> Part:
     """Evaluate a Selection, and merge the result with ``before``, whose memory it may take.
 
     Returns
@@ -16,14 +24,74 @@ def attend(problem: Problem, plan: Plan, selection: Selection, before: Part | No
         out (G, n_q, d_v) and lse (G, n_q) in the accumulation dtype and in the order of the queries.
     """
     xp = problem.xp
+    if isinstance(selection, Opening):
+        part, counts = attend_opening(problem, plan, selection, before)
+        if watch is not None:
+            watch(slots_of(xp, counts, selection.blocks, selection.own))
+        return part
     if selection.blocks is None or selection.key_index is None:
-        part: Part
-        if problem.mask is not None:
-            part = attend_masked(problem, plan)
-        else:
-            part = plan.kernels["attend_dense"].function(xp, problem.q, problem.k, problem.v, problem.scale)
+        if watch is not None:
+            watch(Slots(problem.groups * problem.n_q * problem.n_k, problem.n_k))
+        part = attend_all(problem, plan)
         return part if before is None else merge(xp, before, part)
+    if watch is not None:
+        watch(slots_evaluated(xp, selection))
+    merged = selection.slope is None and selection.log_normaliser is None and selection.own is None
+    part = attend_lists(problem, plan, selection, before if merged else None)
+    return part if before is None or merged else merge(xp, before, part)
 
+
+def attend_all(problem: Problem, plan: Plan) -> Part:
+    """Evaluate all keys."""
+    if problem.mask is not None:
+        return attend_masked(problem, plan)
+    part: Part = plan.kernels["attend_dense"].function(problem.xp, problem.q, problem.k, problem.v, problem.scale)
+    return part
+
+
+def attend_opening(problem: Problem, plan: Plan, opening: Opening, before: Part | None) -> tuple[Part, Array]:
+    """Evaluate what a tree opened down to a threshold gives; return that and the lengths of lists (G, B)."""
+    nodes, first = opening.nodes, opening.first_query
+    end = first + int(opening.coordinates.shape[1])
+    whole = (first, end) == (0, problem.n_q)
+
+    def own_rows(rows: Array) -> Array:
+        return rows if whole else contiguous(rows[:, first:end, ...])
+
+    part, counts = plan.kernels["attend_tree"].function(
+        problem.xp,
+        own_rows(problem.q),
+        problem.scale,
+        opening.coordinates,
+        opening.blocks.index,
+        nodes.keys,
+        nodes.values,
+        nodes.spread,
+        nodes.variances,
+        nodes.sizes,
+        opening.threshold,
+        opening.most,
+        opening.start,
+        opening.own,
+        opening.slope,
+        None if before is None else Part(own_rows(before.out), own_rows(before.lse)),
+    )
+    if not whole:
+        assert before is not None
+        part = Part(*(_put_rows(problem.xp, *pair, first) for pair in ((before.out, part.out), (before.lse, part.lse))))
+    return part, counts
+
+
+def _put_rows(xp: Namespace, rows: Array, some: Array, first: int) -> Array:
+    """Return rows (G, n, …) with some others in the place of those from the first on."""
+    return xp.concat([rows[:, :first, ...], some, rows[:, first + int(some.shape[1]) :, ...]], axis=1)
+
+
+def attend_lists(problem: Problem, plan: Plan, selection: Selection, before: Part | None) -> Part:
+    """Evaluate each block's list; ``before`` as in `attend`, where nothing is to be done to the result of the lists."""
+    xp = problem.xp
+    assert selection.blocks is not None
+    assert selection.key_index is not None
     keys = problem.k if selection.keys is None else selection.keys
     values = problem.v if selection.values is None else selection.values
 
@@ -40,8 +108,7 @@ def attend(problem: Problem, plan: Plan, selection: Selection, before: Part | No
     if problem.mask is not None:
         bias = flat(mask_bias(problem, selection.blocks.index, selection.key_index))
     more = {} if bias is None else {"bias": bias}
-    changes = selection.slope is not None or selection.log_normaliser is not None
-    if before is not None and not changes:
+    if before is not None:
         more["before"] = Part(flat(before.out), flat(before.lse))
     part = plan.kernels["attend_blocks"].function(
         xp,
@@ -57,14 +124,27 @@ def attend(problem: Problem, plan: Plan, selection: Selection, before: Part | No
     lead = (problem.groups, problem.n_q)
     out, lse = xp.reshape(part.out, (*lead, int(values.shape[2]))), xp.reshape(part.lse, lead)
     if selection.slope is not None:
-        change = plan.kernels["project_rows"].function(xp, problem.q, selection.slope * problem.scale)
+        change = changed(xp, problem.q, selection, plan.kernels["project_rows"].function, problem.scale)
         change *= out[:, :, -1:]
         change += out[:, :, :-1]
         out = change
     part = Part(out, lse)
+    if selection.own is not None:
+        part = merge(xp, part, own_part(problem, selection.own))
     if selection.log_normaliser is not None:
         part = Part(out * xp.exp(lse - selection.log_normaliser)[..., None], selection.log_normaliser)
-    return part if before is None or not changes else merge(xp, before, part)
+    return part
+
+
+def own_part(problem: Problem, own: Array) -> Part:
+    """Return attention of each query to the one key ``own`` (G, n_q), −1 for none."""
+    xp, index = problem.xp, problem.xp.maximum(own, problem.xp.zeros_like(own))
+    q, k, v = (
+        xp.astype(x, problem.dtype, copy=False)
+        for x in (problem.q, *(take_along_rows(xp, x, index) for x in (problem.k, problem.v)))
+    )
+    logits = xp.sum(q * k, axis=-1) * problem.scale
+    return Part(xp.where((own < 0)[..., None], 0.0, v), xp.where(own < 0, -xp.inf, logits))
 
 
 def mask_bias(problem: Problem, rows: Array, keys: Array) -> Array:

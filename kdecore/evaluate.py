@@ -12,38 +12,23 @@ with a mask. The parts are merged by log-sum-exp. For causal attention:
       ███▒
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
-from kdecore.attend import attend
+from kdecore.attend import Watch, attend
 from kdecore.inputs import Problem, own_among
 from kdecore.merge import Part
 from kdecore.methods import SELECT, STRETCHES
 from kdecore.namespaces import Array, host, spans, to_host
 from kdecore.options import Exact
 from kdecore.planning import TILE_BIAS, Plan, Step
-from kdecore.selection import Selection, equal_blocks, shifted, slots_evaluated, together
+from kdecore.selection import Opening, Selected, Selection, equal_blocks, shifted, together
 from kdecore.shares import single
 from kdecore.stretches import Described, Remainder, Span, cut, inner_keys, put_back, remainder, stacked
 
 ROOM = 4
 """A list that begins with stretches has room for so many times more."""
-
-
-Watch: TypeAlias = Callable[[Problem, Selection], object]
-"""Told of every Selection that is evaluated, and of the problem whose queries and keys it is of."""
-
-
-def counting(slots: list[Array | int]) -> Watch:
-    """Return what adds to ``slots`` how many each Selection evaluates, for all queries together."""
-
-    def count(problem: Problem, selection: Selection) -> None:
-        every = selection.blocks is None
-        slots.append(problem.groups * problem.n_q * problem.n_k if every else slots_evaluated(problem.xp, selection))
-
-    return count
 
 
 def evaluate(problem: Problem, plan: Plan, watch: Watch | None = None) -> Part:
@@ -52,10 +37,7 @@ def evaluate(problem: Problem, plan: Plan, watch: Watch | None = None) -> Part:
         method = STRETCHES.get(plan.method)
         described = method.describe(replace(problem, visible=None), plan) if method else Described((), ())
         return by_stretches(problem, plan, plan.steps, described, nothing(problem), watch)
-    selection = SELECT[plan.method](problem, plan)
-    if watch is not None:
-        watch(problem, selection)
-    part = attend(problem, plan, selection)
+    part = attend(problem, plan, SELECT[plan.method](problem, plan), watch=watch)
     return part if problem.mask is None or plan.method == "exact" else rescued(problem, plan, part)
 
 
@@ -95,15 +77,13 @@ def by_stretches(
     """
     xp = problem.xp
     if not levels:
-        selections = tiles(problem)
+        selections: list[Selected] = [*tiles(problem)]
         remainders: list[Remainder] = []
     else:
         selections, remainders = of_level(problem, plan, levels[0], described)
     part = before
     for selection in selections:
-        if watch is not None:
-            watch(problem, selection)
-        part = attend(problem, plan, selection, part)
+        part = attend(problem, plan, selection, part, watch)
     alike: dict[tuple[object, ...], list[Remainder]] = {}
     for one in remainders:
         alike.setdefault(one.kind, []).append(one)
@@ -140,7 +120,7 @@ def own_of_remainders(problem: Problem, some: list[Remainder]) -> Array | None:
     return found if bool(host.any(found >= 0)) else None
 
 
-def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> tuple[list[Selection], list[Remainder]]:
+def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> tuple[list[Selected], list[Remainder]]:
     """Select, for each stretch of queries, from the keys that all of them see; and return what is left."""
     assert problem.visible is not None
     level = step.level
@@ -155,8 +135,8 @@ def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> 
     def prepared() -> Any:
         return STRETCHES[plan.method].prepare(replace(problem, visible=None), plan, level, described)
 
-    apart: list[Selection] = []
-    chosen: list[Selection] = []
+    apart: list[Selected] = []
+    chosen: list[Selected] = []
     remainders: list[Remainder] = []
     for number, queries in enumerate(cut(problem.n_q, 1 << level)):
         seen = problem.visible.rows(slice(*queries))
@@ -173,9 +153,8 @@ def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> 
         rest = remainder(queries, seen, (first, end))
         if rest.visible.pairs:
             remainders.append(rest)
-    if chosen:
-        apart.append(together(problem.xp, chosen))
-    return apart, remainders
+    lists = [one for one in chosen if isinstance(one, Selection)]
+    return [*apart, *(one for one in chosen if isinstance(one, Opening)), *together(problem.xp, lists)], remainders
 
 
 def every_key(problem: Problem, queries: Span, keys: Span) -> Selection:
@@ -190,10 +169,12 @@ def every_key(problem: Problem, queries: Span, keys: Span) -> Selection:
     return Selection(equal_blocks(xp, row, queries[1] - queries[0]), key[:, None, :], weight)
 
 
-def of_part(problem: Problem, plan: Plan, queries: Span, keys: Span) -> Selection:
+def of_part(problem: Problem, plan: Plan, queries: Span, keys: Span) -> Selected:
     """Select for some queries from some keys as if there were no others."""
     selection = SELECT[plan.method](problem.rows(*queries).keys(*keys), plan)
-    return every_key(problem, queries, keys) if selection.blocks is None else shifted(selection, queries[0], keys[0])
+    if selection.blocks is None:
+        return every_key(problem, queries, keys)
+    return shifted(problem.xp, selection, queries[0], keys[0], problem.n_q)
 
 
 def tiles(problem: Problem) -> list[Selection]:

@@ -5,17 +5,17 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple, cast
 
-from kdecore.attend import attend
+from kdecore.attend import Watch, attend
 from kdecore.call import CallOptions
 from kdecore.certificate import FEWEST_ROWS, Certificate, certify, estimate_errors, stratified
 from kdecore.errors import OptionError, ShapeError, did_you_mean
-from kdecore.evaluate import Watch, counting
 from kdecore.inputs import Problem, canonicalise_on_host, check_alike, same_or_grouped_heads
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.registry import choose
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
+from kdecore.methods.view import second_moment
 from kdecore.namespaces import (
     Array,
     device_context,
@@ -35,7 +35,7 @@ from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, check_bool
 from kdecore.outcomes import run_all
 from kdecore.planning import Plan, check_settings, exact_row_cost, expected_cost, make_plan, site_of
 from kdecore.report import report_of_plan
-from kdecore.selection import Selection
+from kdecore.selection import Selected, Selection, Slots
 from kdecore.shares import check_restrictions
 from kdecore.tolerance import CERTIFIED_STREAM, MARGIN, PILOT_STREAM, Round
 
@@ -72,12 +72,12 @@ class Found(NamedTuple):
     plans
         What was done with each segment.
     slots
-        How many slots counted in each, for all queries together.
+        How many slots counted in each.
     """
 
     part: Part
     plans: list[Plan]
-    slots: list[Array | int]
+    slots: list[Slots]
 
 
 class KeyIndex:
@@ -167,7 +167,7 @@ class KeyIndex:
         multiply = choose("cross_moment", site_of(problem), self._settings["kernels"]).function
         with team(self._settings["threads"]), device_context(self._one[0]):
             with quiet():
-                self._moment = treecode.second_moment(problem, multiply, seen)
+                self._moment = second_moment(problem, multiply, seen)
             self._segments = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 
     @property
@@ -251,8 +251,8 @@ class KeyIndex:
         results = self._results(problem, found.part, q, return_lse)
         if return_report:
             compiling, took = compile_seconds() - compiled, time.perf_counter() - started
-            main = max(zip(found.slots, found.plans, strict=True), key=lambda one: to_float(one[0]))[1]
-            report = report_of_plan(problem, main, sum(map(to_float, found.slots)), took, compiling)
+            main = max(zip(found.slots, found.plans, strict=True), key=lambda one: to_float(one[0].total))[1]
+            report = report_of_plan(problem, main, found.slots, took, compiling)
             results.append(
                 replace(
                     report,
@@ -341,8 +341,8 @@ class KeyIndex:
         segments = [in_library(problem, segment) for segment in self._segments]
         n_k = sum(segment.problem.n_k for segment in segments)
         parts, plans = [], []
-        slots: list[Array | int] = []
-        watch = counting(slots) if count else None
+        slots: list[Slots] = []
+        watch = slots.append if count else None
         for segment in segments:
             of_segment = replace(segment.problem, q=problem.q, repeats=problem.repeats)
             options: Options = Exact()
@@ -439,13 +439,10 @@ class KeyIndex:
             return Segment(problem, treecode.build(problem, plan, in_library_of(problem.k, self._moment)))
 
     def _attend_segment(self, problem: Problem, tree: treecode.KeyTree | None, plan: Plan, watch: Watch | None) -> Part:
-        selection = Selection()
+        selection: Selected = Selection()
         if tree is not None and plan.method != "exact":
-            prepared = treecode.prepare_queries(problem, plan, treecode.for_queries(problem, tree))
-            selection = treecode.open_for(problem, plan, prepared)
-        if watch is not None:
-            watch(problem, selection)
-        return attend(problem, plan, selection)
+            selection = treecode.open_for(problem, plan, treecode.prepare_queries(problem, plan, tree))
+        return attend(problem, plan, selection, watch=watch)
 
     def _fitting(self, name: str, queries: Array, *others: Array) -> Problem:
         """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name.

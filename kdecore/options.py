@@ -9,6 +9,8 @@ from kdecore.namespaces import host, to_float, to_integer
 
 DEFAULT_BUDGET = 512
 """Keys evaluated per query when neither ``budget`` nor options say otherwise."""
+LARGE_BLOCK, SMALL_BLOCK, MANY_QUERIES = 64, 16, 1024
+"""Queries of a block of the treecode on accelerators, and of so many queries; and of fewer, which are less alike."""
 DEFAULT_HASHES = 12
 """Hyperplanes: 4,096 buckets, several times the number of blocks up to n = 131,072 (more splits no bucket usefully)."""
 MAX_HASHES = 30
@@ -247,9 +249,11 @@ class Treecode:
     Attributes
     ----------
     num_slots
-        Length of each block's list of keys and nodes; the budget if None.
+        Keys and nodes that a query sees in the mean; the budget if None. Blocks that need more see more, at most four times
+        as many. On accelerators every list is so long.
     block_size
-        Queries that share a list; 16 if None, and 64 on accelerators. Fewer err less and take longer (docs/treecode.md).
+        Queries that share a list; if None 64, and 16 on the CPU where there are fewer than 1,024 queries, which are less alike.
+        Fewer err less and take longer (docs/treecode.md).
     far_field
         What stands for a node that stays closed: ``"mean"``, its mean key and value; or ``"sample"``, one of its keys drawn
         at random, which is unbiased in numerator and denominator, and errs more on all data measured.
@@ -258,9 +262,9 @@ class Treecode:
         of codes, which errs more and is for GPUs (docs/treecode.md); ``"auto"``, by one sort on accelerators and by a tree
         on the CPU.
     opening
-        Which nodes are opened: ``"rounds"``, always those of largest error next; ``"sweeps"``, in one sweep after another
-        all that need more slots for each of their keys than the slots left suffice for; ``"auto"``, in sweeps on
-        accelerators and in rounds on the CPU.
+        Which nodes are opened: ``"threshold"``, those that err more than a threshold which is one for all blocks, in one pass
+        down the tree; ``"sweeps"``, for each block by itself, in one sweep after another all that need more slots for each of
+        their keys than the slots left suffice for; ``"auto"``, in sweeps on accelerators and by a threshold on the CPU.
     """
 
     name: ClassVar[str] = "treecode"
@@ -285,9 +289,10 @@ class Treecode:
             "row_norms",
             *(("rank_codes", "bucket_order") if self.ordering == "sort" else ("tree_order",)),
             "node_summaries",
-            self.opener,
+            *(("open_sweeps",) if self.opening == "sweeps" else ("pick_threshold", "open_tree")),
             *(("draw_uniform",) if self.far_field == "sample" else ()),
             "attend_blocks",
+            *(("gap_moments", "attend_tree") if self.opening != "sweeps" and self.far_field == "mean" else ()),
         )
 
     def __post_init__(self) -> None:
@@ -295,7 +300,7 @@ class Treecode:
         for name, known in (
             ("far_field", ("mean", "sample")),
             ("ordering", ("auto", "sort", "tree")),
-            ("opening", ("auto", "rounds", "sweeps")),
+            ("opening", ("auto", "sweeps", "threshold")),
         ):
             one_of(known, name, getattr(self, name))
 
@@ -310,13 +315,13 @@ class Treecode:
         """The kernel that opens trees."""
         return "open_sweeps" if self.opening == "sweeps" else "open_tree"
 
-    def at(self, accelerator: bool) -> Self:
-        """Return these options with what is left open as suits arrays on an accelerator, or on the CPU."""
+    def at(self, accelerator: bool, n_q: int = MANY_QUERIES) -> Self:
+        """Return these options with what is left open as suits so many queries on an accelerator, or on the CPU."""
         return replace(
             self,
-            block_size=self.block_size or (64 if accelerator else 16),
+            block_size=self.block_size or (LARGE_BLOCK if accelerator or n_q >= MANY_QUERIES else SMALL_BLOCK),
             ordering=("sort" if accelerator else "tree") if self.ordering == "auto" else self.ordering,
-            opening=("sweeps" if accelerator else "rounds") if self.opening == "auto" else self.opening,
+            opening=("sweeps" if accelerator else "threshold") if self.opening == "auto" else self.opening,
         )
 
     def resolve(self, budget: int | None) -> Self:

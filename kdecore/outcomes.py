@@ -9,13 +9,14 @@ from typing import Any
 
 from kdecore.certificate import Certificate, certify, exact_rows
 from kdecore.errors import MemoryLimitError
-from kdecore.evaluate import counting, evaluate, nothing
+from kdecore.evaluate import evaluate, nothing
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace, host, invert_permutation
 from kdecore.nonfinite import finite_queries, merge_not_finite, not_finite_part, spoilt, spoilt_by_keys
 from kdecore.options import Exact, Options
 from kdecore.planning import FEWEST_QUERIES, Plan, expected_cost, item_bytes, make_plan
+from kdecore.selection import Slots
 from kdecore.shares import Restrictions, Share, in_halves, shares
 from kdecore.tolerance import Round, search
 
@@ -33,7 +34,7 @@ class Outcome:
     part
         The result, without keys that are not finite.
     slots
-        How many slots of each Selection counted, for all queries together: numbers, or 0-d arrays not yet waited for.
+        How many slots of each Selection counted.
     certificate, rounds
         Of a search for a tolerance.
     """
@@ -41,7 +42,7 @@ class Outcome:
     share: Share
     plan: Plan
     part: Part
-    slots: Sequence[Array | int]
+    slots: Sequence[Slots]
     certificate: Certificate | None = None
     rounds: tuple[Round, ...] = ()
 
@@ -82,8 +83,8 @@ def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, count: boo
     place = (share.groups[0] if share.groups else 0, share.queries[0])
     plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=() if place == (0, 0) else place)
     if plan.temporary_bytes <= limit:
-        slots: list[Array | int] = []
-        part = evaluate(share.problem, plan, counting(slots) if count else None)
+        slots: list[Slots] = []
+        part = evaluate(share.problem, plan, slots.append if count else None)
         yield Outcome(share, plan, spoilt_by_keys(share.problem, plan, part), slots)
         return
     if len(share.groups) == 1 and share.problem.n_q <= FEWEST_QUERIES:

@@ -64,6 +64,10 @@ class CostModel:
     call: float
 
 
+PILOT_BLOCKS, DRAWS = 64, 512
+"""Of the treecode: blocks of all groups that the threshold and first-order matrices come from, and keys drawn for each."""
+LONGEST = 4
+"""A list of the treecode has at most so many times the budget's slots."""
 WORTHWHILE = 1.3
 """``"auto"`` estimates where that is expected to be so many times as fast as exact: an error for no gain helps nobody."""
 
@@ -354,7 +358,7 @@ def make_plan(
     site = site_of(problem)
     options, reason = _resolve_method(problem, check_method(method, budget), budget, site, kernels)
     if isinstance(options, Treecode):
-        options = options.at(on_accelerator(problem.q))
+        options = options.at(on_accelerator(problem.q), problem.n_q)
     cuts = steps(problem, options)
     chosen = _choices(problem, options, cuts, site, kernels)
     if method == "auto" and limit < math.inf and not isinstance(options, Exact):
@@ -478,8 +482,9 @@ def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> t
 
 def tree_opener(problem: Problem, site: Site, kernels: str, budget: int = DEFAULT_BUDGET) -> Choice:
     """Return what opens trees for the treecode as it is where nothing but the budget is said."""
-    options = Treecode().resolve(budget).at(on_accelerator(problem.q))
-    return _choices(problem, options, steps(problem, options), site, kernels)[options.opener]
+    options = Treecode().resolve(budget).at(on_accelerator(problem.q), problem.n_q)
+    chosen = _choices(problem, options, steps(problem, options), site, kernels)
+    return chosen["open_sweeps" if options.opening == "sweeps" else "open_tree"]
 
 
 def item_bytes(problem: Problem) -> int:
@@ -509,7 +514,7 @@ def _temporary_bytes(
         return total + threads * _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
     slots = min(options.budget or problem.n_k, problem.n_k)
     if isinstance(options, Treecode):
-        return total + _treecode_bytes(problem, options, kernels, size) + threads * _workspace_bytes(problem, size)
+        return total + _treecode_bytes(problem, options, kernels, size, threads) + threads * _workspace_bytes(problem, size)
     blocks = problem.groups * (-(-problem.n_q // options.rows) if isinstance(options, SortLSH) else 1)
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
@@ -572,7 +577,7 @@ def _norm_bytes(problem: Problem, kernels: dict[str, Choice]) -> int:
     return 4 * 8 * problem.groups * problem.n_k * problem.d_v if by_array_api else 0
 
 
-def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:
+def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int, threads: int) -> int:
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     slots = options.budget or problem.n_k
     d, d_v = problem.d, problem.d_v
@@ -587,25 +592,53 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
     # groups and once for each.
     total = max(nodes, _norm_bytes(problem, kernels)) + (rows_q + rows_k) * (size * 5 * max(p, 16) + 8 * 8)
     total += problem.groups * d * 8 * (3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * d)
+    recorded = kernels["attend_blocks"].target == "torch-autograd" or options.far_field != "mean"
+    if options.opening == "sweeps":
+        total += _sweeps_bytes(problem, options, kernels, size)
+    else:
+        total += _pilot_bytes(problem, options, size)
+        by_array_api = kernels["pick_threshold"].computed_by == "array-api"
+        if recorded or by_array_api:
+            # Lists, each as long as the longest; sorted to find own keys in them.
+            total += blocks * LONGEST * slots * (4 * 8 + 2 * size) + size * rows_q * (d_v + 1)
+        else:
+            total += threads * size * 4 * LONGEST * slots * (options.rows + d + d_v + 16)
+        if by_array_api:
+            # Queries; logits, weights and shares of all nodes met.
+            total += size * 3 * rows_q * (d + d_v + p) + size * blocks * 2 * slots * (8 * options.rows + 6 * 8 + 2 * d)
+    if kernels["attend_blocks"].computed_by == "array-api":
+        # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
+        total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
+    return total
+
+
+def _pilot_bytes(problem: Problem, options: Treecode, size: int) -> int:
+    """Bound what the pilot takes: its blocks' queries, their nodes and weights, and the keys that matrices are measured with."""
+    slots = options.budget or problem.n_k
+    blocks = max(problem.groups, PILOT_BLOCKS)
+    rows = blocks * options.rows
+    met = blocks * 2 * slots * (size * (options.rows + 2) + 6 * 8) + blocks * LONGEST * slots * (8 + 2 * size)
+    return met + size * rows * (problem.d + 16) + blocks * DRAWS * (2 * size * (problem.d + problem.d_v) + 8 * 8)
+
+
+def _sweeps_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:
+    """Bound what lists of one length take, and opening trees in sweeps."""
+    rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
+    d, d_v, slots = problem.d, problem.d_v, options.budget or problem.n_k
+    p, blocks = min(Treecode.DIRECTIONS, d), problem.groups * -(-problem.n_q // options.rows)
     # Results before and after the first-order term.
-    total += blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
-    if kernels[options.opener].computed_by == "numba-cuda":
+    total = blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
+    if kernels["open_sweeps"].computed_by == "numba-cuda":
         # Logits of all that is listed, for the blocks that are worked on at once.
         total += size * min(RESIDENT, blocks) * (slots + d + p + 2) * (options.rows + 3)
         if problem.input_dtype == "bfloat16":
             # Means that may be stored so.
             total += size * 2 * rows_k * d
-    if kernels[options.opener].computed_by == "array-api":
-        # Queries; logits and errors of blocks' queries, and what a round, or a sweep, makes of them.
+    if kernels["open_sweeps"].computed_by == "array-api":
+        # Queries; logits and errors of blocks' queries, and what a sweep makes of them.
+        at_once = max(problem.groups, min(blocks, PART // (options.rows * slots)))
         total += size * 3 * rows_q * (d + d_v + p)
-        if options.opener == "open_sweeps":
-            at_once = max(problem.groups, min(blocks, PART // (options.rows * slots)))
-            total += blocks * slots * (2 * 8 + size) + size * at_once * slots * (24 * options.rows + 64 * 8)
-        else:
-            total += size * blocks * slots * (8 * options.rows + 8 * 8)
-    if kernels["attend_blocks"].computed_by == "array-api":
-        # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
-        total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
+        total += blocks * slots * (2 * 8 + size) + size * at_once * slots * (24 * options.rows + 64 * 8)
     return total
 
 

@@ -1,5 +1,6 @@
 """`Report`: what a call did, printed as a small table."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from kdecore.inputs import Problem
 from kdecore.namespaces import device_name, to_float
 from kdecore.outcomes import Outcome
 from kdecore.planning import Plan
+from kdecore.selection import Slots
 from kdecore.tolerance import Round
 
 
@@ -27,6 +29,8 @@ class Report:
         Keys per query asked for; None where left to the method.
     keys_per_query
         Keys evaluated per query, measured: the mean over queries of the slots that counted.
+    longest_list
+        Slots of the longest list that queries share; all keys where a query sees all.
     shape
         (groups, n_q, n_k, d, d_v).
     diagonal
@@ -60,6 +64,7 @@ class Report:
     options: dict[str, int]
     budget: int | None
     keys_per_query: float
+    longest_list: int
     shape: tuple[int, int, int, int, int]
     diagonal: int | None
     dtype: str
@@ -100,7 +105,10 @@ class Report:
             *([("options", options)] if options else []),
             *(("tried", str(one)) for one in self.rounds),
             ("error", self._error()),
-            ("keys per query", f"{self.keys_per_query:.1f} of {n_k} (budget asked: {asked})"),
+            (
+                "keys per query",
+                f"{self.keys_per_query:.1f} of {n_k}, longest list {self.longest_list} (budget asked: {asked})",
+            ),
             ("problem", f"{groups} × {n_q} queries{place}, d = {d}, d_v = {d_v}, {self.dtype}"),
             ("arrays", f"{self.library} on {self.device}"),
             *([("copied", f"{', '.join(self.copied)} (dtype, layout or grouped heads)")] if self.copied else []),
@@ -130,7 +138,7 @@ def make_report(
     method that took most.
     """
     rows = [len(one.share.groups) * (one.share.queries[1] - one.share.queries[0]) for one in outcomes]
-    keys = [sum(map(to_float, one.slots)) for one in outcomes]
+    keys = [sum(to_float(slots.total) for slots in one.slots) for one in outcomes]
     approximate = [i for i, one in enumerate(outcomes) if one.plan.method != "exact"] or range(len(outcomes))
     main = outcomes[max(approximate, key=keys.__getitem__)]
     plan, reason = main.plan, main.plan.reason
@@ -141,7 +149,7 @@ def make_report(
     if bounded:
         certificate = max(bounded, key=lambda one: one.upper(norm))
     return replace(
-        report_of_plan(problem, plan, sum(keys), seconds, compile_seconds),
+        report_of_plan(problem, plan, [slots for one in outcomes for slots in one.slots], seconds, compile_seconds),
         reason=reason,
         diagonal=diagonal,
         kernels={name: text for one in outcomes for name, text in kernels_of(one.plan).items()},
@@ -157,14 +165,16 @@ def kernels_of(plan: Plan) -> dict[str, str]:
     return {name: f"{choice.target} ({choice.reason})" for name, choice in plan.kernels.items()}
 
 
-def report_of_plan(problem: Problem, plan: Plan, keys: float, seconds: float, compile_seconds: float) -> Report:
-    """Describe a call that did what one plan says, with so many slots that counted for all queries together."""
+def report_of_plan(problem: Problem, plan: Plan, slots: Sequence[Slots], seconds: float, compile_seconds: float) -> Report:
+    """Describe a call that did what one plan says, with so many slots that counted in each Selection."""
+    keys = sum(to_float(one.total) for one in slots)
     return Report(
         method=plan.method,
         reason=plan.reason,
         options=asdict(plan.options),
         budget=plan.budget_asked,
         keys_per_query=keys / max(1, problem.groups * problem.n_q),
+        longest_list=max((int(to_float(one.longest)) for one in slots), default=0),
         shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
         diagonal=None,
         dtype=problem.input_dtype,

@@ -4,10 +4,13 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 Σ (inclusion probability × exp(log_weight)) = 1; tests/test_unbiasedness.py checks that exactly, without sampling.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import NamedTuple, TypeAlias
 
-from kdecore.namespaces import Array, Namespace, take_columns
+from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.namespaces import Array, Namespace, first_places, take_along_rows, take_columns, take_rows
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class Selection:
     keys, values
         (G, s_k, d) and (G, s_k, d_v) that ``key_index`` refers to, where they are not the problem's own; None for those.
     slope
-        (G, d, d_v): the last of then d_v + 1 columns of ``values`` says how much of scale · q @ slope is added to a result;
-        None for nothing.
+        (G, m, d, d_v) matrices, of which block i of B takes number ⌊i · m / B⌋: the last of then d_v + 1 columns of
+        ``values`` says how much of scale · q @ slope is added to a result; None for nothing.
+    own
+        (G, n_q) int64: a key of the problem that each query sees beside its block's list, −1 for none; or None.
     bias
         (1, b, s), or (G · B, b, s): what is added to the logit of each row of a block and each slot, −inf where it doesn't
         count; None for 0.
@@ -60,30 +65,116 @@ class Selection:
     keys: Array | None = None
     values: Array | None = None
     slope: Array | None = None
+    own: Array | None = None
     bias: Array | None = None
 
 
-def slots_evaluated(xp: Namespace, selection: Selection) -> Array:
-    """Return how many slots count, for all queries together: a 0-d float64 array, which nothing waits for. O(G B s)."""
+@dataclass(frozen=True)
+class Opening:
+    """A Selection that is made block by block while it is evaluated: a tree opened down to a threshold.
+
+    Attributes
+    ----------
+    blocks
+        The query blocks.
+    coordinates, nodes, threshold, most, start
+        What `kdecore.kernels.open_tree` makes each block's list of.
+    slope
+        As in `Selection`.
+    own
+        (G, n_q) int64: the position in the tree of a key that each query sees beside its block's list, −1 for none; or None.
+    first_query
+        What the query is numbered in the problem that is number 0 here.
+    """
+
+    blocks: Blocks
+    coordinates: Array
+    nodes: TreeNodes
+    threshold: Array
+    most: int
+    start: tuple[int, int, int]
+    slope: Array | None = None
+    own: Array | None = None
+    first_query: int = 0
+
+
+Selected: TypeAlias = Selection | Opening
+
+
+class Slots(NamedTuple):
+    """How many slots count: for all queries together, and in the longest list.
+
+    Numbers, or 0-d arrays, which nothing waits for.
+    """
+
+    total: Array | int
+    longest: Array | int
+
+
+def slots_evaluated(xp: Namespace, selection: Selection) -> Slots:
+    """Return how many slots of a Selection count. O(G B s)."""
     assert selection.blocks is not None
-    counts = xp.sum(xp.astype(xp.isfinite(selection.log_weight), xp.float64), axis=-1)
-    sizes = [end - start for start, end in pairwise(selection.blocks.starts)]
-    return xp.sum(counts * xp.asarray(sizes, dtype=xp.float64, device=counts.device))
+    counts = xp.sum(xp.astype(xp.isfinite(selection.log_weight), xp.int64), axis=-1)
+    return slots_of(xp, counts, selection.blocks, selection.own)
 
 
-def shifted(selection: Selection, query: int, key: int) -> Selection:
-    """Turn a Selection of some queries and keys into one of all: these begin with the query and the key given."""
+def slots_of(xp: Namespace, counts: Array, blocks: Blocks, own: Array | None) -> Slots:
+    """Return how many slots count, of lists of so many slots (G, B), with keys of queries' own beside them."""
+    sizes = xp.asarray([end - start for start, end in pairwise(blocks.starts)], dtype=xp.int64, device=counts.device)
+    total = xp.sum(counts * sizes)
+    if own is not None:
+        total = total + xp.sum(xp.astype(own >= 0, xp.int64))
+    return Slots(total, xp.max(counts))
+
+
+def changed(xp: Namespace, q: Array, selection: Selection, multiply: Callable[..., Array], scale: float) -> Array:
+    """Return scale · q @ slope for queries (G, n_q, d), each with the matrix of its block: (G, n_q, d_v)."""
+    assert selection.slope is not None
+    assert selection.blocks is not None
+    index, count = selection.blocks.index, int(selection.slope.shape[1])
+    groups, blocks, _ = index.shape
+    n_q = int(q.shape[1])
+    if count == 1:
+        return multiply(xp, q, selection.slope[:, 0, ...] * scale)
+    parts = []
+    for i in range(count):
+        rows = index[:, -(-i * blocks // count) : -(-(i + 1) * blocks // count), :]
+        matrix = selection.slope[:, i, ...] * scale
+        parts.append(multiply(xp, take_along_rows(xp, q, xp.reshape(rows, (groups, -1))), matrix))
+    return in_order_of_queries(xp, index, xp.reshape(xp.concat(parts, axis=1), (*index.shape, -1)), n_q)
+
+
+def in_order_of_queries(xp: Namespace, index: Array, rows: Array, n_q: int) -> Array:
+    """Return what is known of the rows of blocks, (G, B, b, …), for each of the queries that they hold: (G, n_q, …)."""
+    groups, rest = int(index.shape[0]), rows.shape[3:]
+    offset = xp.arange(groups, dtype=xp.int64, device=index.device)[:, None, None] * n_q
+    place, _ = first_places(xp, xp.reshape(index + offset, (-1,)), groups * n_q)
+    return xp.reshape(take_rows(xp, xp.reshape(rows, (-1, *rest)), place), (groups, n_q, *rest))
+
+
+def shifted(xp: Namespace, selection: Selected, query: int, key: int, n_q: int) -> Selected:
+    """Turn a Selection of some queries and keys into one of all n_q: these begin with the query and the key given."""
+    if isinstance(selection, Opening):
+        return replace(selection, first_query=selection.first_query + query)
     assert selection.blocks is not None
     assert selection.key_index is not None
     blocks = Blocks(selection.blocks.index + query, selection.blocks.starts)
-    own_keys = selection.keys is not None
-    return replace(selection, blocks=blocks, key_index=selection.key_index + (0 if own_keys else key))
+    key_index = selection.key_index if selection.keys is not None else selection.key_index + key
+    own = selection.own
+    if own is not None:
+        before, after = (
+            xp.full((int(own.shape[0]), count), -1, dtype=own.dtype, device=own.device)
+            for count in (query, n_q - query - int(own.shape[1]))
+        )
+        own = xp.concat([before, xp.where(own < 0, -1, own + key), after], axis=1)
+    return replace(selection, blocks=blocks, key_index=key_index, own=own)
 
 
-def together(xp: Namespace, selections: list[Selection]) -> Selection:
-    """Make one Selection of several for different queries, with lists of one length and the same keys and values."""
-    if len(selections) == 1:
-        return selections[0]
+def together(xp: Namespace, selections: list[Selection]) -> list[Selection]:
+    """Make one Selection of several for different queries, where their lists have one length and all else is the same."""
+    lengths = {int(one.key_index.shape[2]) for one in selections if one.key_index is not None}
+    if len(selections) < 2 or len(lengths) > 1 or any(one.slope is not None or one.own is not None for one in selections):
+        return selections
     blocks = [one.blocks for one in selections if one.blocks is not None]
     longest = max(int(one.index.shape[2]) for one in blocks)
 
@@ -93,12 +184,12 @@ def together(xp: Namespace, selections: list[Selection]) -> Selection:
         return xp.concat([index, *[last] * missing], axis=2) if missing else index
 
     sizes = [end - start for one in blocks for start, end in pairwise(one.starts)]
-    return replace(
-        selections[0],
-        blocks=Blocks(xp.concat([filled(one.index) for one in blocks], axis=1), tuple(accumulate(sizes, initial=0))),
-        key_index=xp.concat([one.key_index for one in selections], axis=1),
-        log_weight=xp.concat([one.log_weight for one in selections], axis=1),
+    index = xp.concat([filled(one.index) for one in blocks], axis=1)
+    key_index, log_weight = (
+        xp.concat([getattr(one, name) for one in selections], axis=1) for name in ("key_index", "log_weight")
     )
+    both = Blocks(index, tuple(accumulate(sizes, initial=0)))
+    return [replace(selections[0], blocks=both, key_index=key_index, log_weight=log_weight)]
 
 
 def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:

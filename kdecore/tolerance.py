@@ -22,13 +22,14 @@ from typing import Any
 from kdecore.attend import attend
 from kdecore.certificate import FEWEST_ROWS, Certificate, estimate_errors, exact_rows, stratified
 from kdecore.errors import OptionError
-from kdecore.evaluate import counting, evaluate
+from kdecore.evaluate import evaluate
 from kdecore.inputs import Problem
 from kdecore.merge import Part
 from kdecore.methods import STAGES
 from kdecore.namespaces import Array, host, on_accelerator, take_along_rows, to_float, to_host
 from kdecore.options import METHODS, Exact, Options, SortLSH, Treecode, one_of
 from kdecore.planning import Plan, exact_row_cost, expected_cost, site_of, tree_opener
+from kdecore.selection import Slots
 
 NORMS = ("frobenius", "spectral")
 CANDIDATES: tuple[Options, ...] = (SortLSH(), Treecode())
@@ -102,7 +103,7 @@ class Found:
     plan
         What was run on all queries.
     slots
-        How many slots of each Selection counted, for all queries together.
+        How many slots of each Selection counted.
     part
         Its result.
     certificate
@@ -112,7 +113,7 @@ class Found:
     """
 
     plan: Plan
-    slots: list[Array | int]
+    slots: list[Slots]
     part: Part
     certificate: Certificate | None
     rounds: tuple[Round, ...]
@@ -206,8 +207,8 @@ def search(
         trial.learn(upper if kind == "certified" else MARGIN * error, rtol)
         reason = "exact is expected to be cheaper than what would meet it"
     plan = replace(exact_plan, reason=f"rtol {rtol:g}: {reason}")
-    slots: list[Array | int] = []
-    part = evaluate(problem, plan, counting(slots))
+    slots: list[Slots] = []
+    part = evaluate(problem, plan, slots.append)
     return Found(plan, slots, part, None, tuple(rounds))
 
 
@@ -256,8 +257,8 @@ class Trial:
         self._prepared: Any = None
         self._plan: Plan | None = None
         self._samples: dict[bool, Sample] = {}
-        self._evaluated: tuple[int, list[Array | int], Part] | None = None
-        b = options.at(on_accelerator(problem.q)).rows if isinstance(options, Treecode) and self._restricts else 1
+        self._evaluated: tuple[int, list[Slots], Part] | None = None
+        b = options.at(on_accelerator(problem.q), problem.n_q).rows if isinstance(options, Treecode) and self._restricts else 1
         self._population = -(-problem.n_q // b)
         self._rows = min(ROWS_OF_A_CLUSTER, problem.n_q // self._population)
 
@@ -299,18 +300,17 @@ class Trial:
         """Return whether this budget is cheaper than exact attention, and its temporaries are within the limit."""
         return self.rest < expected_cost(self._problem, Exact()).total and self.plan.temporary_bytes <= limit
 
-    def evaluate(self) -> tuple[list[Array | int], Part]:
+    def evaluate(self) -> tuple[list[Slots], Part]:
         """Evaluate all queries with this budget; return `Found.slots` and the result."""
         if self._evaluated is None or self._evaluated[0] != self.budget:
             plan = self.plan
-            slots: list[Array | int] = []
-            watch = counting(slots)
+            slots: list[Slots] = []
+            watch = slots.append
             if self._in_pieces:
                 part = evaluate(self._problem, plan, watch)
             else:
                 selection = self._stages.select(self._problem, plan, self._prepared)
-                watch(self._problem, selection)
-                part = attend(self._problem, plan, selection)
+                part = attend(self._problem, plan, selection, watch=watch)
             self._evaluated = self.budget, slots, part
         return self._evaluated[1:]
 

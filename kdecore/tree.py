@@ -30,3 +30,8 @@ def node_bounds(xp: Namespace, node: Array, n: int) -> tuple[Array, Array]:
         level = level + xp.astype(node >= 2**depth - 1, xp.int64)
     place = node + 1 - (xp.ones_like(node) << level)
     return (place * n) >> level, ((place + 1) * n) >> level
+
+
+def depth_of(nodes: int) -> int:
+    """Return the level of the leaves of a tree of so many nodes."""
+    return ((nodes + 1) // 2).bit_length() - 1

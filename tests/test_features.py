@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kdecore import Exact, KDEformer, KeyIndex, OptionError, Treecode, attention
+from kdecore.attend import attend
 from kdecore.evaluate import evaluate
 from kdecore.inputs import canonicalise
 from kdecore.metrics import errors
@@ -72,7 +73,7 @@ def test_a_small_budget_estimates_what_is_seen(backend, rng, feature, method):
 def test_every_library_gives_the_same_estimate(backend, rng, feature, method):
     example = feature(rng)
     # Accelerators have blocks and orders of their own.
-    options = Treecode().at(False) if method == "treecode" else method
+    options = Treecode(block_size=16).at(False) if method == "treecode" else method
     for found, expected in zip(
         call(backend, example, method=options, budget=30), call(BACKENDS[0], example, method=options, budget=30), strict=True
     ):
@@ -290,7 +291,7 @@ WEIGHING = {"causal": FEATURES["`causal=True`, n_q = n_k"], "window": FEATURES["
 
 @pytest.mark.parametrize("name", WEIGHING)
 @pytest.mark.parametrize("method", ["sortlsh", "hyper", "treecode", "exact"])
-def test_every_key_seen_counts_once_in_the_mean(rng, name, method):
+def test_every_key_seen_counts_once_in_the_mean(rng, monkeypatch, name, method):
     """The weights of a query's keys, averaged over 200 seeds, are 1 for what it sees and 0 for what it doesn't.
 
     Treecode draws nothing with far_field="mean" and is tested with "sample". A mean of 200 lies within 5.5 standard errors,
@@ -303,10 +304,16 @@ def test_every_key_seen_counts_once_in_the_mean(rng, name, method):
     options = Treecode(far_field="sample") if method == "treecode" else method
     total, square = np.zeros((2, problem.groups, problem.n_q, problem.n_k))
     seeds = 200 if method != "exact" else 1
+    pieces = []
+
+    def attend_and_keep(problem, plan, selection, *others, **more):
+        pieces.append((problem, selection))
+        return attend(problem, plan, selection, *others, **more)
+
+    monkeypatch.setattr("kdecore.evaluate.attend", attend_and_keep)
     for seed in range(seeds):
-        pieces = []
-        plan = make_plan(one.problem, method=options, budget=20, seed=seed)
-        evaluate(one.problem, plan, lambda *piece, to=pieces: to.append(piece))
+        pieces.clear()
+        evaluate(one.problem, make_plan(one.problem, method=options, budget=20, seed=seed))
         weights = sum(weights_of(one.problem, *piece) for piece in pieces)
         total += weights
         square += weights**2
@@ -525,7 +532,8 @@ def test_the_report_tells_of_groups_that_were_treated_differently(rng):
 def test_budgets_hold_in_the_mean(rng, options, method, budget, n_q):
     q, k, v = (rng.standard_normal((1, n, 8), dtype=np.float32) for n in (n_q, 4096, 4096))
     _, report = attention(q, k, v, method=method, budget=budget, return_report=True, certificate=0, **options)
-    assert 0.85 * budget <= report.keys_per_query <= 1.05 * budget
+    # Treecode's lists are as long as the budget in the mean over a pilot's blocks.
+    assert 0.85 * budget <= report.keys_per_query <= (1.05 if method == "sortlsh" else 1.15) * budget
 
 
 def test_exact_options_are_unchanged_by_budgets():

@@ -16,11 +16,12 @@ from kdecore.namespaces import host
 from tests import oracles
 from tests.implementations import here, implementations, run
 from tests.tolerances import assert_close
-from tests.trees import assert_same_lists, tree_problem
+from tests.trees import assert_same_lists, pass_problem, tree_problem
 from tests.views import graded_moments
 
 IMPLEMENTATIONS = [(kernel, found) for kernel, all_found in KERNELS.items() for found in all_found]
-WITHOUT_ARRAYS = {"draw_uniform"}
+ELSEWHERE = {"draw_uniform", "attend_tree"}
+"""What other tests compare with oracles."""
 FLOATS = ("float32", "float64")
 
 
@@ -384,7 +385,7 @@ def test_attend_dense(backend, rng, implementation, dtype, shape):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("kernel", "implementation"),
-    [(kernel, found) for kernel, found in IMPLEMENTATIONS if kernel not in WITHOUT_ARRAYS and here(found)],
+    [(kernel, found) for kernel, found in IMPLEMENTATIONS if kernel not in ELSEWHERE and here(found)],
     ids=lambda x: getattr(x, "target", x),
 )
 def test_implementations_agree_with_the_reference(backend, rng, kernel, implementation, dtype):
@@ -411,7 +412,9 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             4,
             np.asarray([0.1, 3.0], dtype=dtype),
         ),
-        "open_tree": tree_problem(rng, n=n, slots=150),
+        "pick_threshold": (*pass_problem(rng, 150, n=n)[0], 150, 4 * n, (3, 0, 8)),
+        "open_tree": (*pass_problem(rng, 150, n=n)[0], np.asarray(0.1), 4 * n, (3, 0, 8)),
+        "gap_moments": (*rng.standard_normal((2, 2, n, 9)).astype(dtype), *rng.integers(0, n, (2, 2, 3, 200))),
         "open_sweeps": tree_problem(rng, n=n, slots=150),
     }[kernel]
     found = run(implementation, backend, *arguments, dtype=dtype)
@@ -421,9 +424,15 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     elif kernel == "node_summaries":
         for part, expected in zip(found, reference, strict=True):
             assert_close(part, expected, dtype=dtype)
-    elif kernel in ("open_tree", "open_sweeps"):
+    elif kernel == "open_tree":
+        np.testing.assert_array_equal(found[3], reference[3])
+        assert_same_lists(found[:2], reference[:2])
+    elif kernel == "open_sweeps":
         assert_same_lists(found, reference)
-    elif kernel in ("row_norms", "project_rows", "cross_moment"):
+    elif kernel == "gap_moments":
+        for part, expected in zip(found, reference, strict=True):
+            assert_close(part, expected, dtype=dtype, ulps=512)
+    elif kernel in ("row_norms", "project_rows", "cross_moment", "pick_threshold"):
         in_double = kernel == "row_norms" and implementation.target != "numba-cuda"
         assert_close(found, reference, dtype="float64" if in_double else dtype)
     elif kernel == "balanced_view":

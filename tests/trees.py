@@ -4,7 +4,8 @@ import numpy as np
 
 from kdecore.kernels.node_summaries.reference import node_summaries
 from kdecore.kernels.open_sweeps import contract as in_sweeps
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH, first_nodes
+from kdecore.kernels.open_tree.contract import ALONG, first_nodes
+from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
 from kdecore.namespaces import host
@@ -37,7 +38,7 @@ def recursive_order(x, leaf_size, in_order=0):
 
 
 def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=True, scale=1.0, seen=(0, 0, 1)):
-    """Arguments of `open_tree` and `open_sweeps` for clustered keys: blocks of queries as they come, own keys at random."""
+    """Arguments of `open_sweeps` for clustered keys: blocks of queries as they come, own keys at random."""
     keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
     q = rng.standard_normal((groups, n_q, d))
     order = tree_order(host, keys, LEAF_SIZE)
@@ -65,46 +66,9 @@ def far_key_problem(rng, length, n=256, slots=60):
     return q, scale, q[:, :, :3], index, *summaries, None, slots, first_nodes(slots, nodes.spread.shape[1])
 
 
-def opened_one_by_one(*arguments):
-    """What `open_tree` promises, from its contract, for one block and one node at a time."""
-    return listed(largest_errors_first, *arguments)
-
-
 def opened_in_sweeps(*arguments):
     """What `open_sweeps` promises, the same way."""
     return listed(sweep_by_sweep, *arguments)
-
-
-def largest_errors_first(weigh, members, depth, wanted, start):
-    """Return the closed nodes, and the leaves that are opened, both as (level, i)."""
-    top, first, end = start
-    closed, opened, error = [(top, i) for i in range(first, end)], [], {}
-    taken, f, refreshed = end - first, end - first, 0
-    while f < wanted:
-        found = {node: weigh(*node) for node in closed + opened}
-        total = np.logaddexp.reduce([logs for logs, _ in found.values()], axis=0)
-        everything = f >= REFRESH * refreshed
-        refreshed = f if everything else refreshed
-        for node in closed:
-            if everything or node not in error:
-                logs, errors = found[node]
-                error[node] = ((np.exp(logs - total) * errors) ** 4).sum()
-        step = min(max(1, f // GROWTH), wanted - f)
-        f, before = f + step, taken
-        for node in sorted(closed, key=lambda node: -error[node])[:step]:
-            level, i = node
-            more = len(members(*node)) - 1 if level == depth else 1
-            if taken + more > wanted:
-                continue
-            taken += more
-            closed.remove(node)
-            if level == depth:
-                opened.append(node)
-            else:
-                closed += [(level + 1, 2 * i), (level + 1, 2 * i + 1)]
-        if taken == before:
-            break
-    return closed, opened
 
 
 def sweep_by_sweep(weigh, members, depth, wanted, start):
@@ -195,6 +159,131 @@ def listed(choose, q, scale, coordinates, query_index, keys, spread, variances, 
                 index[g, b, place], weight[g, b, place] = nodes + position, 0.0
                 place += 1
     return index, weight
+
+
+def pass_problem(rng, budget=40, **given):
+    """Arguments of `pick_threshold` up to the budget, and where lists begin, for the same keys and blocks."""
+    *arguments, _, slots, start = tree_problem(rng, own=False, slots=budget, **given)
+    nodes = arguments[5].shape[1]
+    if "seen" not in given:
+        start = first_nodes(slots, nodes)
+    return arguments, start
+
+
+class OneBlock:
+    """A block of queries, and what `open_tree`'s contract says of nodes (level, i) for it; sums in the order of a set."""
+
+    def __init__(self, arguments, g, b):
+        q, scale, coordinates, query_index, keys, spread, variances, sizes = arguments
+        mine = query_index[g, b]
+        self.queries, self.keys, self.nodes = scale * q[g, mine], keys[g], spread.shape[1]
+        self.n, self.depth = len(self.keys) - self.nodes, (self.nodes + 1).bit_length() - 2
+        self.m = 0.5 * (coordinates[g, mine] ** 2).mean(axis=0)
+        self.norm = 0.5 * (self.queries**2).sum(axis=1).mean() / q.shape[2]
+        self.spread, self.variances, self.sizes = spread[g], variances[g], sizes[g]
+
+    def members(self, level, i):
+        return range((i * self.n) >> level, ((i + 1) * self.n) >> level)
+
+    def sigma(self, level, i):
+        h, log = 2**level - 1 + i, np.log(len(self.members(level, i)))
+        found = ALONG * self.m @ self.variances[h] + self.norm * self.spread[h]
+        return found if found <= log else 2 * np.sqrt(found * log) - log
+
+    def log_weight(self, level, i):
+        return self.sigma(level, i) + np.log(len(self.members(level, i)))
+
+    def logits(self, level, i):
+        return self.queries @ self.keys[2**level - 1 + i] + self.log_weight(level, i)
+
+    def errors(self, level, nodes, closed):
+        """Errors of the nodes of a level where others are closed."""
+        total = np.logaddexp.reduce([self.logits(*node) for node in (*closed, *((level, i) for i in nodes))], axis=0)
+        found = [((np.exp(self.logits(level, i) - total) ** 4).sum()) ** 0.25 for i in nodes]
+        return [x * self.sigma(level, i) * self.sizes[2**level - 1 + i] for x, i in zip(found, nodes, strict=True)]
+
+    def below(self, level, i):
+        step = 1 if (self.depth - level) % 2 else 2
+        return level + step, range(i << step, (i + 1) << step)
+
+    def descend(self, start, threshold, most):
+        """Return the closed nodes and the leaves opened, both as (level, i)."""
+        level, first, end = start
+        nodes, closed = list(range(first, end)), []
+        while True:
+            opened = []
+            found = self.errors(level, nodes, closed)
+            for i, error in zip(nodes, found, strict=True):
+                (opened if error > threshold else closed).append((level, i))
+            if level == self.depth:
+                break
+            children = [self.below(*node) for node in opened]
+            level, nodes = (children[0][0] if children else self.depth), [i for _, below in children for i in below]
+        if len(closed) + sum(len(self.members(*leaf)) for leaf in opened) > most:
+            return self.descend(start, 2 * threshold, most)
+        return closed, opened
+
+
+def opened_by_a_threshold(arguments, threshold, most, start):
+    """What `open_tree` promises, from its contract, node by node: lists, log-weights and shares, of uneven lengths."""
+    groups, blocks, _ = arguments[3].shape
+    lists = []
+    for g, b in np.ndindex(groups, blocks):
+        block = OneBlock(arguments, g, b)
+        closed, opened = block.descend(start, threshold, most)
+        total = np.logaddexp.reduce([block.logits(*node) for node in (*closed, *opened)], axis=0)
+        rows = [2**level - 1 + i for level, i in closed]
+        weights = [block.log_weight(*node) for node in closed]
+        shares = [np.exp(block.logits(*node) - total).mean() for node in closed]
+        singles = [block.nodes + position for leaf in opened for position in block.members(*leaf)]
+        more = [0.0] * len(singles)
+        lists.append((np.array(rows + singles), np.array(weights + more), np.array(shares + more)))
+    return lists
+
+
+def threshold_of(arguments, budget, start):
+    """What `pick_threshold` promises, from its contract, where no level of a block is too long."""
+    blocks = [OneBlock(arguments, g, b) for g, b in np.ndindex(*arguments[3].shape[:2])]
+    level, first, end = start
+    states = [([(i, np.inf) for i in range(first, end)], []) for _ in blocks]
+    met, room = [], (budget - (end - first)) * len(blocks)
+    while True:
+        levels = []
+        for block, (nodes, closed) in zip(blocks, states, strict=True):
+            found = block.errors(level, [i for i, _ in nodes], closed) if nodes else []
+            bounds = [min(error, above) for error, (_, above) in zip(found, nodes, strict=True)]
+            leaf = level == block.depth
+            more = [len(block.members(level, i)) if leaf else len(block.below(level, i)[1]) for i, _ in nodes]
+            met += [(-bound, count - 1) for bound, count in zip(bounds, more, strict=True)]
+            levels.append(bounds)
+        taken, threshold = 0, 0.0
+        for bound, more in sorted(met):
+            taken += more
+            if taken > room:
+                threshold = -bound
+                break
+        if leaf:
+            return threshold * ABOVE
+        for number, (block, (nodes, closed)) in enumerate(zip(blocks, states, strict=True)):
+            kept = [(i, bound) for (i, _), bound in zip(nodes, levels[number], strict=True)]
+            closed += [(level, i) for i, bound in kept if bound <= threshold]
+            below = [(j, bound) for i, bound in kept if bound > threshold for j in block.below(level, i)[1]]
+            states[number] = below, closed
+        level = blocks[0].below(level, 0)[0]
+
+
+def assert_lists(found, expected):
+    """Assert that the lists of `open_tree` are those of an oracle, in any order, and as long as it says."""
+    index, weight, share, counts = found
+    by_block = zip(*(x.reshape(-1, index.shape[2]) for x in (index, weight, share)), strict=True)
+    for mine, count, (rows, weights, shares) in zip(by_block, counts.reshape(-1), expected, strict=True):
+        assert count == len(rows)
+        assert (mine[1][count:] == -np.inf).all()
+        assert (mine[2][count:] == 0).all()
+        order, true_order = np.argsort(mine[0][:count]), np.argsort(rows)
+        np.testing.assert_array_equal(mine[0][:count][order], rows[true_order])
+        np.testing.assert_allclose(mine[1][:count][order], weights[true_order], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(mine[2][:count][order], shares[true_order], rtol=1e-9, atol=1e-12)
 
 
 def assert_same_lists(found, expected):

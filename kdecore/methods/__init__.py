@@ -7,10 +7,10 @@ from kdecore.inputs import Problem
 from kdecore.methods import exact, hyper, kdeformer, sortlsh, treecode
 from kdecore.namespaces import Array
 from kdecore.planning import Plan
-from kdecore.selection import Selection
+from kdecore.selection import Selected
 from kdecore.stretches import Described, Stretch
 
-SELECT: dict[str, Callable[[Problem, Plan], Selection]] = {
+SELECT: dict[str, Callable[[Problem, Plan], Selected]] = {
     "exact": exact.select,
     "sortlsh": sortlsh.select,
     "hyper": hyper.select,
@@ -35,7 +35,7 @@ class Stages(NamedTuple):
     """
 
     prepare: Callable[[Problem, Plan], Any]
-    select: Callable[[Problem, Plan, Any], Selection]
+    select: Callable[[Problem, Plan, Any], Selected]
     restrict: Callable[[Problem, Any, Array], tuple[Problem, Any, Array]] | None = None
 
 
@@ -56,7 +56,7 @@ class Stretches(NamedTuple):
 
     describe: Callable[[Problem, Plan], Described]
     prepare: Callable[[Problem, Plan, int, Described], Any]
-    select: Callable[[Problem, Plan, Any, int, int, Stretch], Selection]
+    select: Callable[[Problem, Plan, Any, int, int, Stretch], Selected]
     lists_stretches: bool
 
 

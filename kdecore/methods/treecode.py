@@ -1,32 +1,34 @@
 """Treecode: near and important keys one by one, the others through the means of tree nodes (beyond the paper; derived).
 
 1. Queries and keys are each ordered by a balanced tree of similar rows, or by one sort; consecutive queries form a block.
-2. For each block the tree over the keys is opened where its closed nodes are estimated to err most, until the list is full.
-3. A closed node is one key: the mean key, at log-weight ln(count) + spread, with the mean value. The keys of an open leaf
-   are listed one by one, and exact.
-4. To a closed node's mean value is added what its keys of larger logits make of it, to first order, by one matrix for all.
-5. Where queries have keys of their own (`Problem.own`) these are exact too, and taken out of the nodes that hold
-   them: out of their counts; taking them out of the means too erred no less on the data measured (bench/NOTES.md).
+2. Each block goes down the tree over the keys once, and opens the nodes that are estimated to err more than a threshold,
+   one for all blocks: those that need more keys get more. A pilot of some blocks finds the threshold at which lists are as
+   long as the budget in the mean (`kdecore.kernels.pick_threshold`, `open_tree`).
+3. A closed node is one key: the mean key, at log-weight ln(count) + half the variance of its logits, with the mean value.
+   The keys of an open leaf are listed one by one, and exact.
+4. To a closed node's mean value is added what its keys of larger logits make of it, to first order, by matrices measured
+   where the attention of the pilot's blocks meets closed nodes (`kdecore.methods.first_order`).
+5. A query that has a key of its own (`Problem.own`) sees it beside its block's list.
 
 Rows are compared by what the other side sees of them, in few coordinates whose products add up to nearly the whole logit
-(`balanced_view`). Nothing is random; the estimate is biased, by what nodes hide. With far_field="sample" a closed node is
-replaced by one of its keys, drawn at random, and the estimate is unbiased in numerator and denominator.
+(`kdecore.methods.view`). Nothing is random; the estimate is biased, by what nodes hide. With far_field="sample" a closed
+node is replaced by one of its keys, drawn at random, and the estimate is unbiased in numerator and denominator.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.kernels.open_sweeps import contract as open_sweeps
-from kdecore.kernels.open_tree import contract as open_tree
 from kdecore.kernels.open_tree.contract import first_nodes
+from kdecore.methods.first_order import GOLDEN_RATIO, first_order
+from kdecore.methods.sweeps import first_order_of_leaves, open_in_sweeps, own_positions
+from kdecore.methods.view import View, balanced_view, second_moment, unseen_share
 from kdecore.namespaces import (
     Array,
-    Namespace,
     contiguous,
     from_host,
+    gradient_mode,
     host,
     invert_permutation,
     searchsorted_rows,
@@ -35,22 +37,16 @@ from kdecore.namespaces import (
     without_gradient,
 )
 from kdecore.options import Treecode
-from kdecore.planning import Plan
+from kdecore.planning import LONGEST, PILOT_BLOCKS, Plan
 from kdecore.randomness import SAMPLES_STREAM
-from kdecore.selection import Blocks, Selection, equal_blocks
+from kdecore.selection import Blocks, Opening, Selected, Selection, equal_blocks, in_order_of_queries
 from kdecore.stretches import Described, Span, Stretch
-from kdecore.tree import depth, node_bounds, node_count
+from kdecore.tree import node_bounds
 
-MOMENT_ROWS = 2048
-"""Rows, evenly spaced, that moments are taken from, at least."""
-DAMPING = 0.75
-"""Of the first-order term; 0.7 to 0.85 err least on a vision transformer, 1 on all words (bench/NOTES.md)."""
-GOLDEN_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
 CODE_BITS = 24
 """Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
-START_SHARES = {"open_tree": open_tree.START_SHARE, "open_sweeps": open_sweeps.START_SHARE}
-OWN_SHARE = 4
-"""Own positions are listed where they take at most this part of the budget."""
+PILOT_SHARE = 8
+"""The pilot has at most one in so many of a group's blocks."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,47 @@ class KeyTree:
         (G, n_k) int64: the key at each position of the tree.
     nodes
         Summaries of the tree's nodes, and the keys and values in its order.
-    slope
-        (G, d, d_v): `first_order_term`, or None for none.
+    unseen
+        (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`).
     """
 
-    view: "View"
+    view: View
     order: Array
     nodes: TreeNodes
-    slope: Array | None
+    unseen: Array
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Some blocks of queries, evenly spaced among all.
+
+    Attributes
+    ----------
+    q, coordinates
+        (G, C · b, d) and (G, C · b, p) of their queries.
+    index
+        (G, C, b) int64: which of these each row of each block is.
+    """
+
+    q: Array
+    coordinates: Array
+    index: Array
+
+
+class PilotLists(NamedTuple):
+    """The threshold, the longest list allowed and where lists begin, as `kdecore.kernels.open_tree` takes them; and lists.
+
+    Attributes
+    ----------
+    key_index, share
+        (G, C, s) of the pilot's blocks, as `open_tree` returns them.
+    """
+
+    threshold: Array
+    most: int
+    start: tuple[int, int, int]
+    key_index: Array
+    share: Array
 
 
 @dataclass(frozen=True)
@@ -89,8 +118,13 @@ class Prepared:
         (G, n_q) int64: the query at each place of the queries' tree.
     blocks
         That order in blocks of `Treecode.block_size` queries.
+    pilot
+        Some of the blocks; None where trees are opened in sweeps.
     own
-        (G, B, b) int64, ascending: positions in the keys' tree of each block's own keys; None where queries have none.
+        (G, n_q) int64: the position in the keys' tree of each query's own key, −1 for none; None where no query has one, and
+        where trees are opened in sweeps.
+    listed
+        (G, B, b) int64, ascending: positions of each block's own keys where trees are opened in sweeps; or None.
     seen
         (level, first, end): the queries see the nodes first … end − 1 of a level.
     """
@@ -99,17 +133,20 @@ class Prepared:
     coordinates: Array
     order: Array
     blocks: Blocks
+    pilot: Pilot | None
     own: Array | None
+    listed: Array | None
     seen: tuple[int, int, int] = (0, 0, 1)
 
 
-def select(problem: Problem, plan: Plan) -> Selection:
-    """Select for each block of queries a list of tree nodes and single keys.
+def select(problem: Problem, plan: Plan) -> Selected:
+    """Select for each block of queries tree nodes and single keys.
 
     Returns
     -------
-    Selection
-        ``budget`` slots a block, with the means of nodes and the keys in the tree's order as keys and values.
+    Selection or Opening
+        Lists of ``budget`` slots in the mean, with the means of nodes and the keys in the tree's order as keys and values; or
+        what they are made of while they are evaluated.
         O(G ((n_q + n_k) (d p + p log n) + n_q · budget · d + d² p)), with p = `Treecode.DIRECTIONS`.
     """
     return open_for(problem, plan, prepare(problem, plan))
@@ -126,38 +163,36 @@ def describe(problem: Problem, plan: Plan) -> Described:
     moment = second_moment(problem, plan.kernels["cross_moment"].function, problem.q)
     view, coordinates, sizes = described_keys(problem, plan, moment)
     of_queries = plan.kernels["project_rows"].function(problem.xp, without_gradient(problem.q), view.queries)
-    return Described((of_queries,), (coordinates, sizes), (view.half_norm,), shared=view)
+    return Described((of_queries,), (coordinates, sizes), (view.half_norm, view.queries, moment), shared=view)
 
 
 def prepare_in_order(problem: Problem, plan: Plan, level: int, described: Described) -> Prepared:
     """Build trees that have the 2**level equal stretches of keys, and of queries, as nodes."""
-    (of_queries,), (coordinates, sizes), (half_norm,) = described.queries, described.keys, described.groups
-    order, nodes = grow(problem, plan, coordinates, sizes, half_norm, level)
-    queries = order_queries(problem, plan, of_queries, level)
-    blocks = equal_blocks(problem.xp, queries, problem.n_q)
-    # No first-order term: one for all stretches would tell queries of keys that they don't see.
-    return Prepared(KeyTree(described.shared, order, nodes, None), of_queries, queries, blocks, None)
+    (of_queries,), (coordinates, sizes), (half_norm, queries, moment) = described.queries, described.keys, described.groups
+    view = replace(described.shared, half_norm=half_norm, queries=queries)
+    keys = grow(problem, plan, view, coordinates, sizes, moment, level)
+    order = order_queries(problem, plan, of_queries, level)
+    # Stretches have blocks, pilots and own keys of their own.
+    return Prepared(keys, of_queries, order, equal_blocks(problem.xp, order, problem.n_q), None, None, None)
 
 
-def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int, number: int, keys: Stretch) -> Selection:
+def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int, number: int, keys: Stretch) -> Selected:
     """Select for the queries of stretch ``number`` of 2**level, which see some stretches of the keys."""
     assert isinstance(plan.options, Treecode)
-    queries = slice((number * problem.n_q) >> level, ((number + 1) * problem.n_q) >> level)
-    blocks = equal_blocks(problem.xp, prepared.order[:, queries], plan.options.rows)
+    queries = (number * problem.n_q) >> level, ((number + 1) * problem.n_q) >> level
+    blocks = equal_blocks(problem.xp, prepared.order[:, slice(*queries)], plan.options.rows)
     seen = (keys.first * problem.n_k) >> level, (keys.end * problem.n_k) >> level
-    own_keys = own_positions(problem, blocks, prepared.keys.order, (queries.start, queries.stop), seen)
-    return open_for(problem, plan, replace(prepared, blocks=blocks, own=own_keys, seen=(level, *keys)))
+    stretch = replace(prepared, blocks=blocks, seen=(level, *keys))
+    return open_for(problem, plan, with_queries(problem, plan, stretch, queries, seen))
 
 
 def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
     """Build the tree over a problem's keys for queries whose `second_moment` is ``moment``."""
     view, coordinates, sizes = described_keys(problem, plan, moment)
-    order, nodes = grow(problem, plan, coordinates, sizes, view.half_norm)
-    multiply = plan.kernels["cross_moment"].function
-    return KeyTree(view, order, nodes, first_order_term(problem.xp, nodes, problem.n_k, multiply))
+    return grow(problem, plan, view, coordinates, sizes, moment)
 
 
-def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple["View", Array, Array]:
+def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, Array, Array]:
     """Return the view, the keys' coordinates (G, n_k, p) and the sizes of the values (G, n_k), relative to the largest."""
     xp, kernels = problem.xp, plan.kernels
     k, v = without_gradient(problem.k), without_gradient(problem.v)
@@ -169,15 +204,17 @@ def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple["View",
 
 
 def grow(
-    problem: Problem, plan: Plan, coordinates: Array, sizes: Array, half_norm: Array, in_order: int = 0
-) -> tuple[Array, TreeNodes]:
+    problem: Problem, plan: Plan, view: View, coordinates: Array, sizes: Array, moment: Array, in_order: int = 0
+) -> KeyTree:
     """Order the keys by a tree, its first levels as they are, and summarise its nodes."""
     xp, kernels = problem.xp, plan.kernels
     order = similar_together(problem, plan, coordinates, Treecode.LEAF_SIZE, in_order)
     nodes: TreeNodes = kernels["node_summaries"].function(
-        xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, half_norm
+        xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, view.half_norm
     )
-    return order, nodes
+    still = TreeNodes(*(without_gradient(x) for x in nodes))
+    unseen = unseen_share(problem, view, moment, still, kernels["cross_moment"].function)
+    return KeyTree(view, order, nodes, still.spread * unseen[:, None])
 
 
 def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: int = 0) -> Array:
@@ -207,60 +244,39 @@ def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size
 
 
 def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
-    """Put a problem's queries into blocks, and find each block's own keys."""
+    """Put a problem's queries into blocks."""
     xp, options = problem.xp, plan.options
     assert isinstance(options, Treecode)
     coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
     order = order_queries(problem, plan, coordinates)
-    blocks = equal_blocks(xp, order, options.rows)
-    own = own_positions(problem, blocks, keys.order, (0, problem.n_q), (0, problem.n_k))
-    return Prepared(keys, coordinates, order, blocks, own)
+    prepared = Prepared(keys, coordinates, order, equal_blocks(xp, order, options.rows), None, None, None)
+    return with_queries(problem, plan, prepared, (0, problem.n_q), (0, problem.n_k))
 
 
-def for_queries(problem: Problem, keys: KeyTree) -> KeyTree:
-    """Return a tree for a problem's queries, which may be longer than those that it was built for: O(G n_q d).
-
-    What its first-order term takes a node's spread for falls with 1 / √(mean ‖q‖²), where the spread is wide for a query's
-    logits (`TreeNodes.values`). It was found for other queries: for longer ones the term shrinks so in all nodes.
-    """
-    if keys.slope is None:
-        return keys
-    xp, q, known = problem.xp, without_gradient(problem.q), keys.view.half_norm
-    half_norm = xp.mean(xp.sum(q * q, axis=-1), axis=-1) * (0.5 * problem.scale**2 / problem.d)
-    longer = half_norm > known
-    factor = xp.sqrt(xp.where(longer, known, 1.0) / xp.where(longer, half_norm, 1.0))
-    return replace(keys, slope=keys.slope * factor[:, None, None])
-
-
-def own_positions(problem: Problem, blocks: Blocks, order: Array, queries: Span, seen: Span) -> Array | None:
-    """Return the places of each block's own keys in ``order`` (G, n_k), int64 (G, B, b), ascending; None for none.
-
-    Blocks hold queries of ``queries`` only, and the keys ``seen`` are looked at only.
-    """
-    if problem.own is None:
-        return None
-    own = problem.own[:, slice(*queries)]
-    there = (seen[0] <= own) & (own < seen[1])
-    if not bool(host.any(there)):
-        return None
-    xp, keys = problem.xp, own_on_device(problem, own, there, queries, seen)
-    keys = xp.broadcast_to(keys, (problem.groups, own.shape[1]))
-    mine = take_along_rows(xp, keys, blocks.index - queries[0])
-    return xp.sort(take_along_rows(xp, invert_permutation(xp, order), mine), axis=-1)
-
-
-def own_on_device(problem: Problem, own: Array, there: Array, queries: Span, seen: Span) -> Array:
-    """Return ``own`` (1|G, n) where ``there``, as an array of the problem's library; any of the keys ``seen`` elsewhere.
-
-    A query that has no own key among these may have any of them, which does no harm. Own keys that follow one another are
-    counted on the device: a CUDA graph takes no copy from the host.
-    """
-    xp, position = problem.xp, host.arange(*queries, dtype=host.int64) // problem.repeats
-    offset = int(own[there][0] - host.broadcast_to(position, own.shape)[there][0])
-    if host.array_equal(own[there], host.broadcast_to(position + offset, own.shape)[there]):
-        counted = xp.arange(*queries, dtype=xp.int64, device=problem.device) // problem.repeats
-        return xp.clip(counted + offset, seen[0], seen[1] - 1)[None, :]
-    return from_host(xp, host.where(there, own, seen[0]), dtype=None, device=problem.device)
+def with_queries(problem: Problem, plan: Plan, prepared: Prepared, queries: Span, seen: Span) -> Prepared:
+    """Find the pilot, and the own keys among those ``seen``, of blocks that hold some of the queries."""
+    xp, blocks, order = problem.xp, prepared.blocks, prepared.keys.order
+    assert isinstance(plan.options, Treecode)
+    if plan.options.opening == "sweeps":
+        return replace(prepared, listed=own_positions(problem, blocks, order, queries, seen))
+    own = None
+    if problem.own is not None:
+        there = (seen[0] <= problem.own) & (problem.own < seen[1])
+        there[:, : queries[0]], there[:, queries[1] :] = False, False
+        if bool(host.any(there)):
+            places = from_host(xp, host.where(there, problem.own, 0), dtype=None, device=problem.device)
+            found = take_along_rows(
+                xp, invert_permutation(xp, order), xp.broadcast_to(places, (problem.groups, problem.n_q))
+            )
+            own = xp.where(from_host(xp, there, dtype=None, device=problem.device), found, -1)
+    groups, count, b = blocks.index.shape
+    some = max(1, min(PILOT_BLOCKS // groups, -(-count // PILOT_SHARE)))
+    number = (2 * xp.arange(some, dtype=xp.int64, device=problem.device) + 1) * count // (2 * some)
+    rows = xp.reshape(take_columns(xp, blocks.index, number), (groups, -1))
+    index = xp.reshape(xp.arange(some * b, dtype=xp.int64, device=problem.device), (1, some, b))
+    q, coordinates = (take_along_rows(xp, x, rows) for x in (without_gradient(problem.q), prepared.coordinates))
+    pilot = Pilot(q, coordinates, xp.broadcast_to(index, (groups, some, b)))
+    return replace(prepared, pilot=pilot, own=own)
 
 
 def restrict(problem: Problem, prepared: Prepared, numbers: Array) -> tuple[Problem, Prepared, Array]:
@@ -288,89 +304,127 @@ def restrict(problem: Problem, prepared: Prepared, numbers: Array) -> tuple[Prob
     some = int(numbers.shape[1])
     place = xp.reshape(xp.arange(some * b, dtype=xp.int64, device=problem.device), (1, some, b))
     blocks = Blocks(xp.broadcast_to(place, (groups, some, b)), tuple(range(0, some * b + 1, b)))
-    own = None if prepared.own is None else take_along_rows(xp, prepared.own, block)
+    own = None if prepared.own is None else take_along_rows(xp, prepared.own, queries)
+    listed = None if prepared.listed is None else take_along_rows(xp, prepared.listed, block)
     coordinates = take_along_rows(xp, prepared.coordinates, queries)
-    return problem.with_queries(queries), Prepared(prepared.keys, coordinates, queries, blocks, own), rows
+    some_only = replace(prepared, coordinates=coordinates, order=queries, blocks=blocks, own=own, listed=listed)
+    return problem.with_queries(queries), some_only, rows
 
 
-def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selection:
-    """Open the tree for every block of queries."""
-    xp, options, nodes, blocks = problem.xp, plan.options, prepared.keys.nodes, prepared.blocks
+def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
+    """Open the tree for every block of queries: as lists where these are changed or recorded, else while it is evaluated."""
+    xp, options, keys, blocks = problem.xp, plan.options, prepared.keys, prepared.blocks
     assert isinstance(options, Treecode)
     assert options.budget is not None
-    own = prepared.own
-    if own is not None and int(own.shape[2]) * OWN_SHARE > options.budget:
-        own = None
-    node_count = int(nodes.spread.shape[1])
-    own_count = 0 if own is None else int(own.shape[2])
-    key_index, log_weight = plan.kernels[options.opener].function(
-        xp,
-        without_gradient(problem.q),
-        problem.scale,
-        prepared.coordinates,
-        blocks.index,
-        *(without_gradient(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)),
-        own,
-        options.budget,
-        first_nodes(options.budget - own_count, node_count, *prepared.seen, START_SHARES[options.opener]),
+    sampled = options.far_field == "sample"
+    still = TreeNodes(*(without_gradient(x) for x in keys.nodes))
+    if options.opening == "sweeps":
+        key_index, log_weight = open_in_sweeps(
+            problem, plan, prepared.coordinates, blocks, still, prepared.listed, prepared.seen
+        )
+        if sampled:
+            return drawn(problem, plan, prepared, key_index, log_weight)
+        multiply = plan.kernels["cross_moment"].function
+        slope = first_order_of_leaves(xp, keys.nodes, problem.n_k, multiply)[:, None, ...]
+        return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope))
+    lists = open_pilot(problem, plan, prepared)
+    where = lists.threshold, lists.most, lists.start
+    slope = None if sampled else slope_of(problem, plan, prepared, lists)
+    if not sampled and not gradient_mode(problem.q, problem.k, problem.v):
+        nodes = still._replace(spread=keys.unseen)
+        return Opening(blocks, prepared.coordinates, nodes, *where, slope, prepared.own)
+    q = without_gradient(problem.q)
+    key_index, log_weight, _, _ = plan.kernels["open_tree"].function(
+        xp, q, problem.scale, prepared.coordinates, blocks.index, *summaries(keys), *where
     )
-    if options.far_field == "sample":
-        shape = (problem.groups, int(blocks.index.shape[1]))
-        starts = plan.kernels["draw_uniform"].function(xp, plan.draw_seed, SAMPLES_STREAM, shape, problem.device)
-        key_index, log_weight = draw(xp, key_index, log_weight, starts, own, problem.n_k, node_count)
-        position = xp.maximum(key_index - node_count, xp.zeros_like(key_index))
-        return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), log_weight)
-    values = nodes.values if prepared.keys.slope is not None else contiguous(nodes.values[:, :, :-1])
+    if sampled:
+        return drawn(problem, plan, prepared, key_index, log_weight)
+    own = None if prepared.own is None else unlisted(problem, prepared, key_index)
+    return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, own=own))
+
+
+def summaries(keys: KeyTree) -> tuple[Array, Array, Array, Array]:
+    """Return what of a tree decides how it is opened: mean keys, spreads, variances and sizes."""
+    nodes = keys.nodes
+    return without_gradient(nodes.keys), keys.unseen, without_gradient(nodes.variances), without_gradient(nodes.sizes)
+
+
+def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> PilotLists:
+    """Find the threshold at which lists are as long as the budget in the mean, and the pilot's lists."""
+    xp, pilot, tree, kernels = problem.xp, prepared.pilot, summaries(prepared.keys), plan.kernels
+    assert pilot is not None
+    assert plan.options.budget is not None
+    budget = plan.options.budget - (prepared.own is not None and plan.options.budget > 1)
+    most, start = LONGEST * budget, first_nodes(budget, int(prepared.keys.unseen.shape[1]), *prepared.seen)
+    given = xp, pilot.q, problem.scale, pilot.coordinates, pilot.index, *tree
+    threshold = kernels["pick_threshold"].function(*given, budget, most, start)
+    key_index, _, share, _ = kernels["open_tree"].function(*given, threshold, most, start)
+    return PilotLists(threshold, most, start, key_index, share)
+
+
+def slope_of(problem: Problem, plan: Plan, prepared: Prepared, lists: PilotLists) -> Array | None:
+    """Return the first-order term's matrices, one for each block of the pilot (G, C, d, d_v); None without values."""
+    if problem.d_v == 0:
+        return None
+    assert prepared.pilot is not None
+    multiply = plan.kernels["gap_moments"].function
+    slope = first_order(problem.xp, prepared.keys.nodes, lists.key_index, lists.share, multiply)
+    return slope * shorter(problem, prepared.keys.view, prepared.pilot)[:, None, None, None]
+
+
+def shorter(problem: Problem, view: View, pilot: Pilot) -> Array:
+    """Return by what the first-order term shrinks for queries longer than those that the tree was built for: (G,).
+
+    What the term takes a node's spread for falls with 1 / √(mean ‖q‖²) where the spread is wide for a query's logits
+    (`TreeNodes.values`), and was found for those queries.
+    """
+    xp, known = problem.xp, view.half_norm
+    norms = xp.sum(xp.astype(pilot.q, problem.dtype, copy=False) ** 2, axis=-1)
+    half_norm = xp.mean(norms, axis=-1) * (0.5 * problem.scale**2 / problem.d)
+    longer = half_norm > known
+    return xp.sqrt(xp.where(longer, known, 1.0) / xp.where(longer, half_norm, 1.0))
+
+
+def of_nodes(problem: Problem, keys: KeyTree, selection: Selection) -> Selection:
+    """Return a Selection of nodes and keys in the tree's order as one that has these as its keys and values."""
     # float16 might not hold a spread.
     stored = problem.k.dtype if problem.input_dtype == "bfloat16" else problem.dtype
-    keys, values = (xp.astype(x, stored, copy=False) for x in (nodes.keys, values))
-    return Selection(blocks, key_index, log_weight, keys=keys, values=values, slope=prepared.keys.slope)
+    values = keys.nodes.values if selection.slope is not None else contiguous(keys.nodes.values[:, :, :-1])
+    rows = (problem.xp.astype(x, stored, copy=False) for x in (keys.nodes.keys, values))
+    return replace(selection, **dict(zip(("keys", "values"), rows, strict=True)))
 
 
-def first_order_term(xp: Namespace, nodes: TreeNodes, n: int, multiply: Callable[..., Array]) -> Array:
-    """Return `DAMPING` times what the mean value of a node of unit spread gains for each unit of a query (derived).
-
-    A node's mean value leaves out that keys of larger logits weigh more: to first order its values' mean under attention is
-    v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
-    spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
-    most, which leaves less of them within; and less of what may be chance. ``multiply`` is the kernel `cross_moment`.
-    Returns (G, d, d_v), in O(G `MOMENT_ROWS` d d_v).
-    """
-    count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
-    # An odd step meets all places of a leaf.
-    step = max(1, n // MOMENT_ROWS) | 1
-    # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.
-    first = ((n + 1) << last) - n - 1
-    leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=nodes.keys.device) // n
-
-    def within(x: Array, width: int) -> Array:
-        """Return the first columns of rows less those of the mean of their leaf."""
-        # Of x itself: where some of its columns are left out, NumPy copies all rows to take a few.
-        rows, means = x[:, count::step, :width], take_columns(xp, x, leaf)[:, :, :width]
-        return xp.astype(rows, nodes.spread.dtype, copy=False) - xp.astype(means, nodes.spread.dtype, copy=False)
-
-    d, d_v = int(nodes.keys.shape[2]), int(nodes.values.shape[2]) - 1
-    keys, values = within(nodes.keys, d), within(nodes.values, d_v)
-    rows = int(keys.shape[1])
-    size, value_size = (xp.sum(x * x, axis=(1, 2), keepdims=True) / rows for x in (keys, values))
-    covariance = multiply(xp, keys, values)
-    # Of rows that have nothing to do with each other, this much is left by chance.
-    signal, noise = xp.sum(covariance * covariance, axis=(1, 2), keepdims=True), size * value_size / rows
-    above = signal > noise
-    certain = xp.where(above, signal - noise, 0.0) / xp.where(above, signal, 1.0)
-    return covariance * (DAMPING * certain / xp.where(size > 0, size, 1.0))
+def unlisted(problem: Problem, prepared: Prepared, key_index: Array) -> Array:
+    """Return each query's own key, int64 (G, n_q), −1 where its block lists it or there is none."""
+    xp, own, index = problem.xp, prepared.own, prepared.blocks.index
+    assert own is not None
+    groups, blocks, _ = index.shape
+    n, rows = problem.n_k, int(prepared.keys.nodes.keys.shape[1])
+    place = take_along_rows(xp, own, index)
+    # Rows numbered through all blocks of a group ascend, so that one search finds them.
+    first = xp.arange(blocks, dtype=xp.int64, device=index.device)[None, :, None] * rows
+    listed = xp.reshape(xp.sort(key_index, axis=-1) + first, (groups, -1))
+    wanted = place + (rows - n) + first
+    slot = searchsorted_rows(xp, listed, wanted, side="left")
+    again = take_along_rows(xp, listed, xp.clip(slot, 0, int(listed.shape[1]) - 1)) == wanted
+    mine = xp.where(
+        again | (place < 0), -1, take_along_rows(xp, prepared.keys.order, xp.maximum(place, xp.zeros_like(place)))
+    )
+    # Queries in no block have none here.
+    return xp.where(own < 0, -1, in_order_of_queries(xp, index, mine, problem.n_q))
 
 
-def draw(
-    xp: Namespace, key_index: Array, log_weight: Array, starts: Array, own: Array | None, n: int, nodes: int
-) -> tuple[Array, Array]:
+def drawn(problem: Problem, plan: Plan, prepared: Prepared, key_index: Array, log_weight: Array) -> Selection:
     """Replace each closed node of c keys by one of them, drawn with probability 1 / c, at log-weight ln c (derived).
 
     The larger a node's part of the attention, the further it was opened: these are samples without replacement, one
-    from each of many strata of about equal importance. ``starts`` (G, B) is uniform in [0, 1); each node's number is its
+    from each of many strata of about equal importance. A block's number is uniform in [0, 1); each node's number is its
     block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block lists as its own,
-    at one of the positions ``own`` (G, B, s), ascending, does not count again.
+    where trees are opened in sweeps, does not count again.
     """
+    xp, n, blocks, own = problem.xp, problem.n_k, prepared.blocks, prepared.listed
+    shape, nodes = (problem.groups, int(blocks.index.shape[1])), int(prepared.keys.nodes.spread.shape[1])
+    starts = plan.kernels["draw_uniform"].function(xp, plan.draw_seed, SAMPLES_STREAM, shape, problem.device)
     closed = (key_index < nodes) & (log_weight > -xp.inf)
     node = xp.where(closed, key_index, 0)
     first, end = node_bounds(xp, node, n)
@@ -383,67 +437,8 @@ def draw(
         # Positions numbered through all blocks ascend in each group, so that one search finds them.
         block = xp.arange(int(own.shape[1]), dtype=xp.int64, device=own.device)[None, :, None] * n
         listed = xp.reshape(own + block, (int(own.shape[0]), -1))
-        place = searchsorted_rows(xp, listed, position + block, side="left")
-        last = int(listed.shape[1]) - 1
-        mine = take_along_rows(xp, listed, xp.clip(place, 0, last)) == position + block
+        slot = searchsorted_rows(xp, listed, position + block, side="left")
+        mine = take_along_rows(xp, listed, xp.clip(slot, 0, int(listed.shape[1]) - 1)) == position + block
         weight = xp.where(mine, -xp.inf, weight)
-    return xp.where(closed, nodes + position, key_index), xp.where(closed, weight, log_weight)
-
-
-@dataclass(frozen=True)
-class View:
-    """How queries and keys see each other: in coordinates whose products add up to nearly the whole logit.
-
-    Attributes
-    ----------
-    queries, keys
-        (G, d, p): what turns queries and keys into coordinates.
-    centre
-        (G, 1, p): coordinates of the mean key.
-    half_norm
-        (G,): mean ‖scale q‖² / 2d, by which a spread becomes half the variance of a query's logits.
-    """
-
-    queries: Array
-    keys: Array
-    centre: Array
-    half_norm: Array
-
-
-def second_moment(problem: Problem, multiply: Callable[..., Array], rows: Array) -> Array:
-    """Return the mean of x xᵀ over rows (G, n, d), from some of them where there are many: (G, d, d) float64.
-
-    ``multiply`` is the kernel `cross_moment`.
-    """
-    rows = finite_rows(problem.xp, without_gradient(rows))
-    return multiply(problem.xp, rows, rows)
-
-
-def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
-    """Find the coordinates of queries of a second moment (G, d, d), and of a problem's keys, that hold most of the logits.
-
-    They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
-    queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
-    second moments of scaled queries and centred keys, the leading eigenvectors of S C are found by orthogonal iteration from
-    a fixed start, and balanced within their span (`kdecore.kernels.balanced_view`). Other scalings err more
-    (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
-    """
-    xp, dtype, scale, d = problem.xp, problem.dtype, problem.scale, int(problem.k.shape[2])
-    keys = finite_rows(xp, without_gradient(problem.k))
-    centre = xp.mean(keys, axis=1, keepdims=True)
-    keys = keys - centre
-    of_scaled = moment * scale**2
-    half_norm = xp.astype(xp.linalg.trace(of_scaled) * (0.5 / d), dtype)
-    kernels = plan.kernels
-    of_centred = kernels["cross_moment"].function(xp, keys, keys)
-    queries, of_keys = kernels["balanced_view"].function(xp, of_scaled, of_centred, min(Treecode.DIRECTIONS, d))
-    of_keys = xp.astype(of_keys, dtype)
-    of_centre = kernels["project_rows"].function(xp, xp.astype(centre, dtype), of_keys)
-    return View(xp.astype(queries * scale, dtype), of_keys, of_centre, half_norm)
-
-
-def finite_rows(xp: Namespace, rows: Array) -> Array:
-    """Return at least `MOMENT_ROWS` rows or all, evenly spaced, in float64, with 0 for numbers that are not finite."""
-    rows = xp.astype(rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :], xp.float64)
-    # Half as many operations as `isfinite` takes of PyTorch.
-    return xp.where(xp.abs(rows) < math.inf, rows, 0.0)
+    position = xp.where(closed, position, xp.maximum(key_index - nodes, xp.zeros_like(key_index)))
+    return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), xp.where(closed, weight, log_weight))

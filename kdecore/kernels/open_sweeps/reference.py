@@ -1,5 +1,7 @@
 """`open_sweeps` in the array API: many blocks at once, sweep by sweep."""
 
+import math
+
 from kdecore.kernels.open_sweeps.contract import (
     GROWTH,
     HALVINGS,
@@ -11,8 +13,8 @@ from kdecore.kernels.open_sweeps.contract import (
     PART,
     SUMMED_SWEEPS,
 )
-from kdecore.kernels.open_tree.reference import frozen, gather, listed, take_last
-from kdecore.namespaces import Array, Namespace, quiet, spans
+from kdecore.kernels.open_tree.reference import frozen, gather
+from kdecore.namespaces import Array, Namespace, quiet, spans, take_along_rows
 from kdecore.tree import node_bounds
 
 
@@ -145,3 +147,51 @@ def log_sum(xp: Namespace, logits: Array) -> Array:
     top = xp.where(top == -xp.inf, 0.0, top)
     total = xp.sum(xp.exp(logits - top[..., None]), axis=-1)
     return xp.where(total > 0, xp.log(xp.where(total > 0, total, 1.0)) + top, -xp.inf)
+
+
+def listed(
+    xp: Namespace, closed: Array, half_spread: Array, opened: Array, own: Array | None, slots: int, n: int, nodes: int
+) -> tuple[Array, Array]:
+    """Return rows and log-weights of own keys, closed nodes (G, B, f) and the keys of opened leaves (G, B, o)."""
+    groups, blocks, _ = closed.shape
+    dtype, device = half_spread.dtype, half_spread.device
+    start, end = node_bounds(xp, xp.maximum(closed, xp.zeros_like(closed)), n)
+    count = xp.where(closed < 0, 0, end - start)
+    leaf_start, leaf_end = node_bounds(xp, xp.maximum(opened, xp.zeros_like(opened)), n)
+    largest = -(-n // ((nodes + 1) // 2))
+    position = leaf_start[..., None] + xp.arange(largest, dtype=xp.int64, device=device)
+    held = (position < leaf_end[..., None]) & (opened >= 0)[..., None]
+    position, held = xp.reshape(position, (groups, blocks, -1)), xp.reshape(held, (groups, blocks, -1))
+    if own is not None:
+        again = xp.concat([xp.zeros_like(own[:, :, :1], dtype=xp.bool), own[:, :, 1:] == own[:, :, :-1]], axis=-1)
+        once = ~again[:, :, None, :]
+        inside = (own[:, :, None, :] >= start[..., None]) & (own[:, :, None, :] < end[..., None]) & once
+        count = xp.where(closed < 0, 0, count - xp.sum(xp.astype(inside, xp.int64), axis=-1))
+        held = held & ~xp.any(position[..., None] == own[:, :, None, :], axis=-1)
+    log_count = xp.log(xp.astype(xp.maximum(count, xp.ones_like(count)), dtype))
+    several = end - start > 1
+    weight = xp.where(count > 0, log_count + xp.where(several, frozen(xp, half_spread, log_count), 0.0), -xp.inf)
+    row = xp.concat([xp.where(closed < 0, 0, closed), xp.where(held, position + nodes, 0)], axis=-1)
+    zero = xp.zeros((1,), dtype=dtype, device=device)
+    weight = xp.concat([weight, xp.where(held, zero, -xp.inf)], axis=-1)
+    # What counts comes first; no more than the slots do.
+    first = xp.argsort(xp.astype(weight == -xp.inf, xp.int64), axis=-1, stable=True)
+    wanted = slots - (0 if own is None else int(own.shape[2]))
+    if int(first.shape[2]) < wanted:
+        missing = (groups, blocks, wanted - int(first.shape[2]))
+        row = xp.concat([row, xp.zeros(missing, dtype=xp.int64, device=device)], axis=-1)
+        weight = xp.concat([weight, xp.full(missing, -xp.inf, dtype=dtype, device=device)], axis=-1)
+    else:
+        row, weight = (take_last(xp, x, first[:, :, :wanted]) for x in (row, weight))
+    if own is None:
+        return row, weight
+    return xp.concat([own + nodes, row], axis=-1), xp.concat([xp.where(again, -xp.inf, zero), weight], axis=-1)
+
+
+def take_last(xp: Namespace, values: Array, index: Array) -> Array:
+    """Take elements (G, B, r) of the last axis of (G, B, f) or (G, B, b, f)."""
+    if values.ndim == 4:
+        index = xp.broadcast_to(index[:, :, None, :], (*values.shape[:3], index.shape[2]))
+    rows = math.prod(values.shape[:-1])
+    flat = xp.reshape(values, (rows, values.shape[-1]))
+    return xp.reshape(take_along_rows(xp, flat, xp.reshape(index, (rows, index.shape[-1]))), index.shape)

@@ -4,16 +4,21 @@ from typing import Protocol
 
 from kdecore.namespaces import Array, Namespace
 
-START_SHARE = 16
+START_SHARE = 12
 """A list begins with the nodes of a level that are no more than one in so many of its slots, where there are such."""
-GROWTH = 8
-"""A round opens one in so many of the nodes opened so far (rounding down, at least one)."""
-REFRESH = 4
-"""Errors are estimated anew when so many times the nodes are listed."""
+STEP = 2
+"""Levels between a node and the nodes that take its place: four grandchildren, which lie side by side."""
+
+
+ALONG = 0.5
+"""Part of the half variance along coordinates that counts; the rest follows from spreads.
+
+Nodes stay closed where their variances happen to be small, so that these are less than the truth (docs/treecode.md).
+"""
 
 
 class OpenTree(Protocol):
-    """Open a tree over the keys, for every block of queries, where closed nodes are estimated to err most."""
+    """Open a tree over the keys, for every block of queries, where closed nodes are estimated to err more than a threshold."""
 
     def __call__(
         self,
@@ -26,26 +31,25 @@ class OpenTree(Protocol):
         spread: Array,
         variances: Array,
         sizes: Array,
-        own: Array | None,
-        slots: int,
+        threshold: Array,
+        most: int,
         start: tuple[int, int, int],
-    ) -> tuple[Array, Array]:
-        """Return each block's list of nodes and single keys, with log-weights.
+    ) -> tuple[Array, Array, Array, Array]:
+        """Return each block's list of nodes and single keys, with log-weights, and what closed nodes get of the attention.
 
-        A closed node h of c keys weighs, for query i, exp(scale ⟨qᵢ, k̄_h⟩ + σ + ln c): the logits within it are taken as
-        normal with half variance σ = ½ Σ_t coordinatesᵢₜ² variances_hₜ. Where σ > ln c, c draws reach no such mean, and
-        2 √(σ ln c) − ln c takes its place (the random energy model's frozen phase; derived). The estimated error of
-        leaving it closed is its weight over the sum of all weights, times σ, times its size; the node's error is the sum of
-        the fourth powers of the block's queries' errors, so that what one query needs is not averaged away.
+        A closed node h of c keys weighs, for query i, exp(scale ⟨qᵢ, k̄_h⟩ + σ_h + ln c). The logits within it are taken as
+        normal with half variance σ_h = `ALONG` Σ_t m_t variances_ht + m spread_h, where m_t is half the mean over the block's
+        queries of coordinates_t², and m their mean ‖scale q‖² / 2d. Where σ_h > ln c, c draws reach no such mean, and
+        2 √(σ_h ln c) − ln c takes its place (the random energy model's frozen phase; derived). The estimated error of leaving
+        it closed is the fourth root of the sum, over the block's queries, of (its weight over the sum of all weights)⁴,
+        times σ_h times its size: what one query needs is not averaged away.
 
-        A list begins with the f nodes of ``start``, whose keys are all that are seen; s of the slots are for own keys. A
-        round orders the c = min(max(1, ⌊f / `GROWTH`⌋), slots − s − f) closed nodes of
-        largest error (all, if they are fewer), the largest first, opens those for which there is room, and adds c to f. An
-        inner node's children take its place, which takes one slot more; a leaf of m keys is listed key by key, which takes
-        m − 1 slots more, and keeps its weight in the sums. The list ends with a round that opens nothing, or with f =
-        slots − s. Sums of weights are those of the round's beginning. A node's error is that of the first round after it was
-        listed, but all are estimated anew in a round that begins with `REFRESH` times the f of the last one that did so, or
-        more. Which of equal errors is taken, and the order of a list, are left open.
+        A block goes down the tree once. Of the nodes of a level, at first those of ``start``, those whose error is at most
+        the threshold are closed. The descendants of the others, two levels further down, or one where that leaves an even
+        number of levels, are the nodes of the next level; of a leaf it is the keys, one by one. Sums of weights are those of
+        the nodes closed before and the nodes of the level, or of the latter alone where a node opened weighed so much more
+        that the dtype holds nothing of the others. Where a list would have more than ``most`` slots the block begins
+        anew with twice the threshold.
 
         Parameters
         ----------
@@ -63,24 +67,26 @@ class OpenTree(Protocol):
         keys
             (G, N + n_k, d): mean keys of the nodes, and the keys in the order of the tree.
         spread, variances, sizes
-            (G, N), (G, N, p) and (G, N): as `kdecore.kernels.node_summaries.contract.TreeNodes` has them.
-        own
-            (G, B, s) int64, ascending: positions in the tree of keys that each block lists by themselves, which are taken
-            out of the nodes that hold them; or None.
-        slots
-            Length of the lists, at least s + f; below the number of keys seen.
+            (G, N), (G, N, p) and (G, N), at least 0: as the method scales what `node_summaries` finds.
+        threshold
+            (), at least 0.
+        most
+            Length of a list, at most: at least the nodes of ``start``.
         start
             (level, first, end): lists begin with the nodes first … end − 1 of a level.
 
         Returns
         -------
         key_index
-            (G, B, slots) int64, rows of ``keys``. The first s are the own keys.
+            (G, B, s) int64, rows of ``keys``, s as long as the longest list: closed nodes, then single keys.
         log_weight
-            (G, B, slots): ln of the number of the node's keys that are not own, plus σ with spread times the
-            block's mean ‖scale q‖² / 2d as half variance; 0 for single keys; −inf for empty slots, own keys said before and
-            keys or nodes that are all own. O(G B slots (b (d + p) + log slots)): no node is looked at whose parent stayed
-            closed.
+            (G, B, s): σ_h + ln c; 0 for single keys; −inf for slots that a list doesn't have.
+        share
+            (G, B, s): mean share of the attention that a closed node gets of the block's queries, by the weights of the nodes
+            closed and the leaves opened; 0 for others.
+        counts
+            (G, B) int64: how many slots each list has.
+            O(Σ counts · b · (d + p)): no node is looked at whose parent stayed closed.
         """
 
 
@@ -89,8 +95,7 @@ def first_nodes(
 ) -> tuple[int, int, int]:
     """Return ``start`` of lists that see the nodes first … end − 1 of a level only, in a tree of so many nodes.
 
-    That is, what lies under them at the last level that has no more than one in ``share`` of the slots, own keys left out,
-    or they themselves.
+    That is, what lies under them at the last level that has no more than one in ``share`` of the slots, or they themselves.
     """
     last = ((nodes + 1) // 2).bit_length() - 1
     more = max(0, min((slots // share // (end - first)).bit_length() - 1, last - level))

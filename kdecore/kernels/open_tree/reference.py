@@ -1,10 +1,44 @@
-"""`open_tree` in the array API: all blocks at once, round by round."""
+"""`open_tree` in the array API: all blocks at once, level by level. Widths of levels are read from the arrays."""
 
-import math
+from typing import NamedTuple
 
-from kdecore.kernels.open_tree.contract import GROWTH, REFRESH
-from kdecore.namespaces import Array, Namespace, take_along_rows, take_rows
-from kdecore.tree import node_bounds
+from kdecore.kernels.open_tree.contract import ALONG, STEP
+from kdecore.namespaces import Array, Namespace, take_rows
+from kdecore.tree import depth_of
+
+
+class Tree(NamedTuple):
+    """Summaries of the nodes, (G, N, …), and the keys in the tree's order, as `OpenTree` takes them."""
+
+    keys: Array
+    spread: Array
+    variances: Array
+    sizes: Array
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return int(self.spread.shape[1])
+
+    @property
+    def n(self) -> int:
+        """Number of keys."""
+        return int(self.keys.shape[1]) - self.nodes
+
+
+class Queries(NamedTuple):
+    """Queries of blocks: (G, B, b, d) scaled, (G, B, p) `ALONG` halves of mean squared coordinates, and (G, B) mean ‖scale q‖² / 2d."""
+
+    scaled: Array
+    squares: Array
+    half_norm: Array
+
+
+class Sums(NamedTuple):
+    """Each query's largest logit so far, and the sum of weights of closed nodes relative to it, (G, B, b)."""
+
+    top: Array
+    closed: Array
 
 
 def open_tree(
@@ -17,124 +51,116 @@ def open_tree(
     spread: Array,
     variances: Array,
     sizes: Array,
-    own: Array | None,
-    slots: int,
+    threshold: Array,
+    most: int,
     start: tuple[int, int, int],
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
+    tree = Tree(keys, spread, variances, sizes)
+    queries = load(xp, q, scale, coordinates, query_index)
+    last, n = depth_of(tree.nodes), tree.n
+    limit = xp.broadcast_to(threshold, query_index.shape[:2])
+    while True:
+        level = start[0]
+        current, sums = first_level(xp, start, queries)
+        closed: list[tuple[Array, Array, Array]] = []
+        while True:
+            sums, logits, log_weight, error = weigh(xp, tree, queries, level, current, sums)
+            opened = (current >= 0) & (error > limit[..., None])
+            shut = (current >= 0) & ~opened
+            weights = xp.where(shut[:, :, None, :], xp.exp(logits - sums.top[..., None]), 0.0)
+            total = sums.closed + xp.sum(xp.exp(logits - sums.top[..., None]), axis=-1)
+            sums = Sums(sums.top, sums.closed + xp.sum(weights, axis=-1))
+            closed.append((xp.where(shut, current + (1 << level) - 1, -1), log_weight, logits))
+            if level == last:
+                break
+            step = STEP - (last - level) % STEP
+            (current,) = compact(xp, descendants(xp, xp.where(opened, current, -1), step))
+            level += step
+        leaves = xp.where(opened, current, -1)
+        node, log_weights, all_logits = (xp.concat([one[i] for one in closed], axis=-1) for i in range(3))
+        begin, end = (leaves * n) >> last, ((leaves + 1) * n) >> last
+        counts = xp.sum(xp.astype(node >= 0, xp.int64), axis=-1) + xp.sum(xp.where(leaves >= 0, end - begin, 0), axis=-1)
+        if int(xp.max(counts)) <= most:
+            break
+        limit = xp.where(counts > most, 2.0 * limit, limit)
+    # Where nothing was left of what was closed before, it gets no more than all.
+    share = xp.exp(xp.minimum(all_logits - sums.top[..., None], xp.log(total)[..., None])) / total[..., None]
+    share = xp.where(node >= 0, xp.mean(share, axis=2), 0.0)
+    largest = -(-n // (1 << last))
+    position = begin[..., None] + xp.arange(largest, dtype=xp.int64, device=q.device)
+    held = (position < end[..., None]) & (leaves >= 0)[..., None]
+    single = xp.reshape(xp.where(held, position + tree.nodes, -1), (*query_index.shape[:2], -1))
+    row = xp.concat([node, single], axis=-1)
+    zeros = xp.zeros(single.shape, dtype=share.dtype, device=q.device)
+    weight, share = xp.concat([log_weights, zeros], axis=-1), xp.concat([share, zeros], axis=-1)
+    # What counts comes first; no more than the longest list has.
+    longest = max(1, int(xp.max(counts)))
+    first = xp.argsort(xp.astype(row < 0, xp.int64), axis=-1, stable=True)[:, :, :longest]
+    row, weight, share = (take_last(xp, x, first) for x in (row, weight, share))
+    return xp.where(row < 0, 0, row), xp.where(row < 0, -xp.inf, weight), xp.where(row < 0, 0.0, share), counts
+
+
+def load(xp: Namespace, q: Array, scale: float, coordinates: Array, query_index: Array) -> Queries:
+    """Gather the queries of blocks."""
     q = xp.astype(q, coordinates.dtype, copy=False)
-    nodes = int(variances.shape[1])
-    n, first_leaf = int(keys.shape[1]) - nodes, nodes // 2
-    queries = gather(xp, xp.where(xp.all(xp.isfinite(q), axis=-1, keepdims=True), q, 0.0) * scale, query_index)
+    finite = xp.all(xp.isfinite(q), axis=-1, keepdims=True)
+    scaled = gather(xp, xp.where(finite, q, 0.0) * scale, query_index)
     squares = coordinates * coordinates
-    squares = gather(xp, xp.where(xp.isfinite(squares), squares, 0.0), query_index)
-
-    def weigh(node: Array) -> tuple[Array, Array]:
-        """Return log-weights, and σ times sizes, (G, B, b, f) of nodes (G, B, f); −1 is an empty place."""
-        at = xp.maximum(node, xp.zeros_like(node))
-        begin, end = node_bounds(xp, at, n)
-        log_count = xp.log(xp.astype(end - begin, q.dtype))[:, :, None, :]
-        sigma = frozen(xp, 0.5 * (squares @ xp.matrix_transpose(gather(xp, variances, at))), log_count)
-        logits = queries @ xp.matrix_transpose(gather(xp, keys, at)) + sigma + log_count
-        empty = (node < 0)[:, :, None, :]
-        size = gather(xp, sizes[:, :, None], at)[:, :, None, :, 0]
-        return xp.where(empty, -xp.inf, logits), xp.where(empty, 0.0, sigma * size)
-
-    wanted = slots - (0 if own is None else int(own.shape[2]))
-    level, first, last = start
-    used, refreshed = last - first, 0
-    closed = (1 << level) - 1 + xp.arange(first, last, dtype=xp.int64, device=q.device)
-    closed = xp.broadcast_to(closed, (*query_index.shape[:2], used))
-    opened = closed[:, :, :0]
-    logits, sigma = weigh(closed)
-    error, is_new = xp.zeros(closed.shape, dtype=q.dtype, device=q.device), closed >= 0
-    taken = xp.full(query_index.shape[:2], used, dtype=xp.int64, device=q.device)
-    ended = taken < 0
-    while used < wanted:
-        refresh = used >= REFRESH * refreshed
-        refreshed = used if refresh else refreshed
-        top = xp.max(logits, axis=-1, keepdims=True)
-        weights = xp.exp(logits - top)
-        shares = weights / xp.sum(weights, axis=-1, keepdims=True)
-        error = xp.where(is_new | refresh, xp.sum((shares * sigma) ** 4, axis=2), error)
-        step = min(max(1, used // GROWTH), wanted - used)
-        used += step
-        worst_first = xp.argsort(xp.where(closed < 0, xp.inf, -error), axis=-1, stable=True)
-        worst, kept = worst_first[:, :, :step], worst_first[:, :, step:]
-        node, node_logits, node_sigma, node_error = (take_last(xp, x, worst) for x in (closed, logits, sigma, error))
-        fits, taken = make_room(xp, node, taken, wanted, n, first_leaf, ended)
-        ended = ended | ~xp.any(fits, axis=-1)
-        leaf = node >= first_leaf
-        split, whole = fits & ~leaf, fits & leaf
-        opened = xp.concat([opened, xp.where(whole, node, -1)], axis=-1)
-        # An opened leaf is no longer closed, but its weight stays.
-        left, right = xp.where(split, 2 * node + 1, xp.where(whole, -1, node)), xp.where(split, 2 * node + 2, -1)
-        (left_logits, left_sigma), (right_logits, right_sigma) = weigh(left), weigh(right)
-        left_logits = xp.where(split[:, :, None, :], left_logits, node_logits)
-        left_sigma = xp.where(split[:, :, None, :], left_sigma, node_sigma)
-        closed = xp.concat([take_last(xp, closed, kept), left, right], axis=-1)
-        logits = xp.concat([take_last(xp, logits, kept), left_logits, right_logits], axis=-1)
-        sigma = xp.concat([take_last(xp, sigma, kept), left_sigma, right_sigma], axis=-1)
-        error = xp.concat([take_last(xp, error, kept), node_error, node_error], axis=-1)
-        is_new = xp.concat([xp.zeros_like(kept, dtype=xp.bool), split, split], axis=-1)
-    norms = xp.mean(xp.sum(queries * queries, axis=-1), axis=-1)
-    half_spread = gather(xp, spread[:, :, None], xp.maximum(closed, xp.zeros_like(closed)))[..., 0] * (
-        norms[:, :, None] * (0.5 / int(q.shape[2]))
-    )
-    return listed(xp, closed, half_spread, opened, own, slots, n, nodes)
+    squares = gather(xp, xp.where(xp.isfinite(squares) & finite, squares, 0.0), query_index)
+    norms = xp.mean(xp.sum(scaled * scaled, axis=-1), axis=-1)
+    return Queries(scaled, 0.5 * ALONG * xp.mean(squares, axis=2), norms * (0.5 / int(q.shape[2])))
 
 
-def make_room(
-    xp: Namespace, node: Array, taken: Array, wanted: int, n: int, first_leaf: int, ended: Array
-) -> tuple[Array, Array]:
-    """Return which of the nodes (G, B, c), in this order, can be opened, and how many slots are taken then."""
-    start, end = node_bounds(xp, xp.maximum(node, xp.zeros_like(node)), n)
-    cost = xp.where(node >= first_leaf, end - start - 1, 1)
-    fits = []
-    for i in range(node.shape[2]):
-        room = (node[:, :, i] >= 0) & ~ended & (taken + cost[:, :, i] <= wanted)
-        taken = taken + xp.where(room, cost[:, :, i], 0)
-        fits.append(room)
-    return xp.stack(fits, axis=-1), taken
+def first_level(xp: Namespace, start: tuple[int, int, int], queries: Queries) -> tuple[Array, Sums]:
+    """Return the nodes that all blocks begin with, numbered within their level, (G, B, m), and sums of nothing."""
+    _, first, end = start
+    shape, like = queries.scaled.shape[:3], queries.half_norm
+    node = xp.arange(first, end, dtype=xp.int64, device=like.device)
+    top = xp.full(shape, -1e30, dtype=like.dtype, device=like.device)
+    return xp.broadcast_to(node, (*shape[:2], end - first)), Sums(top, xp.zeros_like(top))
 
 
-def listed(
-    xp: Namespace, closed: Array, half_spread: Array, opened: Array, own: Array | None, slots: int, n: int, nodes: int
-) -> tuple[Array, Array]:
-    """Return rows and log-weights of own keys, closed nodes (G, B, f) and the keys of opened leaves (G, B, o)."""
-    groups, blocks, _ = closed.shape
-    dtype, device = half_spread.dtype, half_spread.device
-    start, end = node_bounds(xp, xp.maximum(closed, xp.zeros_like(closed)), n)
-    count = xp.where(closed < 0, 0, end - start)
-    leaf_start, leaf_end = node_bounds(xp, xp.maximum(opened, xp.zeros_like(opened)), n)
-    largest = -(-n // ((nodes + 1) // 2))
-    position = leaf_start[..., None] + xp.arange(largest, dtype=xp.int64, device=device)
-    held = (position < leaf_end[..., None]) & (opened >= 0)[..., None]
-    position, held = xp.reshape(position, (groups, blocks, -1)), xp.reshape(held, (groups, blocks, -1))
-    if own is not None:
-        again = xp.concat([xp.zeros_like(own[:, :, :1], dtype=xp.bool), own[:, :, 1:] == own[:, :, :-1]], axis=-1)
-        once = ~again[:, :, None, :]
-        inside = (own[:, :, None, :] >= start[..., None]) & (own[:, :, None, :] < end[..., None]) & once
-        count = xp.where(closed < 0, 0, count - xp.sum(xp.astype(inside, xp.int64), axis=-1))
-        held = held & ~xp.any(position[..., None] == own[:, :, None, :], axis=-1)
-    log_count = xp.log(xp.astype(xp.maximum(count, xp.ones_like(count)), dtype))
-    several = end - start > 1
-    weight = xp.where(count > 0, log_count + xp.where(several, frozen(xp, half_spread, log_count), 0.0), -xp.inf)
-    row = xp.concat([xp.where(closed < 0, 0, closed), xp.where(held, position + nodes, 0)], axis=-1)
-    zero = xp.zeros((1,), dtype=dtype, device=device)
-    weight = xp.concat([weight, xp.where(held, zero, -xp.inf)], axis=-1)
-    # What counts comes first; no more than the slots do.
-    first = xp.argsort(xp.astype(weight == -xp.inf, xp.int64), axis=-1, stable=True)
-    wanted = slots - (0 if own is None else int(own.shape[2]))
-    if int(first.shape[2]) < wanted:
-        missing = (groups, blocks, wanted - int(first.shape[2]))
-        row = xp.concat([row, xp.zeros(missing, dtype=xp.int64, device=device)], axis=-1)
-        weight = xp.concat([weight, xp.full(missing, -xp.inf, dtype=dtype, device=device)], axis=-1)
-    else:
-        row, weight = (take_last(xp, x, first[:, :, :wanted]) for x in (row, weight))
-    if own is None:
-        return row, weight
-    return xp.concat([own + nodes, row], axis=-1), xp.concat([xp.where(again, -xp.inf, zero), weight], axis=-1)
+def weigh(
+    xp: Namespace, tree: Tree, queries: Queries, level: int, current: Array, sums: Sums
+) -> tuple[Sums, Array, Array, Array]:
+    """Weigh the nodes (G, B, m) of a level, −1 for none: return sums, logits (G, B, b, m), log-weights and errors (G, B, m)."""
+    at = xp.maximum(current, xp.zeros_like(current))
+    begin, end = (at * tree.n) >> level, ((at + 1) * tree.n) >> level
+    node = at + ((1 << level) - 1)
+    log_count = xp.log(xp.astype(end - begin, queries.scaled.dtype))
+    along = gather(xp, tree.variances, node) @ queries.squares[..., None]
+    around = gather(xp, tree.spread[:, :, None], node)[..., 0] * queries.half_norm[..., None]
+    sigma = frozen(xp, along[..., 0] + around, log_count)
+    log_weight = sigma + log_count
+    logits = queries.scaled @ xp.matrix_transpose(gather(xp, tree.keys, node)) + log_weight[:, :, None, :]
+    logits = xp.where((current < 0)[:, :, None, :], -xp.inf, logits)
+    largest = xp.max(logits, axis=-1)
+    top = xp.maximum(sums.top, largest)
+    closed = sums.closed * xp.exp(sums.top - top)
+    # Of a node that was opened and weighed so much more than what is left that nothing is left of that.
+    lost = (closed + xp.sum(xp.exp(logits - top[..., None]), axis=-1) == 0) & (largest > -xp.inf)
+    top, closed = xp.where(lost, largest, top), xp.where(lost, 0.0, closed)
+    weights = xp.exp(logits - top[..., None])
+    total = closed + xp.sum(weights, axis=-1)
+    shares = weights / xp.where(total > 0, total, 1.0)[..., None]
+    error = xp.sum(shares**4, axis=2) ** 0.25 * sigma * gather(xp, tree.sizes[:, :, None], node)[..., 0]
+    return Sums(top, closed), logits, log_weight, xp.where(current < 0, 0.0, error)
+
+
+def descendants(xp: Namespace, node: Array, step: int) -> Array:
+    """Return the descendants of nodes (G, B, m), so many levels down, numbered within their level; −1 of −1."""
+    below = xp.arange(1 << step, dtype=xp.int64, device=node.device)
+    found = xp.where(node[..., None] < 0, -1, (node[..., None] << step) + below)
+    return xp.reshape(found, (*node.shape[:2], -1))
+
+
+def compact(xp: Namespace, node: Array, *others: Array) -> list[Array]:
+    """Return nodes (G, B, m), and others of that shape, without places that no block needs; −1 is empty, and stands last."""
+    held = node >= 0
+    longest = int(xp.max(xp.sum(xp.astype(held, xp.int64), axis=-1)))
+    first = xp.argsort(xp.astype(~held, xp.int64), axis=-1, stable=True)[:, :, : max(1, longest)]
+    return [take_last(xp, x, first) for x in (node, *others)]
 
 
 def frozen(xp: Namespace, half_variance: Array, log_count: Array) -> Array:
@@ -151,9 +177,5 @@ def gather(xp: Namespace, values: Array, index: Array) -> Array:
 
 
 def take_last(xp: Namespace, values: Array, index: Array) -> Array:
-    """Take elements (G, B, r) of the last axis of (G, B, f) or (G, B, b, f)."""
-    if values.ndim == 4:
-        index = xp.broadcast_to(index[:, :, None, :], (*values.shape[:3], index.shape[2]))
-    rows = math.prod(values.shape[:-1])
-    flat = xp.reshape(values, (rows, values.shape[-1]))
-    return xp.reshape(take_along_rows(xp, flat, xp.reshape(index, (rows, index.shape[-1]))), index.shape)
+    """Take elements (G, B, r) of the last axis of (G, B, f)."""
+    return xp.take_along_axis(values, index, axis=-1)

@@ -6,7 +6,7 @@ from kdecore.namespaces import Array, Namespace
 
 SAMPLE = 256
 """Rows of a node, evenly spaced, that its direction is found from."""
-ITERATIONS = 3
+ITERATIONS = 1
 """Power iterations for it."""
 
 

@@ -1,0 +1,56 @@
+"""What every implementation of `attend_tree` promises."""
+
+from typing import Protocol
+
+from kdecore.merge import Part
+from kdecore.namespaces import Array, Namespace
+
+
+class AttendTree(Protocol):
+    """Attend to the lists that `kdecore.kernels.open_tree` would make, a block at a time: none is made in memory."""
+
+    def __call__(
+        self,
+        xp: Namespace,
+        q: Array,
+        scale: float,
+        coordinates: Array,
+        query_index: Array,
+        keys: Array,
+        values: Array,
+        spread: Array,
+        variances: Array,
+        sizes: Array,
+        threshold: Array,
+        most: int,
+        start: tuple[int, int, int],
+        own: Array | None = None,
+        slope: Array | None = None,
+        before: Part | None = None,
+    ) -> tuple[Part, Array]:
+        """Return softmax attention of each query to its block's list, and how long the lists are.
+
+        Parameters
+        ----------
+        xp, q, scale, coordinates, query_index, keys, spread, variances, sizes, threshold, most, start
+            As `kdecore.kernels.open_tree.contract.OpenTree` takes them.
+        values
+            (G, N + n_k, d_v + 1): as `kdecore.kernels.node_summaries.contract.TreeNodes` has them.
+        own
+            (G, n_q) int64: the position of each query's own key, −1 for none, which it sees beside its block's list unless
+            that has it; or None.
+        slope
+            (G, m, d, d_v) matrices, of which block i of B takes number ⌊i · m / B⌋: the last column of values says how much
+            of scale · q @ slope is added to a result; or None for nothing.
+        before
+            (G, n_q, d_v) and (G, n_q): attention to other keys, which the result is merged with, and whose memory it may
+            take. Queries in no block keep it; without it their rows mean nothing.
+
+        Returns
+        -------
+        part
+            out (G, n_q, d_v) and lse (G, n_q), of the dtype that it is computed in.
+        counts
+            (G, B) int64: how many slots each block's list has.
+            O(Σ counts · b · (d + d_v)), and a block's list at a time of memory for each thread.
+        """

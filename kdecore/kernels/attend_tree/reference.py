@@ -1,0 +1,62 @@
+"""`attend_tree` in the array API: lists are made, and attended to, some blocks of all groups at a time."""
+
+from kdecore.kernels.open_tree.reference import gather, open_tree
+from kdecore.merge import Part, merge
+from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, first_places, spans, take_rows
+
+
+def attend_tree(
+    xp: Namespace,
+    q: Array,
+    scale: float,
+    coordinates: Array,
+    query_index: Array,
+    keys: Array,
+    values: Array,
+    spread: Array,
+    variances: Array,
+    sizes: Array,
+    threshold: Array,
+    most: int,
+    start: tuple[int, int, int],
+    own: Array | None = None,
+    slope: Array | None = None,
+    before: Part | None = None,
+) -> tuple[Part, Array]:
+    """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
+    tree = keys, spread, variances, sizes
+    key_index, log_weight, _, counts = open_tree(xp, q, scale, coordinates, query_index, *tree, threshold, most, start)
+    groups, blocks, b = query_index.shape
+    n_q, nodes = int(q.shape[1]), int(spread.shape[1])
+    scaled = xp.astype(q, coordinates.dtype, copy=False) * scale
+    step = max(1, TILE_ELEMENTS // (groups * int(key_index.shape[2]) * max(b, int(keys.shape[2]))))
+    outs, sums = [], []
+    for some in spans(blocks, step):
+        listed = key_index[:, some, :]
+        queries, v = gather(xp, scaled, query_index[:, some, :]), gather(xp, values, listed)
+        logits = queries @ xp.matrix_transpose(gather(xp, keys, listed)) + log_weight[:, some, None, :]
+        top = xp.max(logits, axis=-1, keepdims=True)
+        if own is not None:
+            place = gather(xp, own[:, :, None], query_index[:, some, :])[..., 0]
+            row = xp.where(place < 0, 0, place + nodes)
+            hidden = (place < 0) | xp.any(listed[:, :, None, :] == row[..., None], axis=-1)
+            mine = xp.where(hidden, -xp.inf, xp.sum(queries * gather(xp, keys, row), axis=-1))[..., None]
+            top = xp.maximum(top, mine)
+        weights = xp.exp(logits - top)
+        total, out = xp.sum(weights, axis=-1, keepdims=True), weights @ v
+        if own is not None:
+            total, out = total + xp.exp(mine - top), out + xp.exp(mine - top) * gather(xp, values, row)
+        out, spreads = out[..., :-1] / total, out[..., -1:] / total
+        if slope is not None:
+            number = xp.arange(some.start, some.stop, dtype=xp.int64, device=q.device) * int(slope.shape[1]) // blocks
+            out = out + spreads * (queries @ xp.take(slope, number, axis=1))
+        outs.append(out)
+        sums.append((top + xp.log(total))[..., 0])
+    flat = xp.reshape(query_index + xp.arange(groups, dtype=xp.int64, device=q.device)[:, None, None] * n_q, (-1,))
+    place, found = (xp.reshape(x, (groups, n_q)) for x in first_places(xp, flat, groups * n_q))
+    out, lse = xp.concat(outs, axis=1), xp.concat(sums, axis=1)
+    part = Part(
+        xp.where(found[..., None], take_rows(xp, xp.reshape(out, (-1, out.shape[3])), place), 0.0),
+        xp.where(found, take_rows(xp, xp.reshape(lse, (-1,)), place), -xp.inf),
+    )
+    return (part if before is None else merge(xp, before, part)), counts

@@ -1,0 +1,291 @@
+"""Down a tree over the keys in one pass, for a block of queries: what three kernels share on the CPU.
+
+A block's queries lie across the lanes, in panels of one vector. Logits are kept in units of log 2; weights, and sums of them,
+relative to each query's largest logit so far, and brought down when a node exceeds it.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
+from kdecore.kernels.jit import kernel
+from kdecore.kernels.open_tree.contract import ALONG, STEP
+from kdecore.kernels.simd import (
+    TILE_ROWS,
+    VECTOR_BYTES,
+    column_max,
+    copy_rows,
+    copy_vector,
+    exp2_columns,
+    fourth_powers,
+    inner_product,
+    multiply_tile,
+    prefetch,
+    scaled_squares,
+)
+
+LN2 = math.log(2.0)
+AHEAD = 8
+"""Nodes that are asked for before they are weighed."""
+LOWEST = -1e30
+"""Below every logit: what is subtracted from logits has to be finite."""
+
+
+class Work(NamedTuple):
+    """Memory of a thread, for blocks of ``filled`` rows (a whole number of vectors) and levels of ``width`` nodes.
+
+    Attributes
+    ----------
+    rows, queries, squares
+        A block's queries: their rows, (panels, d, lanes) scaled, and half their mean squared coordinates (p).
+    tile, bias, sigma, error
+        A level's nodes: their keys, log-weights, half variances times sizes, and errors.
+    logits, weights
+        (panels, width, lanes) of a level's nodes.
+    current, following
+        Nodes of a level, numbered within it, and of the next one.
+    tops, totals, closed_totals
+        Each query's largest logit so far, and sums of weights: of all nodes, and of those closed.
+    node, log_weight, kept
+        The block's list: rows of the keys, log-weights, and (panels, width, lanes) logits.
+    leaves
+        The leaves opened.
+    factors
+        One vector.
+    """
+
+    rows: Any
+    queries: Any
+    squares: Any
+    tile: Any
+    bias: Any
+    sigma: Any
+    error: Any
+    logits: Any
+    weights: Any
+    current: Any
+    following: Any
+    tops: Any
+    totals: Any
+    closed_totals: Any
+    node: Any
+    log_weight: Any
+    kept: Any
+    leaves: Any
+    factors: Any
+
+
+@kernel()
+def memory(filled, d, p, width, like):
+    """Return `Work` for blocks and lists of these sizes."""
+    dtype, lanes = like.dtype, VECTOR_BYTES // like.itemsize
+    panel_sizes = filled // lanes * width * lanes
+    return Work(
+        np.zeros(filled, np.int64),
+        np.zeros(filled * d, dtype),
+        np.zeros(round_up(p, lanes), dtype),
+        np.zeros(width * d, dtype),
+        np.zeros(width, dtype),
+        np.zeros(width, dtype),
+        np.zeros(width, dtype),
+        np.zeros(panel_sizes, dtype),
+        np.zeros(panel_sizes, dtype),
+        np.zeros(width, np.int64),
+        np.zeros(width, np.int64),
+        np.zeros(filled, dtype),
+        np.zeros(filled, dtype),
+        np.zeros(filled, dtype),
+        np.zeros(width, np.int64),
+        np.zeros(width, dtype),
+        np.zeros(panel_sizes, dtype),
+        np.zeros(width, np.int64),
+        np.zeros(lanes, dtype),
+    )
+
+
+@kernel()
+def load_block(q, coordinates, query_index, task, scale, work):
+    """Load a block's queries, those that are not finite as 0; return mean ‖scale q‖² / 2d."""
+    _, blocks, b = query_index.shape
+    n_q, d = q.shape[1:]
+    p = coordinates.shape[2]
+    group, block = task // blocks, task % blocks
+    lanes, filled = VECTOR_BYTES // q.itemsize, work.rows.shape[0]
+    flat_q, flat_coordinates, vectors = q.reshape(-1), coordinates.reshape(-1), d // lanes
+    for r in range(filled):
+        work.rows[r] = group * n_q + query_index[group, block, min(r, b - 1)]
+    for lane in range(0, filled, lanes):
+        load_queries(flat_q, work.rows, lane, d, q.dtype.type(scale / LN2), work.queries)
+    work.squares[:] = 0.0
+    norm = 0.0
+    for r in range(filled):
+        row_square = scaled_squares(flat_q, work.rows[r] * d, vectors, 1.0)
+        for t in range(vectors * lanes, d):
+            row_square += np.float64(flat_q[work.rows[r] * d + t]) ** 2
+        if not row_square < np.inf:
+            lane = r // lanes * lanes
+            for t in range(d):
+                work.queries[lane * d + t * lanes + r - lane] = 0.0
+            continue
+        if r < b:
+            norm += row_square
+            at = work.rows[r] * p
+            for t in range(p):
+                square = flat_coordinates[at + t] * flat_coordinates[at + t]
+                work.squares[t] += square if square < np.inf else 0.0
+    half = q.dtype.type(ALONG * 0.5 / b)
+    for t in range(p):
+        work.squares[t] *= half
+    return norm / b * scale * scale * 0.5 / d
+
+
+@kernel()
+def frozen(half_variance, log_count):
+    """Return ln of the mean of exp over so many normal numbers, as `open_tree`'s contract has it."""
+    if half_variance > log_count:
+        return 2.0 * np.sqrt(half_variance * log_count) - log_count
+    return half_variance
+
+
+@kernel()
+def weigh_level(tree, group, level, m, b, half_norm, work):
+    """Weigh the m current nodes of a level for a block's queries, and estimate the errors of leaving them closed."""
+    keys, spread, variances, sizes = tree
+    nodes, p = variances.shape[1:]
+    rows, d = keys.shape[1:]
+    n, lanes, filled = rows - nodes, VECTOR_BYTES // keys.itemsize, work.rows.shape[0]
+    width = work.bias.shape[0]
+    flat_keys, flat_variances = keys.reshape(-1), variances.reshape(-1)
+    base, vectors = (1 << level) - 1, p // lanes
+    for c in range(m):
+        prefetch(flat_keys, (group * rows + base + work.current[min(c + AHEAD, m - 1)]) * d, d)
+        i = work.current[c]
+        h = base + i
+        copy_rows(flat_keys, (group * rows + h) * d, work.tile, c * d, d)
+        size = np.log(float((((i + 1) * n) >> level) - ((i * n) >> level)))
+        at = (group * nodes + h) * p
+        sigma = np.float64(inner_product(flat_variances, at, work.squares, 0, vectors))
+        for t in range(vectors * lanes, p):
+            sigma += flat_variances[at + t] * work.squares[t]
+        sigma = frozen(sigma + spread[group, h] * half_norm, size)
+        work.sigma[c], work.bias[c] = sigma * sizes[group, h], (sigma + size) * (1.0 / LN2)
+    tiled = round_up(m, TILE_ROWS)
+    for lane in range(0, filled, lanes):
+        at = lane * width
+        for j in range(0, tiled, TILE_ROWS):
+            multiply_tile(work.tile, j * d, d, 1, work.queries, lane * d, d, work.bias, j, work.logits, at + j * lanes, True)
+        copy_vector(work.tops, lane, work.factors, 0)
+        column_max(work.logits, at, m, work.tops, lane)
+        for i in range(lanes):
+            work.closed_totals[lane + i] *= np.exp2(work.factors[i] - work.tops[lane + i])
+            work.totals[lane + i] = work.closed_totals[lane + i]
+        copy_rows(work.logits, at, work.weights, at, m * lanes)
+        exp2_columns(work.weights, at, m, work.tops, lane, work.totals, lane)
+        lost = False
+        for i in range(lanes):
+            if work.totals[lane + i] == 0:
+                # A node that was opened weighed so much more than what is left that nothing is left of that.
+                work.tops[lane + i], work.closed_totals[lane + i], lost = LOWEST, 0.0, True
+        if lost:
+            column_max(work.logits, at, m, work.tops, lane)
+            copy_rows(work.logits, at, work.weights, at, m * lanes)
+            copy_vector(work.closed_totals, lane, work.totals, lane)
+            exp2_columns(work.weights, at, m, work.tops, lane, work.totals, lane)
+        for i in range(lanes):
+            work.factors[i] = 1.0 / work.totals[lane + i] if lane + i < b else 0.0
+        fourth_powers(work.weights, at, m, work.factors, 0, work.error, lane == 0)
+
+
+@kernel()
+def close(c, row, closed, work):
+    """Keep the current node c as the row ``closed`` of a block's list."""
+    lanes, filled, width = work.factors.shape[0], work.rows.shape[0], work.bias.shape[0]
+    work.node[closed], work.log_weight[closed] = row, work.bias[c]
+    for lane in range(0, filled, lanes):
+        at = lane * width
+        copy_vector(work.logits, at + c * lanes, work.kept, at + closed * lanes)
+        for i in range(lanes):
+            work.closed_totals[lane + i] += work.weights[at + c * lanes + i]
+
+
+@kernel()
+def descend(tree, group, start, threshold, most, b, half_norm, work):
+    """Open the tree for a block; return how many nodes stay closed, how many leaves are opened, and the slots that takes.
+
+    Closed nodes are in ``work.node``, ``log_weight`` and ``kept``, leaves in ``work.leaves``. Where they would take more than
+    ``most`` slots, the threshold is doubled.
+    """
+    keys, variances = tree[0], tree[2]
+    nodes = variances.shape[1]
+    n = keys.shape[1] - nodes
+    last = leaf_level(nodes)
+    limit = np.float64(threshold) ** 4
+    while True:
+        work.tops[:] = LOWEST
+        work.closed_totals[:] = 0.0
+        level, first, end = start
+        m, closed, opened, slots = end - first, 0, 0, end - first
+        for c in range(m):
+            work.current[c] = first + c
+        while m > 0 and slots <= most:
+            weigh_level(tree, group, level, m, b, half_norm, work)
+            base, step, found = (1 << level) - 1, STEP - (last - level) % STEP, 0
+            for c in range(m):
+                square = np.float64(work.sigma[c]) * work.sigma[c]
+                if not work.error[c] * square * square > limit:
+                    close(c, base + work.current[c], closed, work)
+                    closed += 1
+                elif level == last:
+                    i = work.current[c]
+                    work.leaves[opened] = i
+                    opened += 1
+                    slots += (((i + 1) * n) >> level) - ((i * n) >> level) - 1
+                else:
+                    slots += (1 << step) - 1
+                    if slots > most:
+                        break
+                    for j in range(1 << step):
+                        work.following[found] = (work.current[c] << step) + j
+                        found += 1
+            level += step
+            m = found
+            for c in range(found):
+                work.current[c] = work.following[c]
+        if slots <= most:
+            return closed, opened, slots
+        limit *= 2.0**4
+
+
+@kernel()
+def leaf_level(nodes):
+    """Return the level of the leaves of a tree of so many nodes."""
+    level = 0
+    while (4 << level) - 1 <= nodes:
+        level += 1
+    return level
+
+
+@kernel()
+def list_leaves(n, last, nodes, closed, opened, work):
+    """Write the keys of the leaves opened to the list, after the closed nodes."""
+    at = closed
+    for c in range(opened):
+        i = work.leaves[c]
+        for position in range((i * n) >> last, ((i + 1) * n) >> last):
+            work.node[at] = nodes + position
+            at += 1
+
+
+@kernel()
+def first_at_least(ascending, count, value):
+    """Return the first place of the first ``count`` whose number is at least ``value``, or ``count``."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) >> 1
+        if ascending[middle] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low

@@ -1,0 +1,71 @@
+"""`gap_moments` in Numba for the CPU: a block a task, its gaps in cache."""
+
+import numpy as np
+
+from kdecore.kernels.jit import kernel
+from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile, prefetch
+from kdecore.kernels.threads import run_tasks
+from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+
+DEPTH = 64
+"""Keys that are multiplied together: their gaps stay in the first-level cache."""
+AHEAD = 4
+"""Keys that are asked for before they are read."""
+
+
+def gap_moments(xp: Namespace, keys: Array, values: Array, drawn: Array, mean: Array) -> tuple[Array, Array, Array]:
+    """Follow `kdecore.kernels.gap_moments.contract.GapMoments`."""
+    inputs = tuple(host_view(x) for x in (keys, values, drawn, mean))
+    (groups, blocks, _), d, d_v = inputs[2].shape, inputs[0].shape[2], inputs[1].shape[2] - 1
+    products = np.zeros((groups, blocks, d, d_v), inputs[0].dtype)
+    spreads, sizes = np.zeros((2, groups, blocks), inputs[0].dtype)
+    found = products, spreads, sizes
+    run_tasks(lambda first, last: multiply(*inputs, *found, first, last), groups * blocks, chunk=1)
+    products, spreads, sizes = (from_host_like(xp, x, keys) for x in found)
+    return products, spreads, sizes
+
+
+@kernel()
+def multiply(keys, values, drawn, mean, products, spreads, sizes, first, last):
+    """Write the moments of blocks first … last − 1, counted through all groups."""
+    _, blocks, count = drawn.shape
+    rows, d, d_v = keys.shape[1], keys.shape[2], values.shape[2] - 1
+    lanes = VECTOR_BYTES // keys.itemsize
+    height, panels = -(-d // TILE_ROWS) * TILE_ROWS, -(-d_v // lanes)
+    flat_keys, flat_values = keys.reshape(-1), values.reshape(-1)
+    of_keys, of_values = np.zeros(DEPTH * height, keys.dtype), np.zeros(panels * DEPTH * lanes, keys.dtype)
+    found, zeros = np.zeros(panels * height * lanes, keys.dtype), np.zeros(TILE_ROWS, keys.dtype)
+    for task in range(first, last):
+        group, block = task // blocks, task % blocks
+        total, spread = 0.0, 0.0
+        for at in range(0, count, DEPTH):
+            depth = min(DEPTH, count - at)
+            for r in range(depth):
+                ahead = group * rows + drawn[group, block, min(at + r + AHEAD, count - 1)]
+                prefetch(flat_keys, ahead * d, d)
+                prefetch(flat_values, ahead * (d_v + 1), d_v)
+                row, middle = group * rows + drawn[group, block, at + r], group * rows + mean[group, block, at + r]
+                size, value_size = keys.dtype.type(0.0), keys.dtype.type(0.0)
+                source, centre, target = np.uintp(row * d), np.uintp(middle * d), np.uintp(r * height)
+                for t in range(np.uintp(d)):
+                    gap = flat_keys[source + t] - flat_keys[centre + t]
+                    of_keys[target + t] = gap
+                    size += gap * gap
+                source, centre = np.uintp(row * (d_v + 1)), np.uintp(middle * (d_v + 1))
+                for j in range(0, d_v, lanes):
+                    target, start = np.uintp((j * DEPTH) + r * lanes), np.uintp(j)
+                    for i in range(np.uintp(min(lanes, d_v - j))):
+                        gap = flat_values[source + start + i] - flat_values[centre + start + i]
+                        of_values[target + i] = gap
+                        value_size += gap * gap
+                total += np.float64(size) * value_size
+                spread += size
+            for panel in range(panels):
+                for i in range(0, height, TILE_ROWS):
+                    to, begin = (panel * height + i) * lanes, panel * DEPTH * lanes
+                    multiply_tile(of_keys, i, 1, height, of_values, begin, depth, zeros, 0, found, to, at == 0)
+        spreads[group, block], sizes[group, block] = spread / count, total / count
+        share = keys.dtype.type(1.0 / count)
+        for i in range(d):
+            for j in range(d_v):
+                products[group, block, i, j] = found[(j // lanes * height + i) * lanes + j % lanes] * share

@@ -1,0 +1,107 @@
+"""How queries and keys see each other: in few coordinates whose products add up to nearly the whole logit."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kdecore.inputs import Problem
+from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.open_tree.contract import ALONG
+from kdecore.namespaces import Array, take_columns, without_gradient
+from kdecore.options import Treecode
+from kdecore.planning import Plan
+from kdecore.tree import depth, node_count
+
+MOMENT_ROWS = 1024
+"""Rows, evenly spaced, that moments are taken from, at least."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Coordinates of queries and keys.
+
+    Attributes
+    ----------
+    queries, keys
+        (G, d, p): what turns queries and keys into coordinates.
+    centre
+        (G, 1, p): coordinates of the mean key.
+    half_norm
+        (G,): mean ‖scale q‖² / 2d, by which a spread becomes half the variance of a query's logits.
+    """
+
+    queries: Array
+    keys: Array
+    centre: Array
+    half_norm: Array
+
+
+def second_moment(problem: Problem, multiply: Callable[..., Array], rows: Array) -> Array:
+    """Return the mean of x xᵀ over rows (G, n, d), from some of them where there are many: (G, d, d) float64.
+
+    ``multiply`` is the kernel `cross_moment`.
+    """
+    rows = finite_rows(problem, rows)
+    return multiply(problem.xp, rows, rows)
+
+
+def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
+    """Find the coordinates of queries of a second moment (G, d, d), and of a problem's keys, that hold most of the logits.
+
+    They are the leading singular vectors of the matrix of logits with centred keys, the singular values shared evenly:
+    queries and keys have the same second moment, a diagonal one (as in balanced truncation, Moore 1981). With C and S the
+    second moments of scaled queries and centred keys, the leading eigenvectors of S C are found by orthogonal iteration from
+    a fixed start, and balanced within their span (`kdecore.kernels.balanced_view`). Other scalings err more
+    (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
+    """
+    xp, dtype, scale, d = problem.xp, problem.dtype, problem.scale, int(problem.k.shape[2])
+    keys = finite_rows(problem, problem.k)
+    centre = xp.mean(keys, axis=1, keepdims=True)
+    keys = keys - centre
+    of_scaled = moment * scale**2
+    half_norm = xp.astype(xp.linalg.trace(of_scaled) * (0.5 / d), dtype)
+    kernels = plan.kernels
+    of_centred = kernels["cross_moment"].function(xp, keys, keys)
+    queries, of_keys = kernels["balanced_view"].function(xp, of_scaled, of_centred, min(Treecode.DIRECTIONS, d))
+    of_keys = xp.astype(of_keys, dtype)
+    of_centre = kernels["project_rows"].function(xp, xp.astype(centre, dtype), of_keys)
+    return View(xp.astype(queries * scale, dtype), of_keys, of_centre, half_norm)
+
+
+def finite_rows(problem: Problem, rows: Array) -> Array:
+    """Return at least `MOMENT_ROWS` rows or all, evenly spaced, in float64, with 0 for numbers that are not finite.
+
+    Moments of rows that fill no space are not positive definite when they are rounded to float32.
+    """
+    xp, rows = problem.xp, without_gradient(rows)
+    rows = xp.astype(rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :], xp.float64)
+    # Half as many operations as `isfinite` takes of PyTorch.
+    return xp.where(xp.abs(rows) < math.inf, rows, 0.0)
+
+
+def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, multiply: Callable[..., Array]) -> Array:
+    """Return what spreads have to be multiplied by so that half variances are right in the mean over leaves: (G,) (derived).
+
+    The half variance of a leaf's logits, over queries of second moment C, is ½ ⟨C, S⟩ for keys of covariance S. `open_tree`
+    takes `ALONG` of what coordinates see of it, and the rest in proportion to the spread. ``multiply`` is the kernel
+    `cross_moment`. O(G `MOMENT_ROWS` · d²).
+    """
+    xp, n = problem.xp, problem.n_k
+    count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
+    # An odd step meets all places of a leaf.
+    step = max(1, n // MOMENT_ROWS) | 1
+    # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.
+    first = ((n + 1) << last) - n - 1
+    leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=problem.device) // n
+    rows, means = nodes.keys[:, count::step, :], take_columns(xp, nodes.keys, leaf)
+    gaps = xp.astype(rows, problem.dtype, copy=False) - xp.astype(means, problem.dtype, copy=False)
+    covariance = xp.astype(multiply(xp, gaps, gaps), xp.float64)
+    whole = 0.5 * problem.scale**2 * xp.sum(moment * covariance, axis=(-2, -1))
+    queries = xp.astype(view.queries, xp.float64)
+    squares = xp.sum((moment @ queries) * queries, axis=-2)
+    along = xp.astype(xp.mean(take_columns(xp, nodes.variances, leaf), axis=1), xp.float64)
+    seen = 0.5 * ALONG * xp.sum(squares * along, axis=-1)
+    around = xp.astype(view.half_norm * xp.mean(take_columns(xp, nodes.spread, leaf), axis=1), xp.float64)
+    share = (whole - seen) / xp.where(around > 0, around, 1.0)
+    # No more than all of it, if it were as wide along all directions as along one.
+    return xp.astype(xp.clip(share, 0.0, float(problem.d)), problem.dtype)
