@@ -9,7 +9,7 @@ from kdecore.call import CallOptions
 from kdecore.inputs import canonicalise_on_host
 from kdecore.kernels.jit import compile_seconds
 from kdecore.kernels.threads import team
-from kdecore.namespaces import Array, device_context, in_library_of
+from kdecore.namespaces import Array, device_context, in_library_of, recorded
 from kdecore.nonfinite import finite_queries, spoilt
 from kdecore.options import Options, check_boolean
 from kdecore.outcomes import Outcome, assembled, certify_all, find, held_bytes, run, unseen
@@ -104,7 +104,8 @@ def attention(
         the same result. No global random state is read or written. Exact draws nothing, nor does treecode but for samples.
     kernels
         ``"auto"``, or the name of a target, such as ``"array-api"`` or ``"numba-cpu"``, that every kernel which has it
-        must run; the others run in the array API. The report lists them.
+        must run; the others run in the array API. The report lists them. In code that PyTorch compiles or traces it must be
+        ``"array-api"``: no other kernels are operations of PyTorch's.
     threads
         Threads of the Numba kernels, at least 1; as many as NUMBA_NUM_THREADS and the processors this process may use allow
         if None. Array libraries keep to their own settings. No result depends on it.
@@ -190,7 +191,7 @@ def attention(
     )
     check_boolean("return_lse", return_lse)
     check_boolean("return_report", return_report)
-    problem = canonicalise_on_host(q, k, v, scale, [mask])
+    problem = canonicalise_on_host(q, k, v, scale, call.kernels, [mask])
     restrictions = check_restrictions(problem, call.causal, call.window, call.diagonal, key_lengths, mask, q)
     if call.check_finite:
         check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
@@ -213,9 +214,10 @@ def attention(
         found, seconds = None, 0.0
         if return_report and call.certificate > 0 and call.rtol is None:
             found, seconds = certify_all(problem, whole, outcomes, float(call.certificate), settings["seed"])
-    results: list[Any] = [problem.returned(part.out, q)]
+    # Queries that see no key depend on nothing.
+    results: list[Any] = [recorded(problem.returned(part.out, q), q, k, v, mask)]
     if return_lse:
-        results.append(in_library_of(q, problem.unfolded(part.lse)))
+        results.append(recorded(in_library_of(q, problem.unfolded(part.lse)), q, k, v, mask))
     if return_report:
         compiling = compile_seconds() - compiled
         took = time.perf_counter() - started

@@ -11,6 +11,7 @@ from kdecore.namespaces import (
     Namespace,
     accumulation_dtype,
     check_floating,
+    check_not_traced,
     common_device,
     common_namespace,
     contiguous,
@@ -238,14 +239,16 @@ def canonicalise(q: Array, k: Array, v: Array, scale: float | None = None) -> Pr
 
 
 def canonicalise_on_host(
-    q: Array, k: Array, v: Array, scale: float | None, recorded: Sequence[Array | None] = ()
+    q: Array, k: Array, v: Array, scale: float | None, kernels: str, recorded: Sequence[Array | None] = ()
 ) -> Problem:
     """Check, and bring into canonical form as `canonicalise` does, NumPy views of tensors on the CPU that record nothing.
 
     PyTorch computes array operations on threads that wait for each other by spinning: beside another busy process that takes
     several times as long, and alone it saves nothing here (bench/NOTES.md). ``recorded`` are what else may record gradients.
+    Raises `OptionError` where operations are traced and ``kernels`` are to be others.
     """
     check_alike(q=q, k=k, v=v)
+    check_not_traced(q, kernels)
     views = host_views(q, k, v, recorded=recorded)
     if views is None:
         return canonicalise(q, k, v, scale)

@@ -23,8 +23,10 @@ from kdecore.namespaces import (
     gradient_mode,
     host,
     in_library_of,
+    namespace_name,
     outside_inference_mode,
     quiet,
+    recording,
     take_along_rows,
     to_float,
     to_host,
@@ -146,7 +148,7 @@ class KeyIndex:
         threads: int | None = None,
     ) -> None:
         check_alike(k=k, v=v)
-        problem = canonicalise_on_host(k, k, v, scale, [queries])
+        problem = recorded_now(canonicalise_on_host(k, k, v, scale, kernels, [queries]))
         if not (isinstance(method, Treecode) or (isinstance(method, str) and method == Treecode.name)):
             hint = did_you_mean(method, [Treecode.name])
             raise OptionError(f'method must be "treecode" or Treecode options for a KeyIndex, got {method!r}{hint}')
@@ -304,6 +306,8 @@ class KeyIndex:
     def append(self, k: Array, v: Array) -> None:
         """Add keys (…, m, d) and values (…, m, d_v), of the index's library, device, dtype and leading dimensions.
 
+        Where gradients of keys before are recorded they stay so, also where none are recorded of these.
+
         Raises
         ------
         ShapeError, DTypeError, DeviceError
@@ -323,18 +327,20 @@ class KeyIndex:
             if array.shape[-1] != width or tuple(array.shape[:-2]) != lead:
                 expected = f"the index's leading dimensions {lead} and last dimension {width}"
                 raise ShapeError(f"{name} must have {expected}, got shape {tuple(array.shape)}")
-        added = canonicalise_on_host(self._one[0], k, v, first.scale, self._kept())
-        return replace(added, q=in_library_of(added.k, first.q), lead=first.lead)
+        added = canonicalise_on_host(self._one[0], k, v, first.scale, self._settings["kernels"], self._kept())
+        return replace(recorded_now(added), q=in_library_of(added.k, first.q), lead=first.lead)
 
     @outside_inference_mode()
     def _append(self, added: Problem) -> None:
-        segments = [in_library(added, segment) for segment in self._segments]
-        if segments[-1].tree is None:
-            added = joined(segments.pop().problem, added)
-        if added.n_k > self._budget:
-            while segments and segments[-1].problem.n_k <= added.n_k:
+        segments = list(self._segments)
+        # Keys that were recorded stay so, whether or not this call is: all of them are for later ones.
+        with recording():
+            if segments[-1].tree is None:
                 added = joined(segments.pop().problem, added)
-        self._segments = (*segments, self._indexed(added))
+            if added.n_k > self._budget:
+                while segments and segments[-1].problem.n_k <= added.n_k:
+                    added = joined(segments.pop().problem, added)
+            self._segments = (*segments, self._indexed(added))
 
     def _attend_segments(self, problem: Problem, budget: int | None, *, count: bool = False) -> Found:
         """Return attention of a problem's queries to all keys so far; exact for the budget None."""
@@ -454,7 +460,8 @@ class KeyIndex:
         if shape[-1] != d or not same_or_grouped_heads(shape[:-2], tuple(lead)):
             expected = f"the index's leading dimensions {tuple(lead)}, or a multiple of the last, and last dimension {d}"
             raise ShapeError(f"{name} must have {expected}, got shape {shape}")
-        return canonicalise_on_host(queries, *self._one, self._scale, [*self._kept(), *others])
+        kernels, kept = self._settings["kernels"], self._kept()
+        return canonicalise_on_host(queries, *self._one, self._scale, kernels, [*kept, *others])
 
     def _kept(self) -> list[Array]:
         """Return all keys and values, which may record gradients."""
@@ -483,7 +490,18 @@ def in_library(like: Problem, segment: Segment) -> Segment:
     return cast("Segment", converted(segment))
 
 
+def recorded_now(problem: Problem) -> Problem:
+    """Return a problem that records gradients only if they are recorded now.
+
+    PyTorch's views of leaves that are made while they aren't say that they do, and would be leaves of their own.
+    """
+    return problem if gradient_mode(problem.q, problem.k, problem.v) else problem.without_gradient()
+
+
 def joined(first: Problem, second: Problem) -> Problem:
-    """Return a problem with the keys of both."""
+    """Return a problem with the keys of both; in PyTorch where either is, which may record gradients."""
+    if namespace_name(first.xp) == "numpy":
+        first = in_library(second, Segment(first, None)).problem
+    second = in_library(first, Segment(second, None)).problem
     xp = first.xp
     return replace(first, k=xp.concat([first.k, second.k], axis=1), v=xp.concat([first.v, second.v], axis=1))

@@ -16,7 +16,7 @@ import array_api_compat
 import array_api_compat.numpy
 import numpy as np
 
-from kdecore.errors import DeviceError, DTypeError
+from kdecore.errors import DeviceError, DTypeError, OptionError
 
 Array: TypeAlias = Any
 """An array of one of the libraries in `SUPPORTED`."""
@@ -58,6 +58,7 @@ __all__ = [
     "accumulation_dtype",
     "chebyshev_coefficients",
     "check_floating",
+    "check_not_traced",
     "check_plain",
     "common_device",
     "common_namespace",
@@ -86,6 +87,8 @@ __all__ = [
     "on_device",
     "outside_inference_mode",
     "quiet",
+    "recorded",
+    "recording",
     "row_norms",
     "searchsorted_integers",
     "searchsorted_rows",
@@ -196,6 +199,15 @@ def check_floating(name: str, array: Array) -> None:
     elif found.startswith(("bool", "int", "uint", "float")):
         advice = "; cast it to float32"
     raise DTypeError(f"{name} must have one of the dtypes {', '.join(ACCUMULATION)}, got {found}{advice}")
+
+
+def check_not_traced(array: Array, kernels: str) -> None:
+    """Raise `OptionError` where PyTorch traces operations, and kernels are others, whose results a trace would keep."""
+    if kernels != "array-api" and array_api_compat.is_torch_array(array) and _adapter(array).operations_traced():
+        raise OptionError(
+            f'kernels must be "array-api" where torch.compile or torch.jit traces operations, got {kernels!r}; '
+            "kdecore_adapters.torch_adapter.scaled_dot_product_attention is an operation itself, with any kernels"
+        )
 
 
 def common_device(**arrays: Array) -> Any:
@@ -371,6 +383,24 @@ def outside_inference_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record what is made of PyTorch tensors whose gradients are recorded, also where a caller records nothing."""
+    torch = sys.modules.get("torch")
+    with nullcontext() if torch is None else torch.enable_grad():
+        yield
+
+
+def recorded(result: Array, *inputs: Array | None) -> Array:
+    """Return a result that records gradients where an input does: they are 0 where it depends on none of them."""
+    some = [x for x in inputs if x is not None and gradient_mode(x)]
+    if not some or gradient_mode(result):
+        return result
+    xp = namespace_of(result)
+    # Sums of no numbers are 0 whatever the inputs hold.
+    return result + sum(xp.sum(x[..., :0]) for x in some)
 
 
 def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:

@@ -6,7 +6,7 @@ from kdecore.attention import attention
 from kdecore.call import call_options
 from kdecore.errors import OptionError, ShapeError
 from kdecore.inputs import check_alike, check_scale, check_shapes
-from kdecore.namespaces import Array, accumulation_dtype, dtype_name
+from kdecore.namespaces import Array, accumulation_dtype, dtype_name, recorded
 from kdecore.options import check_boolean
 from kdecore.report import Report
 from kdecore.shares import check_finite_inputs, integers
@@ -95,10 +95,10 @@ def packed_attention(
         outs.append(found[0])
         lses.append(found[1])
         reports.append(found[2] if len(found) > 2 else None)
-    out = xp.concat(outs, axis=-2)
+    out = recorded(xp.concat(outs, axis=-2), q, k, v)
     results = [out]
     if options.get("return_lse"):
-        results.append(xp.concat(lses, axis=-1))
+        results.append(recorded(xp.concat(lses, axis=-1), q, k, v))
     if options.get("return_report"):
         results.append(tuple(reports))
     return tuple(results) if len(results) > 1 else out

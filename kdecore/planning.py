@@ -358,6 +358,9 @@ def make_plan(
     site = site_of(problem)
     options, reason = _resolve_method(problem, check_method(method, budget), budget, site, kernels)
     if isinstance(options, Treecode):
+        if not isinstance(problem.q.shape[1], int):
+            # A trace would take sizes for numbers that change, and a tree's shape follows from them.
+            raise OptionError(f"method must not be treecode where torch.jit traces operations, got {method!r}")
         options = options.at(on_accelerator(problem.q), problem.n_q)
     cuts = steps(problem, options)
     chosen = _choices(problem, options, cuts, site, kernels)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -121,6 +122,50 @@ def test_gradients_of_an_exact_index_are_pytorchs():
     outs.append(sdpa(q, keys[1], values[1], seen))
     loss = sum((out * torch.linspace(-1, 1, 12)).sum() for out in outs)
     for ours, theirs in zip(found, torch.autograd.grad(loss, list(x.values())), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_keys_that_come_while_nothing_is_recorded_are_constants(monkeypatch):
+    """As on a GPU, where nothing becomes a NumPy array: also leaves, and beside others that are recorded."""
+    monkeypatch.setattr("kdecore.inputs.host_views", lambda *arrays, **more: None)
+    k, more = (torch.zeros(2, n, 4, requires_grad=True) for n in (60, 5))
+    with torch.no_grad():
+        assert not KeyIndex(k, k, budget=20)._segments[0].problem.k.requires_grad
+    for budget in (20, 100):
+        index = KeyIndex(k, k, budget=budget)
+        with torch.no_grad():
+            index.append(more, more)
+        index.attend(k.detach()).sum().backward()
+        assert k.grad is not None
+        assert more.grad is None
+        assert index._segments[-1].problem.k.requires_grad == (budget == 100)
+
+
+UNRECORDED = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", UNRECORDED.values(), ids=UNRECORDED)
+@pytest.mark.parametrize("with_queries", [False, True])
+@pytest.mark.parametrize("more", [5, 60, 200])
+@pytest.mark.parametrize("budget", [1000, 40], ids=["exact", "estimated"])
+def test_keys_that_are_recorded_stay_so_beside_others_that_are_appended(mode, with_queries, more, budget):
+    """Also where they are joined with these, or get a tree together: as where these record nothing in any mode."""
+    rng = np.random.default_rng(0)
+    q, k, v = (torch.from_numpy(clustered(rng, 2, n)).requires_grad_() for n in (30, 150, 150))
+    added = torch.from_numpy(clustered(rng, 2, more))
+
+    def slopes(mode):
+        index = KeyIndex(k, v, budget=budget)
+        (first,) = index._segments
+        with mode():
+            if with_queries:
+                index.attend_and_append(q.detach(), added, added)
+            else:
+                index.append(added, added)
+        assert (index._segments[0] is first) == (budget == 40 and more < 150)
+        return torch.autograd.grad((index.attend(q) * torch.linspace(-1, 1, 12)).sum(), (q, k, v))
+
+    for ours, theirs in zip(slopes(mode), slopes(nullcontext), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 

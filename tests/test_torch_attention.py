@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdecore
+from kdecore import KeyIndex
 from kdecore_adapters import torch_adapter
 from kdecore_adapters.torch_adapter import collect_reports, left_to_torch, scaled_dot_product_attention
 from kdecore_adapters.torch_operator import OPTIONS, checked, decoded, encoded
@@ -149,6 +150,26 @@ def test_what_is_no_tensor_is_refused_by_its_name(name, given, said, options):
         scaled_dot_product_attention(**{**arrays, name: given(arrays[name])}, **options)
 
 
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+@pytest.mark.parametrize("given", [case for case in NO_TENSORS if case != "nothing"])
+def test_what_is_no_mask_is_refused_by_its_name(given, options):
+    convert, said = NO_TENSORS[given]
+    mask = convert(torch.ones(30, 30, dtype=torch.bool))
+    with pytest.raises(kdecore.DTypeError, match=f"^attn_mask {said}"):
+        scaled_dot_product_attention(*same(), mask, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_a_nested_tensor_beside_plain_ones_is_refused_by_its_name(name, options, layout):
+    arrays = dict(zip(("query", "key", "value"), same(), strict=True))
+    nested = torch.nested.nested_tensor([torch.ones(n, 4, 6, dtype=torch.float64) for n in (30, 20)], layout=layout)
+    with pytest.raises(kdecore.DTypeError, match=f"^{name} must be a plain array, got a nested tensor; pass .*key_lengths="):
+        scaled_dot_product_attention(**{**arrays, name: nested}, **options)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("option", [{"window": 5}, {"check_finite": True}, {"kernels": "array-api"}], ids=str)
@@ -160,23 +181,23 @@ def test_nested_tensors_are_refused_where_a_call_can_not_be_left_to_pytorch(name
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of PyTorch's own forward mode
-@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("options", [ESTIMATED, {"method": "exact"}, {"window": 5}], ids=str)
 def test_forward_mode_is_refused_where_it_would_be_lost(place, options):
     """An operator passes nothing on: results would have no tangents, or zeros."""
-    arrays, forward = same(), torch.autograd.forward_ad
+    arrays, forward = [*same(), MASKS["added"]()], torch.autograd.forward_ad
 
     def call(x):
         return scaled_dot_product_attention(*arrays[:place], x, *arrays[place + 1 :], **options)
 
     step = torch.ones_like(arrays[place])
-    with pytest.raises(kdecore.OptionError, match="query, key and value must record no forward-mode derivatives"):
+    said = "query, key, value and attn_mask must record no forward-mode derivatives"
+    with pytest.raises(kdecore.OptionError, match=said):
         torch.func.jvp(call, (arrays[place],), (step,))
-    with (
-        forward.dual_level(),
-        pytest.raises(kdecore.OptionError, match="query, key and value must record no forward-mode derivatives"),
-    ):
-        call(forward.make_dual(arrays[place], step))
+    for how in (lambda call: call, lambda call: torch.compile(call, backend="aot_eager")):
+        torch.compiler.reset()
+        with forward.dual_level(), pytest.raises(kdecore.OptionError, match=said):
+            how(call)(forward.make_dual(arrays[place], step))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +372,52 @@ def test_what_is_traced_is_attention_of_other_arrays_too(how, method):
         traced(q, k, v)
     # Hashes, of which a trace may make constants, are the same for longer queries.
     torch.testing.assert_close(traced(2 * q, k, 3 * v), attend(2 * q, k, 3 * v), rtol=1e-9, atol=1e-12)
+
+
+UNTRACED = {
+    "auto": lambda k, v: lambda q: kdecore.attention(q, k, v),
+    "exact": lambda k, v: lambda q: kdecore.attention(q, k, v, method="exact"),
+    "sortlsh": lambda k, v: lambda q: kdecore.attention(q, k, v, **ESTIMATED),
+    "treecode": lambda k, v: lambda q: kdecore.attention(q, k, v, method="treecode", budget=20),
+    "index of few keys": lambda k, v: KeyIndex(k, v, budget=40).attend,
+    "index": lambda k, v: KeyIndex(k, v, budget=20).attend,
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo :UserWarning")
+@pytest.mark.parametrize("attends", UNTRACED.values(), ids=UNTRACED)
+@pytest.mark.parametrize("how", ["trace", "compile"])
+def test_what_are_no_operations_of_pytorchs_is_not_traced(how, attends):
+    """But refused: a trace would keep the result of the arrays that it was made with."""
+    torch.compiler.reset()
+    q, k, v = same()
+    attend = attends(k, v)
+    said = "kernels must be \"array-api\" where .* traces operations, got 'auto'; .*scaled_dot_product_attention"
+    with pytest.raises(kdecore.OptionError, match=said):
+        torch.jit.trace(attend, (q,)) if how == "trace" else torch.compile(attend, backend="eager")(q)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+def test_trees_are_not_traced_by_jit():
+    """Their shape follows from the numbers of rows, which are tensors then."""
+    q, k, v = same()
+    options = {"budget": 20, "kernels": "array-api"}
+    said = "method must not be treecode where torch.jit traces operations"
+    for attend in (
+        lambda q: kdecore.attention(q, k, v, method="treecode", **options),
+        KeyIndex(k, v, **options).attend,
+    ):
+        with pytest.raises(kdecore.OptionError, match=said):
+            torch.jit.trace(attend, (q,))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+def test_jit_traces_the_operator():
+    q, k, v = same()
+    attend = lambda q, k, v: scaled_dot_product_attention(q, k, v, **ESTIMATED)  # noqa: E731
+    traced = torch.jit.trace(attend, (q, k, v), check_trace=False)
+    assert torch.equal(traced(2 * q, k, 3 * v), attend(2 * q, k, 3 * v))
 
 
 @pytest.mark.parametrize("options", BY_OPERATIONS.values(), ids=BY_OPERATIONS)

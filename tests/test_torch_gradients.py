@@ -247,6 +247,7 @@ HIDES_ALL = {
     "boolean mask": {"attn_mask": torch.zeros(30, 30, dtype=torch.bool)},
     "window": {"window": 3, "diagonal": 500},
     "learned mask": {"attn_mask": torch.full((30, 30), -torch.inf, dtype=torch.float64)},
+    "lengths beside a learned mask": {"key_lengths": [0, 0], "attn_mask": torch.zeros(30, 30, dtype=torch.float64)},
 }
 
 
@@ -280,6 +281,26 @@ def test_queries_that_see_no_key_beside_others_have_no_gradient(method):
     assert slope.isfinite().all()
     assert (slope[..., 17:, :] == 0).all()
     assert (slope[..., :15, :] != 0).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.inf])
+@pytest.mark.parametrize("packed", [False, True])
+def test_results_of_no_keys_are_recorded(packed, bad):
+    """In the function itself, whatever the keys hold that nobody sees."""
+    q, k, v = tensors((2, 5, 4), (2, 30, 4), (2, 30, 3))
+    mask = torch.zeros(30, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        k[0, 0, 0] = bad
+    if packed:
+        arrays = [q, k, v]
+        found = kdecore.packed_attention(q, k, v, [0, 5, 5], [0, 0, 30], return_lse=True)
+    else:
+        arrays = [q, k, v, mask]
+        found = kdecore.attention(q, k, v, key_lengths=[0, 0], mask=mask, return_lse=True)
+    for one in found:
+        for x, slope in zip(arrays, torch.autograd.grad(one.sum(), arrays), strict=True):
+            assert slope.shape == x.shape
+            assert (slope == 0).all()
 
 
 @pytest.mark.parametrize("kernels", ["auto", "array-api"])

@@ -801,6 +801,32 @@ def test_a_model_with_a_softmax_of_its_own_is_warned_of():
         OwnSoftmax()(x)
 
 
+@pytest.mark.parametrize("option", [{"window": 5}, {"kernels": "array-api"}, {"check_finite": True}], ids=str)
+@pytest.mark.parametrize("block", [True, False])
+def test_an_option_that_pytorch_has_not_is_refused_where_nothing_is_met(block, option):
+    found, x = nn.Sequential(OwnSoftmax()), rows(2, N, WIDTH)
+    ((name, value),) = option.items()
+    if not block:
+        replace_attention(found, **option)
+    with (
+        pytest.raises(OptionError, match=f"{name} must not be given where no attention is met, got {value!r}"),
+        reroute(**option) if block else nullcontext(),
+    ):
+        found(x)
+
+
+def test_a_compiled_encoder_in_evaluation_loses_no_window():
+    """PyTorch has a function for a layer then, which is not met: no graph of it may come out with all keys seen."""
+    torch.compiler.reset()
+    compiled = torch.compile(encoder(), backend="eager")
+    with (
+        torch.no_grad(),
+        pytest.raises(OptionError, match="window must not be given where no attention is met, got 5"),
+        reroute(window=5),
+    ):
+        compiled(rows(2, N, WIDTH))
+
+
 @pytest.mark.parametrize("block", [True, False])
 def test_the_warning_names_the_line_that_called(block):
     """And no line of PyTorch's modules, nor of these."""

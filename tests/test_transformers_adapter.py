@@ -312,6 +312,22 @@ def test_names_stand_for_options_and_may_be_given_again():
     assert (second.counts.total(), third.counts.total()) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"min_keys": "x"}, "min_keys must be an integer of at least 0, got 'x'"),
+        ({"min_keys": -1}, "min_keys must be an integer of at least 0, got -1"),
+        ({"min_keys": True}, "min_keys must be an integer of at least 0, got True"),
+        ({"layers": {True: {}}}, "layers must be numbered from 0, got True"),
+        ({"layers": {-1: {}}}, "layers must be numbered from 0, got -1"),
+        ({"layers": {"0": {}}}, "layers must be numbered from 0, got '0'"),
+    ],
+)
+def test_numbers_are_those_that_other_ways_take(wrong, said):
+    with pytest.raises(OptionError, match=said):
+        register("kdecore-numbers", **wrong)
+
+
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
 def test_names_that_transformers_has_are_refused(name):
     with pytest.raises(OptionError, match="name must not be one that transformers has"):

@@ -227,6 +227,15 @@ def test_both_kernels_give_the_same_attention(rng):
     np.testing.assert_allclose(first, second, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "array-api"])
+def test_values_without_columns(backend, rng, kernels):
+    q, k = (backend.array(rng.standard_normal((2, n, 12))) for n in (90, 400))
+    out, lse = attention(q, k, k[:, :, :0], method="treecode", budget=20, kernels=kernels, return_lse=True)
+    assert out.shape == (2, 90, 0)
+    expected = attention(q, k, k[:, :, :0], method="exact", return_lse=True)[1]
+    assert np.abs(backend.numpy(lse) - backend.numpy(expected)).mean() < 1.0
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_query_that_is_not_finite_spoils_its_own_row_only(rng, bad):
     q, k, v = rng.standard_normal((3, 500, 8))

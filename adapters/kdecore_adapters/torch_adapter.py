@@ -59,9 +59,14 @@ def gradient_mode(*tensors: Any) -> str:
     return "reverse" if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) else ""
 
 
+def operations_traced() -> bool:
+    """Return whether torch.compile or torch.jit follows each operation, to do it again with other numbers."""
+    return bool(torch.compiler.is_compiling() or torch._C._is_tracing())
+
+
 def operations_watched() -> bool:
     """Return whether someone else than automatic differentiation follows each operation: compilers, tracers and modes."""
-    return bool(torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
+    return operations_traced() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def to_numpy(array: Any) -> Any:
@@ -203,7 +208,7 @@ def scaled_dot_product_attention(
     if not torch.compiler.is_compiling():
         # In compiled code these may be symbols, which the operator checks when it runs.
         checked_seed(kdecore_options.get("seed", 0))
-        check_tensors(kdecore_options, query=query, key=key, value=value)
+        check_tensors(kdecore_options, query, key, value, attn_mask)
         check_scale(scale, 1)
     if is_causal or lower_right:
         kdecore_options = aligned(kdecore_options, query, key, top_left=is_causal)
@@ -236,7 +241,7 @@ def left_to_torch(
     """
     if beyond_torch(options):
         return ""
-    if query.is_nested or key.is_nested:
+    if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors"
     dtype = str(query.dtype).removeprefix("torch.")
     if dtype not in ACCUMULATION:
@@ -266,12 +271,13 @@ def left_to_torch(
     )
 
 
-def check_tensors(options: Mapping[str, Any], **tensors: Any) -> None:
-    """Raise `DTypeError` unless arguments are tensors that attention is computed of, or nested ones for PyTorch's own."""
+def check_tensors(options: Mapping[str, Any], query: Any, key: Any, value: Any, attn_mask: Any) -> None:
+    """Raise `DTypeError` unless arguments are tensors that attention is computed of, or all nested, for PyTorch's own."""
+    tensors = {"query": query, "key": key, "value": value, **({} if attn_mask is None else {"attn_mask": attn_mask})}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DTypeError(f"{name} must be a PyTorch tensor, got {type(tensor).__name__}")
-    if beyond_torch(options) or not any(tensor.is_nested for tensor in tensors.values()):
+    if beyond_torch(options) or not all(tensor.is_nested for tensor in (query, key, value)):
         common_namespace(**tensors)
 
 

@@ -252,7 +252,8 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     Warns
     -----
     NothingReplaced
-        At the end of the block, if nothing in it asked for attention in a way that is met.
+        At the end of the block, if nothing in it asked for attention in a way that is met; with options that PyTorch's
+        attention hasn't, which did not hold then, an `OptionError` instead.
 
     Examples
     --------
@@ -303,10 +304,17 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
                 self.warn_of_nothing()
 
     def warn_of_nothing(self) -> None:
-        """Warn if no call has been met, at the line that called PyTorch or left the block."""
-        if not self.calls.tallies and not self.calls.compiled:
-            words = "no attention was met: only scaled_dot_product_attention and nn.MultiheadAttention of PyTorch are"
-            warnings.warn(f"{words}, and not a softmax of a model's own", NothingReplaced, stacklevel=_callers_level())
+        """Warn if no call has been met, at the line that called PyTorch or left the block; raise for options of `BEYOND`."""
+        if self.calls.tallies or self.calls.compiled:
+            return
+        what = (
+            "only scaled_dot_product_attention and nn.MultiheadAttention of PyTorch are, and not a softmax of a model's own"
+        )
+        for name, value in self._options.items():
+            if beyond_torch({name: value}):
+                # As with an encoder that was compiled for evaluation: PyTorch has another function for its layers.
+                raise OptionError(f"{name} must not be given where no attention is met, got {value!r}: {what}")
+        warnings.warn(f"no attention was met: {what}", NothingReplaced, stacklevel=_callers_level())
 
     def _ran_compiled(self, report: Report) -> None:
         """Count a call of the operator that no function of PyTorch's led to: compiled code calls it by itself."""
@@ -517,7 +525,7 @@ def replace_attention(
     Warns
     -----
     NothingReplaced
-        When the model was called, and asked for no attention in a way that is met.
+        When the model was called, and asked for no attention in a way that is met; see `reroute`.
 
     Notes
     -----

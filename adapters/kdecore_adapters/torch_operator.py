@@ -70,6 +70,13 @@ def forward_differentiated(*tensors: Tensor) -> bool:
     return any(unpack(tensor).tangent is not None for tensor in tensors)
 
 
+def check_no_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise `OptionError` where forward-mode derivatives of query, key, value or mask would be lost."""
+    if forward_differentiated(*(tensor for tensor in tensors if tensor is not None)):
+        names = "query, key, value and attn_mask"
+        raise OptionError(f"{names} must record no forward-mode derivatives where a call isn't left to PyTorch")
+
+
 def aligned(options: Mapping[str, Any], query: Tensor, key: Tensor, *, top_left: bool) -> dict[str, Any]:
     """Return options of causal attention that is aligned to the first query and key, or else to the last ones.
 
@@ -146,8 +153,8 @@ def estimate(
         Of `OPTIONS`; ``seed`` is at most `LARGEST_SEED`.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling and forward_differentiated(query, key, value):
-        raise OptionError("query, key and value must record no forward-mode derivatives where a call isn't left to PyTorch")
+    if not compiling:
+        check_no_forward_mode(query, key, value, mask)
     options = dict(options)
     seed, lengths = options.pop("seed", 0), options.pop("key_lengths", None)
     if not compiling:
@@ -178,6 +185,8 @@ def attend(
     options: str,
 ) -> Tensor:
     """Return `kdecore.attention`, (…, n_q, d_v)."""
+    with _recording():  # compiled code comes here without a check
+        check_no_forward_mode(query, key, value, mask)
     settings = _settings(mask, lengths, causal, scale, seed, options)
     collected, count = _collected.get(), _counted.get()
     wanted = collected is not None or count is not None
@@ -243,13 +252,10 @@ def attend_backward(
     settings = _settings(mask, lengths, causal, scale, seed, options)
     with _recording(), torch.autocast(query.device.type, enabled=False):
         out = attention(*inputs[:3], **settings)
-        if not out.requires_grad:  # no query sees a key
-            found = [torch.zeros_like(x) for x in inputs]
-        else:
-            # The result itself isn't kept while it is differentiated.
-            edge = torch.autograd.graph.get_gradient_edge(out)
-            del out
-            found = [x.contiguous() for x in torch.autograd.grad((edge,), inputs, (grad,))]
+        # The result itself isn't kept while it is differentiated.
+        edge = torch.autograd.graph.get_gradient_edge(out)
+        del out
+        found = [x.contiguous() for x in torch.autograd.grad((edge,), inputs, (grad,))]
     return found[0], found[1], found[2], found[3] if of_mask else query.new_empty(0)
 
 

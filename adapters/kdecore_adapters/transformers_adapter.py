@@ -15,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from kdecore.errors import OptionError
+from kdecore.namespaces import to_integer
+from kdecore.options import integer_at_least
 from kdecore_adapters.torch_adapter import both_masks, broadcast, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import Calls
 from kdecore_adapters.torch_modules import MIN_KEYS, left_by_model
@@ -77,8 +79,9 @@ def register(
         raise OptionError(f"name must not be one that transformers has, got {name!r}")
     layers = layers or {}
     for number in layers:
-        if not isinstance(number, int) or number < 0:
+        if to_integer(number) is None or number < 0:
             raise OptionError(f"layers must be numbered from 0, got {number!r}")
+    min_keys = integer_at_least(0, "min_keys", min_keys)
     checked(kdecore_options)
     calls = Calls()
     chosen = {number: checked({**kdecore_options, **own}) for number, own in layers.items()}

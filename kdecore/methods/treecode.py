@@ -62,7 +62,8 @@ class KeyTree:
     nodes
         Summaries of the tree's nodes, and the keys and values in its order.
     unseen
-        (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`).
+        (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`),
+        but where trees are opened in sweeps.
     """
 
     view: View
@@ -213,8 +214,15 @@ def grow(
         xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, view.half_norm
     )
     still = TreeNodes(*(without_gradient(x) for x in nodes))
-    unseen = unseen_share(problem, view, moment, still, kernels["cross_moment"].function)
-    return KeyTree(view, order, nodes, still.spread * unseen[:, None])
+    unseen = still.spread
+    if not in_sweeps(plan):
+        unseen = unseen * unseen_share(problem, view, moment, still, kernels["cross_moment"].function)[:, None]
+    return KeyTree(view, order, nodes, unseen)
+
+
+def in_sweeps(plan: Plan) -> bool:
+    """Return whether trees are opened in sweeps."""
+    return isinstance(plan.options, Treecode) and plan.options.opening == "sweeps"
 
 
 def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: int = 0) -> Array:
@@ -257,7 +265,7 @@ def with_queries(problem: Problem, plan: Plan, prepared: Prepared, queries: Span
     """Find the pilot, and the own keys among those ``seen``, of blocks that hold some of the queries."""
     xp, blocks, order = problem.xp, prepared.blocks, prepared.keys.order
     assert isinstance(plan.options, Treecode)
-    if plan.options.opening == "sweeps":
+    if in_sweeps(plan):
         return replace(prepared, listed=own_positions(problem, blocks, order, queries, seen))
     own = None
     if problem.own is not None:
@@ -318,7 +326,7 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
     assert options.budget is not None
     sampled = options.far_field == "sample"
     still = TreeNodes(*(without_gradient(x) for x in keys.nodes))
-    if options.opening == "sweeps":
+    if in_sweeps(plan):
         key_index, log_weight = open_in_sweeps(
             problem, plan, prepared.coordinates, blocks, still, prepared.listed, prepared.seen
         )

@@ -35,7 +35,7 @@ def node_summaries(
 
 def means_and_variances(xp: Namespace, rows: Array, order: Array, leaf_size: int) -> tuple[Array, Array]:
     """Return the means of all nodes and then the rows in order, (G, N + n, w), and the variances (G, N, w)."""
-    groups, n, width = rows.shape
+    groups, n, width = (int(size) for size in rows.shape)
     group = xp.arange(groups, dtype=xp.int64, device=rows.device)[:, None]
     ordered = take_rows(xp, xp.reshape(rows, (groups * n, width)), order + group * n)
     last = depth(n, leaf_size)
@@ -44,7 +44,9 @@ def means_and_variances(xp: Namespace, rows: Array, order: Array, leaf_size: int
     place = starts[:-1, None] + host.arange(largest)[None, :]
     held = xp.asarray(place < starts[1:, None], device=rows.device)[:, :, None]
     place = host.reshape(host.minimum(place, host.asarray(n - 1)), (-1,))
-    members = xp.reshape(xp.take(ordered, xp.asarray(place, device=rows.device), axis=1), (groups, -1, largest, width))
+    # Leaves counted, and not left to reshape, which can't tell how many there are of rows without columns.
+    leaves = (groups, len(starts) - 1, largest, width)
+    members = xp.reshape(xp.take(ordered, xp.asarray(place, device=rows.device), axis=1), leaves)
     count = xp.asarray(starts[1:] - starts[:-1], dtype=rows.dtype, device=rows.device)[:, None]
     mean = xp.sum(xp.where(held, members, 0.0), axis=2) / count
     variance = xp.sum(xp.where(held, members - mean[:, :, None, :], 0.0) ** 2, axis=2) / count
