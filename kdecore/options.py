@@ -252,8 +252,8 @@ class Treecode:
         Keys and nodes that a query sees in the mean; the budget if None. Blocks that need more see more, at most four times
         as many. On accelerators every list is so long.
     block_size
-        Queries that share a list; if None 64, and 16 on the CPU where there are fewer than 1,024 queries, which are less alike.
-        Fewer err less and take longer (docs/treecode.md).
+        Queries that share a list; if None 64, and 16 on the CPU where there are fewer than 1,024 queries, which are less
+        alike. Fewer err less and take longer (docs/treecode.md).
     far_field
         What stands for a node that stays closed: ``"mean"``, its mean key and value; or ``"sample"``, one of its keys drawn
         at random, which is unbiased in numerator and denominator, and errs more on all data measured.
@@ -262,8 +262,8 @@ class Treecode:
         of codes, which errs more and is for GPUs (docs/treecode.md); ``"auto"``, by one sort on accelerators and by a tree
         on the CPU.
     opening
-        Which nodes are opened: ``"threshold"``, those that err more than a threshold which is one for all blocks, in one pass
-        down the tree; ``"sweeps"``, for each block by itself, in one sweep after another all that need more slots for each of
+        Which nodes are opened: ``"threshold"``, those that err more than a threshold, one for all blocks, in one pass down
+        the tree; ``"sweeps"``, for each block by itself, in one sweep after another all that need more slots for each of
         their keys than the slots left suffice for; ``"auto"``, in sweeps on accelerators and by a threshold on the CPU.
     """
 

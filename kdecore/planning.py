@@ -616,7 +616,7 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
 
 
 def _pilot_bytes(problem: Problem, options: Treecode, size: int) -> int:
-    """Bound what the pilot takes: its blocks' queries, their nodes and weights, and the keys that matrices are measured with."""
+    """Bound what the pilot takes: its blocks' queries, nodes and weights, and the keys that matrices are measured with."""
     slots = options.budget or problem.n_k
     blocks = max(problem.groups, PILOT_BLOCKS)
     rows = blocks * options.rows

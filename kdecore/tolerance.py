@@ -258,7 +258,9 @@ class Trial:
         self._plan: Plan | None = None
         self._samples: dict[bool, Sample] = {}
         self._evaluated: tuple[int, list[Slots], Part] | None = None
-        b = options.at(on_accelerator(problem.q), problem.n_q).rows if isinstance(options, Treecode) and self._restricts else 1
+        b = 1
+        if isinstance(options, Treecode) and self._restricts:
+            b = options.at(on_accelerator(problem.q), problem.n_q).rows
         self._population = -(-problem.n_q // b)
         self._rows = min(ROWS_OF_A_CLUSTER, problem.n_q // self._population)
 

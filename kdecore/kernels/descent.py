@@ -1,7 +1,7 @@
 """Down a tree over the keys in one pass, for a block of queries: what three kernels share on the CPU.
 
-A block's queries lie across the lanes, in panels of one vector. Logits are kept in units of log 2; weights, and sums of them,
-relative to each query's largest logit so far, and brought down when a node exceeds it.
+A block's queries lie across the lanes, in panels of one vector. Logits are kept in units of log 2; weights, and sums of
+them, relative to each query's largest logit so far, and brought down when a node exceeds it.
 """
 
 import math
@@ -214,8 +214,8 @@ def close(c, row, closed, work):
 def descend(tree, group, start, threshold, most, b, half_norm, work):
     """Open the tree for a block; return how many nodes stay closed, how many leaves are opened, and the slots that takes.
 
-    Closed nodes are in ``work.node``, ``log_weight`` and ``kept``, leaves in ``work.leaves``. Where they would take more than
-    ``most`` slots, the threshold is doubled.
+    Closed nodes are in ``work.node``, ``log_weight`` and ``kept``, leaves in ``work.leaves``. Where they would take more
+    than ``most`` slots, the threshold is doubled.
     """
     keys, variances = tree[0], tree[2]
     nodes = variances.shape[1]

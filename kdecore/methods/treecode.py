@@ -146,8 +146,8 @@ def select(problem: Problem, plan: Plan) -> Selected:
     Returns
     -------
     Selection or Opening
-        Lists of ``budget`` slots in the mean, with the means of nodes and the keys in the tree's order as keys and values; or
-        what they are made of while they are evaluated.
+        Lists of ``budget`` slots in the mean, with the means of nodes and the keys in the tree's order as keys and values;
+        or what they are made of while they are evaluated.
         O(G ((n_q + n_k) (d p + p log n) + n_q · budget · d + d² p)), with p = `Treecode.DIRECTIONS`.
     """
     return open_for(problem, plan, prepare(problem, plan))

@@ -1,4 +1,4 @@
-"""`attend_tree` in Numba for the CPU: down the tree and attention in one pass, a block of queries a task; nothing is listed in memory."""
+"""`attend_tree` in Numba for the CPU: a block of queries a task, down the tree and attention in one pass, without lists."""
 
 import numpy as np
 

@@ -16,8 +16,8 @@ class GapMoments(Protocol):
         xp
             Array namespace of the arrays.
         keys, values
-            (G, R, d) and (G, R, d_v + 1), as `kdecore.kernels.node_summaries.contract.TreeNodes` has them; the last column of
-            values is left out.
+            (G, R, d) and (G, R, d_v + 1), as `kdecore.kernels.node_summaries.contract.TreeNodes` has them; the last column
+            of values is left out.
         drawn, mean
             (G, C, D) int64: rows of the keys drawn for each block, and of the means that they are compared with.
 

@@ -18,7 +18,7 @@ Nodes stay closed where their variances happen to be small, so that these are le
 
 
 class OpenTree(Protocol):
-    """Open a tree over the keys, for every block of queries, where closed nodes are estimated to err more than a threshold."""
+    """Open a tree over the keys, for every block of queries, where nodes are estimated to err more than a threshold."""
 
     def __call__(
         self,
@@ -38,11 +38,11 @@ class OpenTree(Protocol):
         """Return each block's list of nodes and single keys, with log-weights, and what closed nodes get of the attention.
 
         A closed node h of c keys weighs, for query i, exp(scale ⟨qᵢ, k̄_h⟩ + σ_h + ln c). The logits within it are taken as
-        normal with half variance σ_h = `ALONG` Σ_t m_t variances_ht + m spread_h, where m_t is half the mean over the block's
-        queries of coordinates_t², and m their mean ‖scale q‖² / 2d. Where σ_h > ln c, c draws reach no such mean, and
-        2 √(σ_h ln c) − ln c takes its place (the random energy model's frozen phase; derived). The estimated error of leaving
-        it closed is the fourth root of the sum, over the block's queries, of (its weight over the sum of all weights)⁴,
-        times σ_h times its size: what one query needs is not averaged away.
+        normal with half variance σ_h = `ALONG` Σ_t m_t variances_ht + m spread_h, where m_t is half the mean over the
+        block's queries of coordinates_t², and m their mean ‖scale q‖² / 2d. Where σ_h > ln c, c draws reach no such mean,
+        and 2 √(σ_h ln c) − ln c takes its place (the random energy model's frozen phase; derived). The estimated error of
+        leaving it closed is the fourth root of the sum, over the block's queries, of (its weight over the sum of all
+        weights)⁴, times σ_h times its size: what one query needs is not averaged away.
 
         A block goes down the tree once. Of the nodes of a level, at first those of ``start``, those whose error is at most
         the threshold are closed. The descendants of the others, two levels further down, or one where that leaves an even
@@ -82,8 +82,8 @@ class OpenTree(Protocol):
         log_weight
             (G, B, s): σ_h + ln c; 0 for single keys; −inf for slots that a list doesn't have.
         share
-            (G, B, s): mean share of the attention that a closed node gets of the block's queries, by the weights of the nodes
-            closed and the leaves opened; 0 for others.
+            (G, B, s): mean share of the attention that a closed node gets of the block's queries, by the weights of the
+            nodes closed and the leaves opened; 0 for others.
         counts
             (G, B) int64: how many slots each list has.
             O(Σ counts · b · (d + p)): no node is looked at whose parent stayed closed.

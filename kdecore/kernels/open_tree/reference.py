@@ -27,7 +27,7 @@ class Tree(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries of blocks: (G, B, b, d) scaled, (G, B, p) `ALONG` halves of mean squared coordinates, and (G, B) mean ‖scale q‖² / 2d."""
+    """Queries of blocks: (G, B, b, d), scaled; (G, B, p), `ALONG` / 2 of mean squared coordinates; (G, B), mean ‖q‖² / 2d."""
 
     scaled: Array
     squares: Array
@@ -124,7 +124,7 @@ def first_level(xp: Namespace, start: tuple[int, int, int], queries: Queries) ->
 def weigh(
     xp: Namespace, tree: Tree, queries: Queries, level: int, current: Array, sums: Sums
 ) -> tuple[Sums, Array, Array, Array]:
-    """Weigh the nodes (G, B, m) of a level, −1 for none: return sums, logits (G, B, b, m), log-weights and errors (G, B, m)."""
+    """Weigh nodes (G, B, m) of a level, −1 for none: return sums, logits (G, B, b, m), log-weights and errors (G, B, m)."""
     at = xp.maximum(current, xp.zeros_like(current))
     begin, end = (at * tree.n) >> level, ((at + 1) * tree.n) >> level
     node = at + ((1 << level) - 1)
