@@ -74,6 +74,7 @@ def attend_opening(problem: Problem, plan: Plan, opening: Opening, before: Part 
         opening.start,
         opening.own,
         opening.slope,
+        opening.limits,
         None if before is None else Part(own_rows(before.out), own_rows(before.lse)),
     )
     if not whole:
@@ -128,6 +129,9 @@ def attend_lists(problem: Problem, plan: Plan, selection: Selection, before: Par
         change *= out[:, :, -1:]
         change += out[:, :, :-1]
         out = change
+    if selection.limits is not None:
+        low, high = (x[:, None, :] for x in selection.limits)
+        out = xp.minimum(xp.maximum(out, low), high)
     part = Part(out, lse)
     if selection.own is not None:
         part = merge(xp, part, own_part(problem, selection.own))

@@ -253,7 +253,11 @@ class KeyIndex:
         results = self._results(problem, found.part, q, return_lse)
         if return_report:
             compiling, took = compile_seconds() - compiled, time.perf_counter() - started
-            main = max(zip(found.slots, found.plans, strict=True), key=lambda one: to_float(one[0].total))[1]
+            # Exact segments beside estimated ones don't make an answer exact.
+            main = max(
+                zip(found.slots, found.plans, strict=True),
+                key=lambda one: (one[1].method != "exact", to_float(one[0].total)),
+            )[1]
             report = report_of_plan(problem, main, found.slots, took, compiling)
             results.append(
                 replace(

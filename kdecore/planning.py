@@ -66,13 +66,17 @@ class CostModel:
 
 PILOT_BLOCKS, DRAWS = 64, 512
 """Of the treecode: blocks of all groups that the threshold and first-order matrices come from, and keys drawn for each."""
+PILOT_SHARE = 8
+"""The pilot has at most one in so many of a group's blocks."""
+WIDEST, FEWEST_NODES = 2, 64
+"""A block of the pilot has at most so many times the budget's nodes in a level, or so many."""
 LONGEST = 4
 """A list of the treecode has at most so many times the budget's slots."""
 WORTHWHILE = 1.3
 """``"auto"`` estimates where that is expected to be so many times as fast as exact: an error for no gain helps nobody."""
 
 COST_MODELS = {
-    "treecode": CostModel(3.5, 265.0, 375.0, 33_000.0, 2.2e8),
+    "treecode": CostModel(1.4, 193.0, 520.0, 23_500.0, 4.6e8),
     "sortlsh": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
     "hyper": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
 }
@@ -517,7 +521,11 @@ def _temporary_bytes(
         return total + threads * _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
     slots = min(options.budget or problem.n_k, problem.n_k)
     if isinstance(options, Treecode):
-        return total + _treecode_bytes(problem, options, kernels, size, threads) + threads * _workspace_bytes(problem, size)
+        return (
+            total
+            + _treecode_bytes(problem, options, cuts, kernels, size, threads)
+            + threads * _workspace_bytes(problem, size)
+        )
     blocks = problem.groups * (-(-problem.n_q // options.rows) if isinstance(options, SortLSH) else 1)
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
@@ -594,34 +602,49 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
     # Norms are found before there are nodes. Coordinates, twice while rows are ordered; orders; samples; lists, once for all
     # groups and once for each.
     total = max(nodes, _norm_bytes(problem, kernels)) + (rows_q + rows_k) * (size * 5 * max(p, 16) + 8 * 8)
-    total += problem.groups * d * 8 * (3 * (min(4096, problem.n_q) + min(4096, problem.n_k)) + 8 * d)
+    total += problem.groups * d * 8 * (3 * (min(2048, problem.n_q) + min(2048, problem.n_k)) + 8 * d)
     recorded = kernels["attend_blocks"].target == "torch-autograd" or options.far_field != "mean"
     if options.opening == "sweeps":
         total += _sweeps_bytes(problem, options, kernels, size)
     else:
-        total += _pilot_bytes(problem, options, size)
         by_array_api = kernels["pick_threshold"].computed_by == "array-api"
-        if recorded or by_array_api:
-            # Lists, each as long as the longest; sorted to find own keys in them.
-            total += blocks * LONGEST * slots * (4 * 8 + 2 * size) + size * rows_q * (d_v + 1)
+        gathered = "gap_moments" in kernels and kernels["gap_moments"].computed_by == "array-api"
+        total += _pilot_bytes(problem, options, cuts, size, gathered)
+        fused = "attend_tree" in kernels and kernels["attend_tree"].computed_by != "array-api"
+        if recorded or not fused:
+            # Lists, each as long as the longest; sorted to find own keys in them; tiles of keys, values and logits.
+            total += blocks * LONGEST * slots * (4 * 8 + 2 * size) + size * 3 * rows_q * (d_v + 1)
+            if kernels["attend_blocks"].computed_by != "array-api":
+                total += 8 * size * TILE_ELEMENTS
         else:
             total += threads * size * 4 * LONGEST * slots * (options.rows + d + d_v + 16)
         if by_array_api:
             # Queries; logits, weights and shares of all nodes met.
-            total += size * 3 * rows_q * (d + d_v + p) + size * blocks * 2 * slots * (8 * options.rows + 6 * 8 + 2 * d)
+            total += size * 3 * rows_q * (d + d_v + p) + size * blocks * 2 * slots * (4 * options.rows + 6 * 8 + 2 * d)
     if kernels["attend_blocks"].computed_by == "array-api":
         # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
     return total
 
 
-def _pilot_bytes(problem: Problem, options: Treecode, size: int) -> int:
+def pilot_blocks(groups: int, blocks: int) -> int:
+    """Return how many of the blocks of each group are the treecode's pilot."""
+    return max(1, min(PILOT_BLOCKS // groups, -(-blocks // PILOT_SHARE)))
+
+
+def _pilot_bytes(problem: Problem, options: Treecode, cuts: tuple[Step, ...], size: int, by_array_api: bool) -> int:
     """Bound what the pilot takes: its blocks' queries, nodes and weights, and the keys that matrices are measured with."""
-    slots = options.budget or problem.n_k
-    blocks = max(problem.groups, PILOT_BLOCKS)
+    # Levels of what sees intervals have budgets of their own, and more groups.
+    slots = max((step.budget for step in cuts), default=options.budget or problem.n_k)
+    blocks = problem.groups * pilot_blocks(problem.groups, -(-problem.n_q // options.rows))
+    blocks = max(blocks, PILOT_BLOCKS) if cuts else blocks
     rows = blocks * options.rows
-    met = blocks * 2 * slots * (size * (options.rows + 2) + 6 * 8) + blocks * LONGEST * slots * (8 + 2 * size)
-    return met + size * rows * (problem.d + 16) + blocks * DRAWS * (2 * size * (problem.d + problem.d_v) + 8 * 8)
+    met = blocks * (WIDEST * slots + FEWEST_NODES) * (size * (options.rows + 2) + 4 * 8)
+    met += blocks * LONGEST * slots * (8 + 2 * size)
+    drawn = blocks * DRAWS * 8 * 8
+    if by_array_api:
+        drawn += blocks * DRAWS * 3 * size * (problem.d + problem.d_v)
+    return met + size * rows * (problem.d + 16) + drawn
 
 
 def _sweeps_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:

@@ -51,6 +51,8 @@ class Selection:
     slope
         (G, m, d, d_v) matrices, of which block i of B takes number ⌊i · m / B⌋: the last of then d_v + 1 columns of
         ``values`` says how much of scale · q @ slope is added to a result; None for nothing.
+    limits
+        (G, d_v) and (G, d_v): no result of lists is less than the first or more than the second; or None.
     own
         (G, n_q) int64: a key of the problem that each query sees beside its block's list, −1 for none; or None.
     bias
@@ -65,6 +67,7 @@ class Selection:
     keys: Array | None = None
     values: Array | None = None
     slope: Array | None = None
+    limits: tuple[Array, Array] | None = None
     own: Array | None = None
     bias: Array | None = None
 
@@ -79,7 +82,7 @@ class Opening:
         The query blocks.
     coordinates, nodes, threshold, most, start
         What `kdecore.kernels.open_tree` makes each block's list of.
-    slope
+    slope, limits
         As in `Selection`.
     own
         (G, n_q) int64: the position in the tree of a key that each query sees beside its block's list, −1 for none; or None.
@@ -94,6 +97,7 @@ class Opening:
     most: int
     start: tuple[int, int, int]
     slope: Array | None = None
+    limits: tuple[Array, Array] | None = None
     own: Array | None = None
     first_query: int = 0
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -127,35 +128,31 @@ def test_one_hidden_key_does_not_lose_the_others_queries_own_keys(rng):
     assert errors(host, hidden[:, rows], exact[:, rows]).frobenius < 1.2 * of_all
 
 
-def own_listed(problem, selection, diagonal):
-    """Return whether the key at each query's position is in its block's list: bool (G, n_q)."""
-    tree_order = treecode.prepare(problem, make_plan(problem, method="treecode", budget=64)).keys.order
-    nodes = selection.keys.shape[1] - problem.n_k
-    listed = np.zeros((problem.groups, problem.n_q), dtype=bool)
-    for group, block in np.ndindex(*selection.blocks.index.shape[:2]):
-        index = selection.key_index[group, block][np.isfinite(selection.log_weight[group, block])]
-        keys = tree_order[group][index[index >= nodes] - nodes]
-        rows = selection.blocks.index[group, block]
-        listed[group, rows] = np.isin(rows + diagonal, keys)
-    return listed
-
-
 @pytest.mark.parametrize(("n_q", "diagonal"), [(600, 0), (599, 1), (599, 0), (300, 300), (300, 17), (700, 0), (700, -100)])
-def test_treecode_lists_own_keys_where_they_are_said(rng, n_q, diagonal):
+def test_treecode_finds_own_keys_where_they_are_said(rng, n_q, diagonal):
     q, k = rng.standard_normal((n_q, 16)), rng.standard_normal((600, 16))
     problem = canonicalise(q, k, k).standing_at(diagonal)
-    plan = make_plan(problem, method="treecode", budget=64)
-    listed = own_listed(problem, SELECT["treecode"](problem, plan), diagonal)
+    prepared = treecode.prepare(problem, make_plan(problem, method="treecode", budget=64))
     own = np.arange(n_q) + diagonal
-    assert listed[0][(own >= 0) & (own < 600)].all()
+    there = (own >= 0) & (own < 600)
+    np.testing.assert_array_equal(prepared.own[0] >= 0, there)
+    np.testing.assert_array_equal(prepared.keys.order[0][prepared.own[0][there]], own[there])
 
 
 def test_equal_shapes_say_nothing(rng):
     x = rng.standard_normal((2, 600, 16))
     problem = canonicalise(x, x, x)
-    plan = make_plan(problem, method="treecode", budget=64)
-    assert treecode.prepare(problem, plan).own is None
-    assert not own_listed(problem, SELECT["treecode"](problem, plan), 0).all()
+    assert treecode.prepare(problem, make_plan(problem, method="treecode", budget=64)).own is None
+
+
+@pytest.mark.parametrize("opening", ["threshold", "sweeps"])
+def test_recorded_calls_see_own_keys_as_others_do(opening):
+    """Once each, whether or not their blocks list them."""
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 300, 8)))
+    options = {"method": Treecode(opening=opening, block_size=8), "budget": 60, "diagonal": 0}
+    expected = kdecore.attention(x, x, x, **options)
+    found = kdecore.attention(*(x.clone().requires_grad_() for _ in range(3)), **options)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_parts_for_want_of_memory_err_as_the_whole_does(rng):
@@ -198,10 +195,10 @@ def test_causal_attention_and_windows_are_aligned_by_it(rng, n_q, diagonal, wind
 
 
 def test_a_sample_of_the_far_field_counts_own_keys_once(rng):
-    """Own keys are listed, and a node's sample that hits one of its block's counts for nothing."""
+    """In sweeps own keys are listed, and a node's sample that hits one of its block's counts for nothing."""
     x = rng.standard_normal((1, 900, 8))
     problem = canonicalise(x[:, :800], x, x).standing_at(100)
-    plan = make_plan(problem, method=Treecode(far_field="sample", block_size=8), budget=64)
+    plan = make_plan(problem, method=Treecode(far_field="sample", block_size=8, opening="sweeps"), budget=64)
     selection = SELECT["treecode"](problem, plan)
     for block in range(selection.key_index.shape[1]):
         counted = selection.key_index[0, block][np.isfinite(selection.log_weight[0, block])]

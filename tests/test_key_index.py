@@ -60,7 +60,7 @@ def test_errors_stay_small_while_keys_are_appended(rng, steps):
     out, lse = index.attend(q, return_lse=True)
     exact, exact_lse = oracles.exact_attention(q, k, v)
     assert errors(host, out, exact).frobenius < 0.05
-    assert np.sqrt(((lse - exact_lse) ** 2).mean()) < 0.15
+    assert np.sqrt(((lse - exact_lse) ** 2).mean()) < 0.2
     sizes = [segment.problem.n_k for segment in index._segments]
     assert sum(sizes) == 2000
     assert all(later < former for former, later in pairwise(sizes))

@@ -131,6 +131,33 @@ def test_attention_to_lists(backend, rng, implementation, own, slope, dtype):
     assert_close(merged, old * before[0] + new * true_out, ulps=256, dtype=dtype)
 
 
+@implementations("attend_tree")
+def test_results_stay_within_limits(backend, rng, implementation):
+    """As means of values do, wherever the first-order term would lead."""
+    arguments, start = pass_problem(rng, n=300, n_q=70)
+    values = rng.standard_normal((2, arguments[4].shape[1], 4))
+    slope, limits = (
+        100.0 * rng.standard_normal((2, 1, 6, 3)),
+        (np.array([[-0.5, 0.1, -9.0]] * 2), np.array([[0.2, 0.3, 9.0]] * 2)),
+    )
+    call = (*arguments[:5], values, *arguments[5:], np.asarray(0.05), 300, start, None, slope)
+
+    class Flat:
+        """Returns out alone, of limits that come one by one."""
+
+        target, unsupported = implementation.target, implementation.unsupported
+
+        @staticmethod
+        def function(xp, *arrays):
+            *arrays, low, high = arrays
+            return implementation.function(xp, *arrays, (low, high))[0].out
+
+    inside = np.unique(arguments[3][0])
+    free, held = (run(Flat, backend, *call, *given)[0, inside] for given in ((limits[0] - 1e9, limits[1] + 1e9), limits))
+    np.testing.assert_allclose(held, np.clip(free, limits[0][0], limits[1][0]), rtol=0, atol=1e-12)
+    assert (held != free).any()
+
+
 def attended(implementation, backend, arguments, dtype, before=None):
     """Call an implementation of `attend_tree` on a backend; out and lse, and counts, as NumPy arrays."""
     function = implementation.function
@@ -143,7 +170,7 @@ def attended(implementation, backend, arguments, dtype, before=None):
         @staticmethod
         def function(xp, *arrays):
             *arrays, out, lse = arrays
-            part, counts = function(xp, *arrays, None if out is None else Part(out, lse))
+            part, counts = function(xp, *arrays, None, None if out is None else Part(out, lse))
             return part.out, part.lse, counts
 
     kept = (None, None) if before is None else tuple(x.copy() for x in before)

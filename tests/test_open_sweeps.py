@@ -86,8 +86,8 @@ def test_slots_are_used(rng):
 
 
 @pytest.mark.parametrize("scale", [1.0, 10**-0.5, 0.1])
-def test_one_threshold_errs_less_than_sweeps(scale):
-    """On words, in blocks of 64."""
+def test_one_threshold_errs_no_more_than_sweeps(scale):
+    """On words, in blocks of 64; less on a vision transformer (docs/treecode.md)."""
     words = glove_case(4096)
     exact = kdecore.attention(words.q, words.k, words.v, method="exact", scale=scale)
     found = {}
@@ -95,7 +95,7 @@ def test_one_threshold_errs_less_than_sweeps(scale):
         method = Treecode(block_size=64, opening=opening)
         out = kdecore.attention(words.q, words.k, words.v, method=method, budget=384, scale=scale)
         found[opening] = errors(host, out, exact).frobenius
-    assert found["threshold"] < found["sweeps"] < 1.5 * found["threshold"]
+    assert found["threshold"] < 1.05 * found["sweeps"]
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 100}, {"key_lengths": [500, 320]}], ids=str)

@@ -205,31 +205,36 @@ def test_draw_indices_is_unbiased(implementation, problem):
 def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_size, kernels):
     """A block's keys change where its start takes a node's number over a multiple of 1 / (keys in the node).
 
-    Closed nodes don't depend on the start: those of far_field="mean", in the same places, say which they are.
+    Closed nodes don't depend on the start: the lists of `open_tree` say which they are.
     """
     q, k, v = make(rng, n_q=n_q, n_k=61)
     problem = canonicalise(q, k, v)
 
-    def select(far_field, start):
-        plan = make_plan(
-            problem, method=Treecode(block_size=block_size, far_field=far_field), budget=budget, kernels=kernels
-        )
+    method = Treecode(block_size=block_size, far_field="sample")
+    plan = make_plan(problem, method=method, budget=budget, kernels=kernels)
+
+    def select(start):
         chosen = mock.patch.object(reference, "uniform", lambda xp, seed, stream, count, device: np.full(count, start))
         with chosen:
             return SELECT["treecode"](problem, plan)
 
-    closed = select("mean", 0.0)
+    prepared = treecode.prepare(problem, plan)
+    lists = treecode.open_pilot(problem, plan, prepared)
+    where = lists.threshold, lists.most, lists.start
+    key_index, _, _, _ = plan.kernels["open_tree"].function(
+        host, q, problem.scale, prepared.coordinates, prepared.blocks.index, *treecode.summaries(prepared.keys), *where
+    )
     nodes = node_count(61, Treecode.LEAF_SIZE)
     steps = {0.0, 1.0}
-    for node in np.unique(closed.key_index[closed.key_index < nodes]):
+    for node in np.unique(key_index[key_index < nodes]):
         level = int(node + 1).bit_length() - 1
         edges = bounds(61, level)
         count = np.diff(edges)[node + 1 - 2**level]
         steps |= set((np.arange(count) / count - node * treecode.GOLDEN_RATIO) % 1.0)
     steps = np.array(sorted(steps))
-    expected = np.zeros((*closed.key_index.shape[:2], 61))
+    expected = np.zeros((*key_index.shape[:2], 61))
     for low, high in pairwise(steps):
-        selection = select("sample", (low + high) / 2)
+        selection = select((low + high) / 2)
         counts = np.isfinite(selection.log_weight)
         assert selection.keys is None
         for at in np.ndindex(expected.shape[:2]):

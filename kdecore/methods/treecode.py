@@ -37,7 +37,7 @@ from kdecore.namespaces import (
     without_gradient,
 )
 from kdecore.options import Treecode
-from kdecore.planning import LONGEST, PILOT_BLOCKS, Plan
+from kdecore.planning import FEWEST_NODES, LONGEST, WIDEST, Plan, pilot_blocks
 from kdecore.randomness import SAMPLES_STREAM
 from kdecore.selection import Blocks, Opening, Selected, Selection, equal_blocks, in_order_of_queries
 from kdecore.stretches import Described, Span, Stretch
@@ -45,8 +45,6 @@ from kdecore.tree import node_bounds
 
 CODE_BITS = 24
 """Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
-PILOT_SHARE = 8
-"""The pilot has at most one in so many of a group's blocks."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +276,7 @@ def with_queries(problem: Problem, plan: Plan, prepared: Prepared, queries: Span
             )
             own = xp.where(from_host(xp, there, dtype=None, device=problem.device), found, -1)
     groups, count, b = blocks.index.shape
-    some = max(1, min(PILOT_BLOCKS // groups, -(-count // PILOT_SHARE)))
+    some = pilot_blocks(groups, count)
     number = (2 * xp.arange(some, dtype=xp.int64, device=problem.device) + 1) * count // (2 * some)
     rows = xp.reshape(take_columns(xp, blocks.index, number), (groups, -1))
     index = xp.reshape(xp.arange(some * b, dtype=xp.int64, device=problem.device), (1, some, b))
@@ -334,13 +332,14 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
             return drawn(problem, plan, prepared, key_index, log_weight)
         multiply = plan.kernels["cross_moment"].function
         slope = first_order_of_leaves(xp, keys.nodes, problem.n_k, multiply)[:, None, ...]
-        return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope))
+        return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=value_limits(problem)))
     lists = open_pilot(problem, plan, prepared)
     where = lists.threshold, lists.most, lists.start
     slope = None if sampled else slope_of(problem, plan, prepared, lists)
+    limits = None if slope is None else value_limits(problem)
     if not sampled and not gradient_mode(problem.q, problem.k, problem.v):
         nodes = still._replace(spread=keys.unseen)
-        return Opening(blocks, prepared.coordinates, nodes, *where, slope, prepared.own)
+        return Opening(blocks, prepared.coordinates, nodes, *where, slope, limits, prepared.own)
     q = without_gradient(problem.q)
     key_index, log_weight, _, _ = plan.kernels["open_tree"].function(
         xp, q, problem.scale, prepared.coordinates, blocks.index, *summaries(keys), *where
@@ -348,7 +347,7 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
     if sampled:
         return drawn(problem, plan, prepared, key_index, log_weight)
     own = None if prepared.own is None else unlisted(problem, prepared, key_index)
-    return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, own=own))
+    return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=limits, own=own))
 
 
 def summaries(keys: KeyTree) -> tuple[Array, Array, Array, Array]:
@@ -365,7 +364,8 @@ def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> PilotLists:
     budget = plan.options.budget - (prepared.own is not None and plan.options.budget > 1)
     most, start = LONGEST * budget, first_nodes(budget, int(prepared.keys.unseen.shape[1]), *prepared.seen)
     given = xp, pilot.q, problem.scale, pilot.coordinates, pilot.index, *tree
-    threshold = kernels["pick_threshold"].function(*given, budget, most, start)
+    widest = max(WIDEST * budget, FEWEST_NODES)
+    threshold = kernels["pick_threshold"].function(*given, budget, widest, start)
     key_index, _, share, _ = kernels["open_tree"].function(*given, threshold, most, start)
     return PilotLists(threshold, most, start, key_index, share)
 
@@ -378,6 +378,12 @@ def slope_of(problem: Problem, plan: Plan, prepared: Prepared, lists: PilotLists
     multiply = plan.kernels["gap_moments"].function
     slope = first_order(problem.xp, prepared.keys.nodes, lists.key_index, lists.share, multiply)
     return slope * shorter(problem, prepared.keys.view, prepared.pilot)[:, None, None, None]
+
+
+def value_limits(problem: Problem) -> tuple[Array, Array]:
+    """Return the least and the largest of each column of the values, (G, d_v), beyond which no mean of them lies."""
+    values = problem.xp.astype(without_gradient(problem.v), problem.dtype, copy=False)
+    return problem.xp.min(values, axis=1), problem.xp.max(values, axis=1)
 
 
 def shorter(problem: Problem, view: View, pilot: Pilot) -> Array:

@@ -26,6 +26,7 @@ class AttendTree(Protocol):
         start: tuple[int, int, int],
         own: Array | None = None,
         slope: Array | None = None,
+        limits: tuple[Array, Array] | None = None,
         before: Part | None = None,
     ) -> tuple[Part, Array]:
         """Return softmax attention of each query to its block's list, and how long the lists are.
@@ -42,6 +43,9 @@ class AttendTree(Protocol):
         slope
             (G, m, d, d_v) matrices, of which block i of B takes number ⌊i · m / B⌋: the last column of values says how much
             of scale · q @ slope is added to a result; or None for nothing.
+        limits
+            (G, d_v) and (G, d_v): no result is less than the first or more than the second, as no mean of values is; or
+            None.
         before
             (G, n_q, d_v) and (G, n_q): attention to other keys, which the result is merged with, and whose memory it may
             take. Queries in no block keep it; without it their rows mean nothing.

@@ -44,6 +44,7 @@ def attend_tree(
     start: tuple[int, int, int],
     own: Array | None = None,
     slope: Array | None = None,
+    limits: tuple[Array, Array] | None = None,
     before: Part | None = None,
 ) -> tuple[Part, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
@@ -55,6 +56,7 @@ def attend_tree(
     own_ = np.empty((groups, 0), np.int64) if own is None else host_view(own)
     # What a panel's last tile reads beyond the last column has to be there.
     matrices = np.zeros((groups, 0, d, d_v), q_.dtype) if slope is None else host_view(slope)
+    ends = np.empty((2, 0, 0), q_.dtype) if limits is None else np.stack([host_view(x) for x in limits])
     slopes = np.zeros((*matrices.shape[:2], d * d_v + TILE_ROWS), q_.dtype)
     slopes[:, :, : d * d_v] = matrices.reshape(*matrices.shape[:2], d * d_v) * LN2  # queries are scaled by 1 / ln 2 too
     if before is None:
@@ -66,7 +68,7 @@ def attend_tree(
     tasks = counts.size
     run_tasks(
         lambda first, last: attend_blocks_of_tree(
-            q_, coordinates_, index, tree, values_, own_, slopes, float(scale), limit, most, start, before is not None,
+            q_, coordinates_, index, tree, values_, own_, slopes, ends, float(scale), limit, most, start, before is not None,
             out, lse, counts, first, last,
         ),
         tasks,
@@ -84,6 +86,7 @@ def attend_blocks_of_tree(
     values,
     own,
     slopes,
+    limits,
     scale,
     threshold,
     most,
@@ -218,6 +221,13 @@ def attend_blocks_of_tree(
                         for i in range(lanes):
                             value = flat_values[own_rows[lane + i] * (d_v + 1) + t]
                             sums[base + t * lanes + i] += value * work.factors[i]
+            if limits.shape[1] > 0:
+                for t in range(d_v):
+                    low, high = limits[0, group, t], limits[1, group, t]
+                    for i in range(lanes):
+                        total = q.dtype.type(totals[lane + i])
+                        at = base + t * lanes + i
+                        sums[at] = min(max(sums[at], low * total), high * total)
             write_panel(
                 sums[base : base + columns * lanes],
                 tops,

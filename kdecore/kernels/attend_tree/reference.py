@@ -21,6 +21,7 @@ def attend_tree(
     start: tuple[int, int, int],
     own: Array | None = None,
     slope: Array | None = None,
+    limits: tuple[Array, Array] | None = None,
     before: Part | None = None,
 ) -> tuple[Part, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
@@ -29,7 +30,7 @@ def attend_tree(
     groups, blocks, b = query_index.shape
     n_q, nodes = int(q.shape[1]), int(spread.shape[1])
     scaled = xp.astype(q, coordinates.dtype, copy=False) * scale
-    step = max(1, TILE_ELEMENTS // (groups * int(key_index.shape[2]) * max(b, int(keys.shape[2]))))
+    step = max(1, TILE_ELEMENTS // (groups * int(key_index.shape[2]) * max(b, int(keys.shape[2]), int(values.shape[2]))))
     outs, sums = [], []
     for some in spans(blocks, step):
         listed = key_index[:, some, :]
@@ -50,13 +51,16 @@ def attend_tree(
         if slope is not None:
             number = xp.arange(some.start, some.stop, dtype=xp.int64, device=q.device) * int(slope.shape[1]) // blocks
             out = out + spreads * (queries @ xp.take(slope, number, axis=1))
+        if limits is not None:
+            low, high = (x[:, None, None, :] for x in limits)
+            out = xp.minimum(xp.maximum(out, low), high)
         outs.append(out)
         sums.append((top + xp.log(total))[..., 0])
     flat = xp.reshape(query_index + xp.arange(groups, dtype=xp.int64, device=q.device)[:, None, None] * n_q, (-1,))
     place, found = (xp.reshape(x, (groups, n_q)) for x in first_places(xp, flat, groups * n_q))
     out, lse = xp.concat(outs, axis=1), xp.concat(sums, axis=1)
     part = Part(
-        xp.where(found[..., None], take_rows(xp, xp.reshape(out, (-1, out.shape[3])), place), 0.0),
+        xp.where(found[..., None], take_rows(xp, xp.reshape(out, (groups * blocks * b, out.shape[3])), place), 0.0),
         xp.where(found, take_rows(xp, xp.reshape(lse, (-1,)), place), -xp.inf),
     )
     return (part if before is None else merge(xp, before, part)), counts

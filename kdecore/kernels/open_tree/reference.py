@@ -27,7 +27,7 @@ class Tree(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries of blocks: (G, B, b, d), scaled; (G, B, p), `ALONG` / 2 of mean squared coordinates; (G, B), mean ‖q‖² / 2d."""
+    """Queries of blocks: (G, B, b, d), scaled; (G, B, p), `ALONG` / 2 mean squared coordinates; (G, B), mean ‖q‖² / 2d."""
 
     scaled: Array
     squares: Array
