@@ -521,11 +521,8 @@ def _temporary_bytes(
         return total + threads * _workspace_bytes(problem, size) + 8 * (2 * rows_q + 2 * rows_k)
     slots = min(options.budget or problem.n_k, problem.n_k)
     if isinstance(options, Treecode):
-        return (
-            total
-            + _treecode_bytes(problem, options, cuts, kernels, size, threads)
-            + threads * _workspace_bytes(problem, size)
-        )
+        total += threads * _workspace_bytes(problem, size)
+        return total + _treecode_bytes(problem, options, cuts, kernels, size, threads)
     blocks = problem.groups * (-(-problem.n_q // options.rows) if isinstance(options, SortLSH) else 1)
     # Positions, indices, probabilities and log-weights, each once as it is made and once as it is passed on.
     total += blocks * slots * (7 * 8 + 2 * size)
@@ -588,7 +585,14 @@ def _norm_bytes(problem: Problem, kernels: dict[str, Choice]) -> int:
     return 4 * 8 * problem.groups * problem.n_k * problem.d_v if by_array_api else 0
 
 
-def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int, threads: int) -> int:
+def _treecode_bytes(
+    problem: Problem,
+    options: Treecode,
+    cuts: tuple[Step, ...],
+    kernels: dict[str, Choice],
+    size: int,
+    threads: int,
+) -> int:
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     slots = options.budget or problem.n_k
     d, d_v = problem.d, problem.d_v
@@ -620,7 +624,7 @@ def _treecode_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choi
             total += threads * size * 4 * LONGEST * slots * (options.rows + d + d_v + 16)
         if by_array_api:
             # Queries; logits, weights and shares of all nodes met.
-            total += size * 3 * rows_q * (d + d_v + p) + size * blocks * 2 * slots * (4 * options.rows + 6 * 8 + 2 * d)
+            total += size * 3 * rows_q * (d + d_v + p) + size * blocks * 2 * slots * (2 * options.rows + 4 * 8 + d)
     if kernels["attend_blocks"].computed_by == "array-api":
         # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
@@ -641,6 +645,9 @@ def _pilot_bytes(problem: Problem, options: Treecode, cuts: tuple[Step, ...], si
     rows = blocks * options.rows
     met = blocks * (WIDEST * slots + FEWEST_NODES) * (size * (options.rows + 2) + 4 * 8)
     met += blocks * LONGEST * slots * (8 + 2 * size)
+    # Second moments of stretches.
+    stretches = 1 << sum(step.level for step in cuts[:-1])
+    met += problem.groups * stretches * 5 * 8 * problem.d**2 if cuts else 0
     drawn = blocks * DRAWS * 8 * 8
     if by_array_api:
         drawn += blocks * DRAWS * 3 * size * (problem.d + problem.d_v)
