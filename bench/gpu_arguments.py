@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
+from kdecore.kernels.open_sweeps.contract import START_SHARE
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.tree_order.reference import tree_order as order_tree
 from kdecore.merge import Part
@@ -167,8 +168,8 @@ def node_summaries(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     return k, v, coordinates, sizes, permutations(rng, 2, n), LEAF_SIZE, Numbers(np.array([0.1, 5.0]))
 
 
-def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments of `open_tree` and `open_sweeps`: lists of a quarter of the keys, of one in eight of more."""
+def open_sweeps(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments: lists of a quarter of the keys, of one in eight of more."""
     d, rows, p = (64, 64, 16) if n >= LARGE else (19, 16, 5)
     n = min(n, 3000)
     slots = max(n // 8 if n > 1500 else n // 4, 20)
@@ -178,9 +179,36 @@ def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     blocks = max(1, n // rows // 4)
     query_index = permutations(rng, 2, n)[:, : blocks * rows].reshape(2, blocks, -1)
     own = np.sort(rng.integers(0, n, (2, blocks, rows)), axis=-1) if slots > 4 * rows else None
-    start = first_nodes(slots - (0 if own is None else rows), nodes.spread.shape[1])
+    start = first_nodes(slots - (0 if own is None else rows), nodes.spread.shape[1], share=START_SHARE)
     tree = [Numbers(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)]
     return Rows(q), 0.3, Numbers(0.3 * q[:, :, :p]), query_index, *tree, own, slots, start
+
+
+def pick_threshold(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    *tree, _, slots, start = open_sweeps(rng, n)
+    return *tree, slots, 4 * slots, start
+
+
+def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    *tree, _, slots, start = open_sweeps(rng, n)
+    return *tree, Numbers(np.asarray(0.1)), 4 * slots, start
+
+
+def attend_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments: with own keys and a matrix for each half of the blocks."""
+    q, scale, coordinates, index, keys, *others = open_tree(rng, n)
+    (groups, rows, d), n_q = keys.array.shape, q.array.shape[1]
+    values = Numbers(rng.standard_normal((groups, rows, d + 1)))
+    own = rng.integers(-1, n_q, (groups, n_q))
+    return q, scale, coordinates, index, keys, values, *others, own, Numbers(rng.standard_normal((groups, 2, d, d)))
+
+
+def gap_moments(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    keys, values = (Numbers(rng.standard_normal((2, n, columns))) for columns in (width(n), width(n) + 1))
+    return keys, values, *rng.integers(0, n, (2, 2, 3, 512))
 
 
 def attend_blocks(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -218,8 +246,11 @@ ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "rank_codes": rank_codes,
     "tree_order": tree_order,
     "node_summaries": node_summaries,
+    "pick_threshold": pick_threshold,
     "open_tree": open_tree,
-    "open_sweeps": open_tree,
+    "attend_tree": attend_tree,
+    "gap_moments": gap_moments,
+    "open_sweeps": open_sweeps,
     "attend_blocks": attend_blocks,
     "attend_dense": attend_dense,
 }

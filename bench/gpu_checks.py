@@ -27,6 +27,7 @@ ROUNDED_ROWS = {"attend_blocks": ("out", "lse"), "attend_dense": ("out", "lse"),
 """Results that are as accurate as the dtype that rows are stored in; the others are as accurate as the one computed in."""
 ROUNDED = {"hash_codes": 1e-4, "tree_order": 2e-2, "open_tree": 5e-2, "open_sweeps": 0.15, "draw_indices": 1e-4}
 """Part of a kernel's integers that rounding may change: where a number is next to a plane, two projections are alike, …"""
+DEVICE_TARGETS = ("numba-cuda", "triton")
 LISTS = frozenset(["open_tree", "open_sweeps"])
 """Kernels that return lists, whose order is left open."""
 SIZES = (37, 1001, 65_537)
@@ -139,7 +140,9 @@ def check_kernels(session: Session) -> Findings:
 
 def check_dtype(session: Session, library: Library, dtype: str) -> Findings:
     """Yield one row for each kernel, implementation and size."""
-    for kernel in KERNELS:
+    for kernel, every in KERNELS.items():
+        if not any(one.target in DEVICE_TARGETS for one in every):
+            continue  # nothing of it runs on a device but array operations
         if kernel not in ARGUMENTS:
             yield "check", failed(f"{kernel}", "no random arguments are known for it")
             continue
@@ -156,7 +159,7 @@ def check_dtype(session: Session, library: Library, dtype: str) -> Findings:
 def implementations(kernel: str, library: Library, dtype: str, rehearsal: bool) -> list[Implementation]:
     """Return the device's implementations that can run; in a rehearsal the array API stands for them."""
     site = Site(library.name, library.device, ACCUMULATION[dtype])
-    targets = ("array-api",) if rehearsal else ("numba-cuda", "triton")
+    targets = ("array-api",) if rehearsal else DEVICE_TARGETS
     return [one for one in KERNELS[kernel] if one.target in targets and one.unsupported(site) is None]
 
 
