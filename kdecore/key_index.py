@@ -1,7 +1,7 @@
 """`KeyIndex`: the key side of the treecode, built once for many batches of queries, and for keys that are appended."""
 
 import time
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple, cast
 
@@ -33,7 +33,7 @@ from kdecore.namespaces import (
     without_gradient,
 )
 from kdecore.nonfinite import merge_not_finite
-from kdecore.options import DEFAULT_BUDGET, Exact, Options, Treecode, check_boolean, integer_at_least
+from kdecore.options import DEFAULT_BUDGET, MANY_QUERIES, Exact, Options, Treecode, check_boolean, integer_at_least
 from kdecore.outcomes import run_all
 from kdecore.planning import Plan, check_settings, exact_row_cost, expected_cost, make_plan, site_of
 from kdecore.report import report_of_plan
@@ -44,6 +44,8 @@ from kdecore.tolerance import CERTIFIED_STREAM, MARGIN, PILOT_STREAM, Round
 LEAST_BUDGET = 64
 """Keys per query that every tree gets at least."""
 PLANS_KEPT = 32
+EXAMPLES = 2048
+"""Queries, at least or all, that few queries are taken to look like: the keys themselves where none are given."""
 CERTIFIED_SHARE = 20
 """One in so many queries is compared to certify a budget, but `FEWEST_ROWS` at least."""
 
@@ -58,10 +60,13 @@ class Segment:
         These keys and values, and no queries.
     tree
         The tree over them; None for few keys, which are attended to exactly.
+    known
+        What was found out about how far to open the tree, by options and queries of a block; grows with use.
     """
 
     problem: Problem
     tree: treecode.KeyTree | None
+    known: dict[Any, treecode.Calibration] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Found(NamedTuple):
@@ -170,6 +175,7 @@ class KeyIndex:
         with team(self._settings["threads"]), device_context(self._one[0]):
             with quiet():
                 self._moment = second_moment(problem, multiply, seen)
+            self._like = None if queries is None else sample_of(seen)
             self._segments = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 
     @property
@@ -360,7 +366,7 @@ class KeyIndex:
                 share = max(min(LEAST_BUDGET, budget), budget * segment.problem.n_k // n_k)
                 options = replace(self._options, num_slots=share)
             plans.append(self._plan(of_segment, options))
-            parts.append(self._attend_segment(of_segment, segment.tree, plans[-1], watch))
+            parts.append(self._attend_segment(of_segment, segment, plans[-1], watch))
         return Found(reduce(partial(merge, problem.xp), parts), plans, slots)
 
     @staticmethod
@@ -448,11 +454,30 @@ class KeyIndex:
         with quiet():
             return Segment(problem, treecode.build(problem, plan, in_library_of(problem.k, self._moment)))
 
-    def _attend_segment(self, problem: Problem, tree: treecode.KeyTree | None, plan: Plan, watch: Watch | None) -> Part:
+    def _attend_segment(self, problem: Problem, segment: Segment, plan: Plan, watch: Watch | None) -> Part:
         selection: Selected = Selection()
-        if tree is not None and plan.method != "exact":
-            selection = treecode.open_for(problem, plan, treecode.prepare_queries(problem, plan, tree))
+        if segment.tree is not None and plan.method != "exact":
+            known = self._calibration(problem, segment, plan)
+            prepared = treecode.prepare_queries(problem, plan, segment.tree, known)
+            selection = treecode.open_for(problem, plan, prepared)
         return attend(problem, plan, selection, watch=watch)
+
+    def _calibration(self, problem: Problem, segment: Segment, plan: Plan) -> treecode.Calibration | None:
+        """Return how far to open a tree for few queries, found with examples; None where queries are their own pilot."""
+        options = plan.options
+        assert isinstance(options, Treecode)
+        if problem.n_q >= MANY_QUERIES or problem.n_q == 0 or options.opening == "sweeps":
+            return None
+        assert segment.tree is not None
+        options = replace(options, block_size=min(options.rows, problem.n_q))
+        if options not in segment.known:
+            like = sample_of(problem.k) if self._like is None else in_library_of(problem.k, self._like)
+            # What was found out is a constant, also where keys are recorded.
+            examples = replace(problem.without_gradient(), q=like, repeats=1)
+            planned = self._plan(examples, options)
+            prepared = treecode.prepare_queries(examples, planned, segment.tree.without_gradient())
+            segment.known[options] = treecode.calibrate(examples, planned, prepared)
+        return segment.known[options]
 
     def _fitting(self, name: str, queries: Array, *others: Array) -> Problem:
         """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name.
@@ -476,6 +501,11 @@ class KeyIndex:
         check_alike(**{"the index's keys": self._one[0]}, **arrays)
 
 
+def sample_of(rows: Array) -> Array:
+    """Return rows (G, n, d), or some, evenly spaced, where there are many."""
+    return without_gradient(rows)[:, :: max(1, int(rows.shape[1]) // EXAMPLES), :]
+
+
 def in_library(like: Problem, segment: Segment) -> Segment:
     """Return a segment with arrays of the library that a problem has, on the CPU, sharing memory."""
     if segment.problem.xp is like.xp:
@@ -485,10 +515,13 @@ def in_library(like: Problem, segment: Segment) -> Segment:
         if isinstance(value, Problem):
             arrays = {name: in_library_of(like.k, getattr(value, name)) for name in ("q", "k", "v")}
             return replace(value, xp=like.xp, device=like.device, **arrays)
+        if isinstance(value, dict):  # what was found out is in the other library
+            return {}
         if is_dataclass(value) and not isinstance(value, type):
             return replace(value, **{one.name: converted(getattr(value, one.name)) for one in fields(value)})
         if isinstance(value, tuple):
-            return type(value)(*map(converted, value))
+            items = map(converted, value)
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         return value if value is None else in_library_of(like.k, value)
 
     return cast("Segment", converted(segment))

@@ -4,8 +4,10 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 Σ (inclusion probability × exp(log_weight)) = 1; tests/test_unbiasedness.py checks that exactly, without sampling.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -175,25 +177,45 @@ def shifted(xp: Namespace, selection: Selected, query: int, key: int, n_q: int) 
 
 
 def together(xp: Namespace, selections: list[Selection]) -> list[Selection]:
-    """Make one Selection of several for different queries, where their lists have one length and all else is the same."""
-    lengths = {int(one.key_index.shape[2]) for one in selections if one.key_index is not None}
-    if len(selections) < 2 or len(lengths) > 1 or any(one.slope is not None or one.own is not None for one in selections):
-        return selections
+    """Make one Selection of several for different queries, with the same keys and values, where their blocks match.
+
+    Shorter lists are filled with slots that don't count. With first-order matrices all must have as many blocks, and as many
+    matrices, so that each block still has its own.
+    """
     blocks = [one.blocks for one in selections if one.blocks is not None]
-    longest = max(int(one.index.shape[2]) for one in blocks)
+    sizes = {
+        (int(one.blocks.index.shape[1]), 0 if one.slope is None else int(one.slope.shape[1]))
+        for one in selections
+        if one.blocks is not None
+    }
+    sloped = any(one.slope is not None for one in selections)
+    if len(selections) < 2 or (sloped and len(sizes) > 1) or len({one.own is None for one in selections}) > 1:
+        return selections
 
-    def filled(index: Array) -> Array:
-        missing = longest - int(index.shape[2])
-        last = index[:, :, -1:]
-        return xp.concat([index, *[last] * missing], axis=2) if missing else index
+    def filled(arrays: list[Array], fill: float | None) -> Array:
+        """Put arrays (G, B, r) one after another; shorter rows end with ``fill``, or with their last."""
+        longest = max(int(x.shape[2]) for x in arrays)
+        rows = []
+        for x in arrays:
+            more = (*x.shape[:2], longest - int(x.shape[2]))
+            last = (
+                xp.broadcast_to(x[:, :, -1:], more) if fill is None else xp.full(more, fill, dtype=x.dtype, device=x.device)
+            )
+            rows.append(xp.concat([x, last], axis=2) if more[2] else x)
+        return xp.concat(rows, axis=1)
 
-    sizes = [end - start for one in blocks for start, end in pairwise(one.starts)]
-    index = xp.concat([filled(one.index) for one in blocks], axis=1)
-    key_index, log_weight = (
-        xp.concat([getattr(one, name) for one in selections], axis=1) for name in ("key_index", "log_weight")
+    starts = accumulate([end - start for one in blocks for start, end in pairwise(one.starts)], initial=0)
+    slopes, owns = ([getattr(one, name) for one in selections] for name in ("slope", "own"))
+    both = replace(
+        selections[0],
+        blocks=Blocks(filled([one.index for one in blocks], None), tuple(starts)),
+        key_index=filled([one.key_index for one in selections], 0),
+        log_weight=filled([one.log_weight for one in selections], -math.inf),
+        slope=xp.concat(slopes, axis=1) if sloped else None,
+        # A query has its key in one of them, −1 in the others.
+        own=None if owns[0] is None else reduce(xp.maximum, owns),
     )
-    both = Blocks(index, tuple(accumulate(sizes, initial=0)))
-    return [replace(selections[0], blocks=both, key_index=key_index, log_weight=log_weight)]
+    return [both]
 
 
 def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:

@@ -62,12 +62,19 @@ class KeyTree:
     unseen
         (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`),
         but where trees are opened in sweeps.
+    limits
+        (G, d_v) and (G, d_v): the least and the largest of each column of the values, beyond which no mean of them lies.
     """
 
     view: View
     order: Array
     nodes: TreeNodes
     unseen: Array
+    limits: tuple[Array, Array]
+
+    def without_gradient(self) -> "KeyTree":
+        """Return the same tree, of whose nodes no gradients are recorded."""
+        return replace(self, nodes=TreeNodes(*(without_gradient(x) for x in self.nodes)))
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,15 @@ class PilotLists(NamedTuple):
     share: Array
 
 
+class Calibration(NamedTuple):
+    """What a pilot found: the threshold, the longest list allowed, where lists begin, and first-order matrices or None."""
+
+    threshold: Array
+    most: int
+    start: tuple[int, int, int]
+    slope: Array | None
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Everything that no budget changes.
@@ -118,7 +134,9 @@ class Prepared:
     blocks
         That order in blocks of `Treecode.block_size` queries.
     pilot
-        Some of the blocks; None where trees are opened in sweeps.
+        Some of the blocks; None where trees are opened in sweeps, and where there is a calibration.
+    calibration
+        What a pilot of other queries found; None where this pilot is to find it.
     own
         (G, n_q) int64: the position in the keys' tree of each query's own key, −1 for none; None where no query has one, and
         where trees are opened in sweeps.
@@ -136,6 +154,7 @@ class Prepared:
     own: Array | None
     listed: Array | None
     seen: tuple[int, int, int] = (0, 0, 1)
+    calibration: Calibration | None = None
 
 
 def select(problem: Problem, plan: Plan) -> Selected:
@@ -215,7 +234,8 @@ def grow(
     unseen = still.spread
     if not in_sweeps(plan):
         unseen = unseen * unseen_share(problem, view, moment, still, kernels["cross_moment"].function)[:, None]
-    return KeyTree(view, order, nodes, unseen)
+    values = xp.astype(without_gradient(problem.v), problem.dtype, copy=False)
+    return KeyTree(view, order, nodes, unseen, (xp.min(values, axis=1), xp.max(values, axis=1)))
 
 
 def in_sweeps(plan: Plan) -> bool:
@@ -249,13 +269,14 @@ def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size
     return order
 
 
-def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree) -> Prepared:
+def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree, calibration: Calibration | None = None) -> Prepared:
     """Put a problem's queries into blocks."""
     xp, options = problem.xp, plan.options
     assert isinstance(options, Treecode)
     coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
     order = order_queries(problem, plan, coordinates)
     prepared = Prepared(keys, coordinates, order, equal_blocks(xp, order, options.rows), None, None, None)
+    prepared = replace(prepared, calibration=calibration)
     return with_queries(problem, plan, prepared, (0, problem.n_q), (0, problem.n_k))
 
 
@@ -275,6 +296,8 @@ def with_queries(problem: Problem, plan: Plan, prepared: Prepared, queries: Span
                 xp, invert_permutation(xp, order), xp.broadcast_to(places, (problem.groups, problem.n_q))
             )
             own = xp.where(from_host(xp, there, dtype=None, device=problem.device), found, -1)
+    if prepared.calibration is not None:
+        return replace(prepared, own=own)
     groups, count, b = blocks.index.shape
     some = pilot_blocks(groups, count)
     number = (2 * xp.arange(some, dtype=xp.int64, device=problem.device) + 1) * count // (2 * some)
@@ -332,17 +355,15 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
             return drawn(problem, plan, prepared, key_index, log_weight)
         multiply = plan.kernels["cross_moment"].function
         slope = first_order_of_leaves(xp, keys.nodes, problem.n_k, multiply)[:, None, ...]
-        return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=value_limits(problem)))
-    lists = open_pilot(problem, plan, prepared)
-    where = lists.threshold, lists.most, lists.start
-    slope = None if sampled else slope_of(problem, plan, prepared, lists)
-    limits = None if slope is None else value_limits(problem)
+        return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=keys.limits))
+    threshold, most, start, slope = prepared.calibration or calibrate(problem, plan, prepared)
+    limits = None if slope is None else keys.limits
     if not sampled and not gradient_mode(problem.q, problem.k, problem.v):
         nodes = still._replace(spread=keys.unseen)
-        return Opening(blocks, prepared.coordinates, nodes, *where, slope, limits, prepared.own)
+        return Opening(blocks, prepared.coordinates, nodes, threshold, most, start, slope, limits, prepared.own)
     q = without_gradient(problem.q)
     key_index, log_weight, _, _ = plan.kernels["open_tree"].function(
-        xp, q, problem.scale, prepared.coordinates, blocks.index, *summaries(keys), *where
+        xp, q, problem.scale, prepared.coordinates, blocks.index, *summaries(keys), threshold, most, start
     )
     if sampled:
         return drawn(problem, plan, prepared, key_index, log_weight)
@@ -354,6 +375,14 @@ def summaries(keys: KeyTree) -> tuple[Array, Array, Array, Array]:
     """Return what of a tree decides how it is opened: mean keys, spreads, variances and sizes."""
     nodes = keys.nodes
     return without_gradient(nodes.keys), keys.unseen, without_gradient(nodes.variances), without_gradient(nodes.sizes)
+
+
+def calibrate(problem: Problem, plan: Plan, prepared: Prepared) -> Calibration:
+    """Find out with the pilot how far to open trees, and what their closed nodes leave out."""
+    lists = open_pilot(problem, plan, prepared)
+    sampled = isinstance(plan.options, Treecode) and plan.options.far_field == "sample"
+    slope = None if sampled else slope_of(problem, plan, prepared, lists)
+    return Calibration(lists.threshold, lists.most, lists.start, slope)
 
 
 def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> PilotLists:
@@ -378,12 +407,6 @@ def slope_of(problem: Problem, plan: Plan, prepared: Prepared, lists: PilotLists
     multiply = plan.kernels["gap_moments"].function
     slope = first_order(problem.xp, prepared.keys.nodes, lists.key_index, lists.share, multiply)
     return slope * shorter(problem, prepared.keys.view, prepared.pilot)[:, None, None, None]
-
-
-def value_limits(problem: Problem) -> tuple[Array, Array]:
-    """Return the least and the largest of each column of the values, (G, d_v), beyond which no mean of them lies."""
-    values = problem.xp.astype(without_gradient(problem.v), problem.dtype, copy=False)
-    return problem.xp.min(values, axis=1), problem.xp.max(values, axis=1)
 
 
 def shorter(problem: Problem, view: View, pilot: Pilot) -> Array:
