@@ -310,11 +310,6 @@ class Treecode:
         assert self.block_size is not None
         return self.block_size
 
-    @property
-    def opener(self) -> str:
-        """The kernel that opens trees."""
-        return "open_sweeps" if self.opening == "sweeps" else "open_tree"
-
     def at(self, accelerator: bool, n_q: int = MANY_QUERIES) -> Self:
         """Return these options with what is left open as suits so many queries on an accelerator, or on the CPU."""
         return replace(
