@@ -305,6 +305,13 @@ def test_it_says_what_it_is(rng):
     assert len(index) == 50
 
 
+def test_queries_of_any_length_follow_examples_that_are_zero(rng):
+    """Which leave nothing to open, so that their threshold is 0."""
+    k, v = rng.standard_normal((2, 1, 900, 8))
+    out = KeyIndex(k, v, budget=40, queries=np.zeros((1, 10, 8))).attend(3.0 * rng.standard_normal((1, 5, 8)))
+    assert np.isfinite(out).all()
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(rng):
     k, v = rng.standard_normal((2, 3, 50, 8))
     index = KeyIndex(k, v, budget=20)

@@ -33,10 +33,12 @@ def test_lists(backend, rng, implementation, n, budget, scale):
 
 
 @pytest.mark.parametrize("most", [30, 55])
+@pytest.mark.parametrize("threshold", [0.001, 0.0])
 @implementations("open_tree")
-def test_lists_that_would_be_too_long_begin_anew(backend, rng, implementation, most):
+def test_lists_that_would_be_too_long_begin_anew(backend, rng, implementation, threshold, most):
+    """A threshold of 0 too, as a pilot of queries that are 0 finds."""
     arguments, start = pass_problem(rng, n=300, n_q=33)
-    given = np.asarray(0.001), most, start
+    given = np.asarray(threshold), most, start
     found = run(implementation, backend, *arguments, *given)
     assert_lists(found, opened_by_a_threshold(arguments, *given))
     assert 10 < found[3].max() <= most

@@ -4,7 +4,7 @@ import numpy as np
 
 from kdecore.kernels.node_summaries.reference import node_summaries
 from kdecore.kernels.open_sweeps import contract as in_sweeps
-from kdecore.kernels.open_tree.contract import ALONG, first_nodes
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, first_nodes
 from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
@@ -220,7 +220,7 @@ class OneBlock:
             children = [self.below(*node) for node in opened]
             level, nodes = (children[0][0] if children else self.depth), [i for _, below in children for i in below]
         if len(closed) + sum(len(self.members(*leaf)) for leaf in opened) > most:
-            return self.descend(start, 2 * threshold, most)
+            return self.descend(start, 2 * max(threshold, LEAST), most)
         return closed, opened
 
 

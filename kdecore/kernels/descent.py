@@ -11,7 +11,7 @@ import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import ALONG, STEP
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
 from kdecore.kernels.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
@@ -215,7 +215,7 @@ def descend(tree, group, start, threshold, most, b, half_norm, work):
     """Open the tree for a block; return how many nodes stay closed, how many leaves are opened, and the slots that takes.
 
     Closed nodes are in ``work.node``, ``log_weight`` and ``kept``, leaves in ``work.leaves``. Where they would take more
-    than ``most`` slots, the threshold is doubled.
+    than ``most`` slots, the threshold is raised as `open_tree`'s contract has it.
     """
     keys, variances = tree[0], tree[2]
     nodes = variances.shape[1]
@@ -255,7 +255,7 @@ def descend(tree, group, start, threshold, most, b, half_norm, work):
                 work.current[c] = work.following[c]
         if slots <= most:
             return closed, opened, slots
-        limit *= 2.0**4
+        limit = max(limit, LEAST**4) * 2.0**4
 
 
 @kernel()

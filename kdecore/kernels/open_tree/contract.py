@@ -10,6 +10,8 @@ STEP = 2
 """Levels between a node and the nodes that take its place: four grandchildren, which lie side by side."""
 
 
+LEAST = 2.0**-20
+"""What takes the place of a threshold that is less, where it is to be doubled."""
 ALONG = 0.5
 """Part of the half variance along coordinates that counts; the rest follows from spreads.
 
@@ -49,7 +51,7 @@ class OpenTree(Protocol):
         number of levels, are the nodes of the next level; of a leaf it is the keys, one by one. Sums of weights are those of
         the nodes closed before and the nodes of the level, or of the latter alone where a node opened weighed so much more
         that the dtype holds nothing of the others. Where a list would have more than ``most`` slots the block begins
-        anew with twice the threshold.
+        anew with twice the threshold, or twice `LEAST` if that is more.
 
         Parameters
         ----------

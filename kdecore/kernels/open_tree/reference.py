@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kdecore.kernels.open_tree.contract import ALONG, STEP
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
 from kdecore.namespaces import Array, Namespace, take_rows
 from kdecore.tree import depth_of
 
@@ -83,7 +83,7 @@ def open_tree(
         counts = xp.sum(xp.astype(node >= 0, xp.int64), axis=-1) + xp.sum(xp.where(leaves >= 0, end - begin, 0), axis=-1)
         if int(xp.max(counts)) <= most:
             break
-        limit = xp.where(counts > most, 2.0 * limit, limit)
+        limit = xp.where(counts > most, 2.0 * xp.where(limit > LEAST, limit, LEAST), limit)
     # Where nothing was left of what was closed before, it gets no more than all.
     share = xp.exp(xp.minimum(all_logits - sums.top[..., None], xp.log(total)[..., None])) / total[..., None]
     share = xp.where(node >= 0, xp.mean(share, axis=2), 0.0)
