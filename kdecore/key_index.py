@@ -1,11 +1,11 @@
 """`KeyIndex`: the key side of the treecode, built once for many batches of queries, and for keys that are appended."""
 
 import time
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from kdecore.attend import Watch, attend
+from kdecore.attend import attend
 from kdecore.call import CallOptions
 from kdecore.certificate import FEWEST_ROWS, Certificate, certify, estimate_errors, stratified
 from kdecore.errors import OptionError, ShapeError, did_you_mean
@@ -23,7 +23,6 @@ from kdecore.namespaces import (
     gradient_mode,
     host,
     in_library_of,
-    namespace_name,
     outside_inference_mode,
     quiet,
     recording,
@@ -37,6 +36,7 @@ from kdecore.options import DEFAULT_BUDGET, MANY_QUERIES, Exact, Options, Treeco
 from kdecore.outcomes import run_all
 from kdecore.planning import Plan, check_settings, exact_row_cost, expected_cost, make_plan, site_of
 from kdecore.report import report_of_plan
+from kdecore.segments import Segment, in_library, joined, recorded_now, sample_of
 from kdecore.selection import Selected, Selection, Slots
 from kdecore.shares import check_restrictions
 from kdecore.tolerance import CERTIFIED_STREAM, MARGIN, PILOT_STREAM, Round
@@ -44,29 +44,8 @@ from kdecore.tolerance import CERTIFIED_STREAM, MARGIN, PILOT_STREAM, Round
 LEAST_BUDGET = 64
 """Keys per query that every tree gets at least."""
 PLANS_KEPT = 32
-EXAMPLES = 2048
-"""Queries, at least or all, that few queries are taken to look like: the keys themselves where none are given."""
 CERTIFIED_SHARE = 20
 """One in so many queries is compared to certify a budget, but `FEWEST_ROWS` at least."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Some of the keys.
-
-    Attributes
-    ----------
-    problem
-        These keys and values, and no queries.
-    tree
-        The tree over them; None for few keys, which are attended to exactly.
-    known
-        What was found out about how far to open the tree, by options and queries of a block; grows with use.
-    """
-
-    problem: Problem
-    tree: treecode.KeyTree | None
-    known: dict[Any, treecode.Calibration] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Found(NamedTuple):
@@ -354,19 +333,24 @@ class KeyIndex:
 
     def _attend_segments(self, problem: Problem, budget: int | None, *, count: bool = False) -> Found:
         """Return attention of a problem's queries to all keys so far; exact for the budget None."""
-        segments = [in_library(problem, segment) for segment in self._segments]
-        n_k = sum(segment.problem.n_k for segment in segments)
         parts, plans = [], []
         slots: list[Slots] = []
         watch = slots.append if count else None
-        for segment in segments:
-            of_segment = replace(segment.problem, q=problem.q, repeats=problem.repeats)
+        for segment in self._segments:
+            there = in_library(problem, segment)
+            of_segment = replace(there.problem, q=problem.q, repeats=problem.repeats)
             options: Options = Exact()
             if segment.tree is not None and budget is not None:
-                share = max(min(LEAST_BUDGET, budget), budget * segment.problem.n_k // n_k)
+                share = max(min(LEAST_BUDGET, budget), budget * segment.problem.n_k // self.n_k)
                 options = replace(self._options, num_slots=share)
             plans.append(self._plan(of_segment, options))
-            parts.append(self._attend_segment(of_segment, segment, plans[-1], watch))
+            selection: Selected = Selection()
+            if there.tree is not None and plans[-1].method != "exact":
+                known = self._calibration(of_segment, segment, plans[-1])
+                prepared = treecode.prepare_queries(of_segment, plans[-1], there.tree, known)
+                opened = treecode.open_for(of_segment, plans[-1], prepared)
+                selection = treecode.for_queries(of_segment, there.tree, opened)
+            parts.append(attend(of_segment, plans[-1], selection, watch=watch))
         return Found(reduce(partial(merge, problem.xp), parts), plans, slots)
 
     @staticmethod
@@ -454,30 +438,26 @@ class KeyIndex:
         with quiet():
             return Segment(problem, treecode.build(problem, plan, in_library_of(problem.k, self._moment)))
 
-    def _attend_segment(self, problem: Problem, segment: Segment, plan: Plan, watch: Watch | None) -> Part:
-        selection: Selected = Selection()
-        if segment.tree is not None and plan.method != "exact":
-            known = self._calibration(problem, segment, plan)
-            prepared = treecode.prepare_queries(problem, plan, segment.tree, known)
-            selection = treecode.open_for(problem, plan, prepared)
-        return attend(problem, plan, selection, watch=watch)
-
     def _calibration(self, problem: Problem, segment: Segment, plan: Plan) -> treecode.Calibration | None:
-        """Return how far to open a tree for few queries, found with examples; None where queries are their own pilot."""
+        """Return how far to open a segment's tree for few queries, found with examples; None where queries say so.
+
+        It is a constant, also where keys are recorded, and kept in the segment's library.
+        """
         options = plan.options
         assert isinstance(options, Treecode)
-        if problem.n_q >= MANY_QUERIES or problem.n_q == 0 or options.opening == "sweeps":
+        if segment.tree is None or problem.n_q >= MANY_QUERIES or problem.n_q == 0 or options.opening == "sweeps":
             return None
-        assert segment.tree is not None
         options = replace(options, block_size=min(options.rows, problem.n_q))
         if options not in segment.known:
-            like = sample_of(problem.k) if self._like is None else in_library_of(problem.k, self._like)
-            # What was found out is a constant, also where keys are recorded.
-            examples = replace(problem.without_gradient(), q=like, repeats=1)
+            keys, tree = segment.problem.without_gradient(), segment.tree.without_gradient()
+            like = sample_of(keys.k) if self._like is None else in_library_of(keys.k, self._like)
+            examples = replace(keys, q=like, repeats=1)
             planned = self._plan(examples, options)
-            prepared = treecode.prepare_queries(examples, planned, segment.tree.without_gradient())
+            prepared = treecode.prepare_queries(examples, planned, tree)
             segment.known[options] = treecode.calibrate(examples, planned, prepared)
-        return segment.known[options]
+        known = segment.known[options]
+        threshold, slope = (x if x is None else in_library_of(problem.k, x) for x in (known.threshold, known.slope))
+        return known._replace(threshold=threshold, slope=slope)
 
     def _fitting(self, name: str, queries: Array, *others: Array) -> Problem:
         """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name.
@@ -499,46 +479,3 @@ class KeyIndex:
     def _check_like_keys(self, **arrays: Array) -> None:
         # Otherwise it would be the keys that don't fit what came.
         check_alike(**{"the index's keys": self._one[0]}, **arrays)
-
-
-def sample_of(rows: Array) -> Array:
-    """Return rows (G, n, d), or some, evenly spaced, where there are many."""
-    return without_gradient(rows)[:, :: max(1, int(rows.shape[1]) // EXAMPLES), :]
-
-
-def in_library(like: Problem, segment: Segment) -> Segment:
-    """Return a segment with arrays of the library that a problem has, on the CPU, sharing memory."""
-    if segment.problem.xp is like.xp:
-        return segment
-
-    def converted(value: Any) -> Any:
-        if isinstance(value, Problem):
-            arrays = {name: in_library_of(like.k, getattr(value, name)) for name in ("q", "k", "v")}
-            return replace(value, xp=like.xp, device=like.device, **arrays)
-        if isinstance(value, dict):  # what was found out is in the other library
-            return {}
-        if is_dataclass(value) and not isinstance(value, type):
-            return replace(value, **{one.name: converted(getattr(value, one.name)) for one in fields(value)})
-        if isinstance(value, tuple):
-            items = map(converted, value)
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        return value if value is None else in_library_of(like.k, value)
-
-    return cast("Segment", converted(segment))
-
-
-def recorded_now(problem: Problem) -> Problem:
-    """Return a problem that records gradients only if they are recorded now.
-
-    PyTorch's views of leaves that are made while they aren't say that they do, and would be leaves of their own.
-    """
-    return problem if gradient_mode(problem.q, problem.k, problem.v) else problem.without_gradient()
-
-
-def joined(first: Problem, second: Problem) -> Problem:
-    """Return a problem with the keys of both; in PyTorch where either is, which may record gradients."""
-    if namespace_name(first.xp) == "numpy":
-        first = in_library(second, Segment(first, None)).problem
-    second = in_library(first, Segment(second, None)).problem
-    xp = first.xp
-    return replace(first, k=xp.concat([first.k, second.k], axis=1), v=xp.concat([first.v, second.v], axis=1))

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import kdecore
 from kdecore import DeviceError, DTypeError, KeyIndex, OptionError, ShapeError, Treecode
+from kdecore.methods import first_order, treecode
 from kdecore.metrics import errors
 from kdecore.namespaces import host
 from tests import oracles
@@ -303,6 +304,33 @@ def test_it_says_what_it_is(rng):
     index = KeyIndex(k, v, budget=20)
     assert repr(index) == "KeyIndex(3 × 50 keys, d = 8, d_v = 8, float32, numpy on cpu, budget 20, segments: 1)"
     assert len(index) == 50
+
+
+def test_the_first_order_term_shrinks_for_queries_longer_than_examples(rng, monkeypatch):
+    """So that it does no harm; as large as for the examples it would raise the error by a third."""
+    q, k = (clustered(rng, 1, n) for n in (400, 3000))
+    v = k @ rng.standard_normal((k.shape[2], 5)) + 0.3 * rng.standard_normal((1, 3000, 5))
+    exact, _ = oracles.exact_attention(10.0 * q, k, v, 0.35)
+    off = {}
+    for damping in (0.0, first_order.DAMPING):
+        monkeypatch.setattr(first_order, "DAMPING", damping)
+        index = KeyIndex(k, v, budget=100, queries=q, scale=0.35)
+        off[damping] = np.linalg.norm(index.attend(10.0 * q) - exact)
+    assert off[first_order.DAMPING] < 1.05 * off[0.0]
+
+
+def test_what_was_found_out_is_kept_for_every_library(rng, monkeypatch):
+    """Calls on arrays, and those that record gradients, have one calibration."""
+    k, v = (torch.from_numpy(rng.standard_normal((1, 900, 8))) for _ in range(2))
+    index = KeyIndex(k, v, budget=40)
+    calls = []
+    calibrate = treecode.calibrate
+    monkeypatch.setattr(treecode, "calibrate", lambda *arguments: calls.append(1) or calibrate(*arguments))
+    q = torch.from_numpy(rng.standard_normal((1, 5, 8)))
+    expected = index.attend(q)
+    found = index.attend(q.requires_grad_())
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-9)
+    assert len(calls) == 1
 
 
 def test_queries_of_any_length_follow_examples_that_are_zero(rng):

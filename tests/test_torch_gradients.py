@@ -12,7 +12,9 @@ from kdecore.attend import attend
 from kdecore.evaluate import SELECT
 from kdecore.inputs import canonicalise
 from kdecore.kernels.cross_moment.reference import cross_moment
+from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.methods import treecode
+from kdecore.methods.first_order import first_order
 from kdecore.methods.view import second_moment
 from kdecore.planning import make_plan
 from kdecore_adapters import torch_gradients
@@ -48,13 +50,13 @@ def test_gradcheck_with_what_was_chosen_held_fixed(options):
         moment = second_moment(problem, cross_moment, fixed.q)
         view, coordinates, sizes = treecode.described_keys(fixed, plan, moment)
         prepared = treecode.prepare(fixed, plan)
-        lists = treecode.open_pilot(fixed, plan, prepared)
+        _, key_index, share = treecode.open_pilot(fixed, plan, prepared)
 
     def estimate(q, k, v):
         found, selection = replace(problem, q=q, k=k, v=v), chosen
         if chosen.keys is not None:
             tree = treecode.grow(found, plan, view, coordinates, sizes, moment)
-            slope = treecode.slope_of(fixed, plan, replace(prepared, keys=tree), lists)
+            slope = first_order(problem.xp, tree.nodes, key_index, share, gap_moments)
             selection = replace(chosen, keys=tree.nodes.keys, values=tree.nodes.values, slope=slope)
         part = attend(found, plan, selection)
         return part.out, part.lse

@@ -219,8 +219,8 @@ def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_s
             return SELECT["treecode"](problem, plan)
 
     prepared = treecode.prepare(problem, plan)
-    lists = treecode.open_pilot(problem, plan, prepared)
-    where = lists.threshold, lists.most, lists.start
+    known = treecode.calibrate(problem, plan, prepared)
+    where = known.threshold, known.most, known.start
     key_index, _, _, _ = plan.kernels["open_tree"].function(
         host, q, problem.scale, prepared.coordinates, prepared.blocks.index, *treecode.summaries(prepared.keys), *where
     )

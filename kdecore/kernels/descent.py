@@ -255,7 +255,7 @@ def descend(tree, group, start, threshold, most, b, half_norm, work):
                 work.current[c] = work.following[c]
         if slots <= most:
             return closed, opened, slots
-        limit = max(limit, LEAST**4) * 2.0**4
+        limit = np.float64(max(limit, LEAST**4) * 2.0**4)
 
 
 @kernel()

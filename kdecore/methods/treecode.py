@@ -94,29 +94,21 @@ class Pilot:
     index: Array
 
 
-class PilotLists(NamedTuple):
-    """The threshold, the longest list allowed and where lists begin, as `kdecore.kernels.open_tree` takes them; and lists.
+class Calibration(NamedTuple):
+    """What a pilot found.
 
     Attributes
     ----------
-    key_index, share
-        (G, C, s) of the pilot's blocks, as `open_tree` returns them.
+    threshold, most, start
+        What `kdecore.kernels.open_tree` opens a tree by.
+    slope
+        (G, C, d, d_v): first-order matrices, one for each block of the pilot; None for none.
     """
 
     threshold: Array
     most: int
     start: tuple[int, int, int]
-    key_index: Array
-    share: Array
-
-
-class Calibration(NamedTuple):
-    """What a pilot found: the threshold, the longest list allowed, where lists begin, and first-order matrices or None."""
-
-    threshold: Array
-    most: int
-    start: tuple[int, int, int]
-    slope: Array | None
+    slope: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -379,47 +371,51 @@ def summaries(keys: KeyTree) -> tuple[Array, Array, Array, Array]:
 
 def calibrate(problem: Problem, plan: Plan, prepared: Prepared) -> Calibration:
     """Find out with the pilot how far to open trees, and what their closed nodes leave out."""
-    lists = open_pilot(problem, plan, prepared)
+    found, key_index, share = open_pilot(problem, plan, prepared)
     sampled = isinstance(plan.options, Treecode) and plan.options.far_field == "sample"
-    slope = None if sampled else slope_of(problem, plan, prepared, lists)
-    return Calibration(lists.threshold, lists.most, lists.start, slope)
+    # Without values there is nothing that a matrix could lead to.
+    if sampled or problem.d_v == 0:
+        return found
+    multiply = plan.kernels["gap_moments"].function
+    return found._replace(slope=first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply))
 
 
-def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> PilotLists:
-    """Find the threshold at which lists are as long as the budget in the mean, and the pilot's lists."""
+def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> tuple[Calibration, Array, Array]:
+    """Find the threshold at which lists are as long as the budget in the mean; return it, and the pilot's lists.
+
+    Returns
+    -------
+    calibration
+        Without first-order matrices.
+    key_index, share
+        (G, C, s) of the pilot's C blocks, as `kdecore.kernels.open_tree` returns them.
+    """
     xp, pilot, tree, kernels = problem.xp, prepared.pilot, summaries(prepared.keys), plan.kernels
     assert pilot is not None
     assert plan.options.budget is not None
     budget = plan.options.budget - (prepared.own is not None and plan.options.budget > 1)
     most, start = LONGEST * budget, first_nodes(budget, int(prepared.keys.unseen.shape[1]), *prepared.seen)
     given = xp, pilot.q, problem.scale, pilot.coordinates, pilot.index, *tree
-    widest = max(WIDEST * budget, FEWEST_NODES)
-    threshold = kernels["pick_threshold"].function(*given, budget, widest, start)
+    threshold = kernels["pick_threshold"].function(*given, budget, max(WIDEST * budget, FEWEST_NODES), start)
     key_index, _, share, _ = kernels["open_tree"].function(*given, threshold, most, start)
-    return PilotLists(threshold, most, start, key_index, share)
+    return Calibration(threshold, most, start), key_index, share
 
 
-def slope_of(problem: Problem, plan: Plan, prepared: Prepared, lists: PilotLists) -> Array | None:
-    """Return the first-order term's matrices, one for each block of the pilot (G, C, d, d_v); None without values."""
-    if problem.d_v == 0:
-        return None
-    assert prepared.pilot is not None
-    multiply = plan.kernels["gap_moments"].function
-    slope = first_order(problem.xp, prepared.keys.nodes, lists.key_index, lists.share, multiply)
-    return slope * shorter(problem, prepared.keys.view, prepared.pilot)[:, None, None, None]
+def for_queries(problem: Problem, keys: KeyTree, selected: Selected) -> Selected:
+    """Return what was selected for a problem's queries, which may be longer than those that its tree was built for.
 
-
-def shorter(problem: Problem, view: View, pilot: Pilot) -> Array:
-    """Return by what the first-order term shrinks for queries longer than those that the tree was built for: (G,).
-
-    What the term takes a node's spread for falls with 1 / √(mean ‖q‖²) where the spread is wide for a query's logits
-    (`TreeNodes.values`), and was found for those queries.
+    What the first-order term takes a node's spread for falls with 1 / √(mean ‖q‖²), where the spread is wide for a query's
+    logits (`TreeNodes.values`). It was found for other queries: for longer ones the term shrinks so in all nodes.
+    O(G n_q d).
     """
-    xp, known = problem.xp, view.half_norm
-    norms = xp.sum(xp.astype(pilot.q, problem.dtype, copy=False) ** 2, axis=-1)
+    if selected.slope is None:
+        return selected
+    xp, q, known = problem.xp, without_gradient(problem.q), keys.view.half_norm
+    norms = xp.sum(xp.astype(q, problem.dtype, copy=False) ** 2, axis=-1)
     half_norm = xp.mean(norms, axis=-1) * (0.5 * problem.scale**2 / problem.d)
     longer = half_norm > known
-    return xp.sqrt(xp.where(longer, known, 1.0) / xp.where(longer, half_norm, 1.0))
+    factor = xp.sqrt(xp.where(longer, known, 1.0) / xp.where(longer, half_norm, 1.0))
+    return replace(selected, slope=selected.slope * factor[:, None, None, None])
 
 
 def of_nodes(problem: Problem, keys: KeyTree, selection: Selection) -> Selection:
