@@ -384,6 +384,9 @@ def make_plan(
 def _choices(problem: Problem, options: Options, cuts: tuple[Step, ...], site: Site, kernels: str) -> dict[str, Choice]:
     """Choose an implementation of every kernel that options need."""
     needed = dict.fromkeys(options.kernels)
+    if "attend_tree" in needed:
+        # It has no gradients: where these are recorded lists are made.
+        del needed["attend_tree" if site.gradient else "attend_blocks"]
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
     if problem.visible is not None or problem.mask is not None:
@@ -607,25 +610,23 @@ def _treecode_bytes(
     # groups and once for each.
     total = max(nodes, _norm_bytes(problem, kernels)) + (rows_q + rows_k) * (size * 5 * max(p, 16) + 8 * 8)
     total += problem.groups * d * 8 * (3 * (min(2048, problem.n_q) + min(2048, problem.n_k)) + 8 * d)
-    recorded = kernels["attend_blocks"].target == "torch-autograd" or options.far_field != "mean"
     if options.opening == "sweeps":
         total += _sweeps_bytes(problem, options, kernels, size)
     else:
         by_array_api = kernels["pick_threshold"].computed_by == "array-api"
         gathered = "gap_moments" in kernels and kernels["gap_moments"].computed_by == "array-api"
         total += _pilot_bytes(problem, options, cuts, size, gathered)
-        fused = "attend_tree" in kernels and kernels["attend_tree"].computed_by != "array-api"
-        if recorded or not fused:
+        if "attend_tree" not in kernels or kernels["attend_tree"].computed_by == "array-api":
             # Lists, each as long as the longest; sorted to find own keys in them; tiles of keys, values and logits.
             total += blocks * LONGEST * slots * (4 * 8 + 2 * size) + size * 3 * rows_q * (d_v + 1)
-            if kernels["attend_blocks"].computed_by != "array-api":
+            if "attend_blocks" not in kernels:
                 total += 8 * size * TILE_ELEMENTS
         else:
             total += threads * size * 4 * LONGEST * slots * (options.rows + d + d_v + 16)
         if by_array_api:
             # Queries; logits, weights and shares of all nodes met.
             total += size * 3 * rows_q * (d + d_v + p) + size * blocks * 2 * slots * (2 * options.rows + 4 * 8 + d)
-    if kernels["attend_blocks"].computed_by == "array-api":
+    if "attend_blocks" in kernels and kernels["attend_blocks"].computed_by == "array-api":
         # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
     return total

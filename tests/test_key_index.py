@@ -307,7 +307,7 @@ def test_it_says_what_it_is(rng):
 
 
 def test_the_first_order_term_shrinks_for_queries_longer_than_examples(rng, monkeypatch):
-    """So that it does no harm; as large as for the examples it would raise the error by a third."""
+    """So that it does no harm; as large as for the examples it would raise the error by a sixth."""
     q, k = (clustered(rng, 1, n) for n in (400, 3000))
     v = k @ rng.standard_normal((k.shape[2], 5)) + 0.3 * rng.standard_normal((1, 3000, 5))
     exact, _ = oracles.exact_attention(10.0 * q, k, v, 0.35)

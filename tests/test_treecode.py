@@ -261,6 +261,12 @@ def test_the_report_says_what_ran(rng):
     _, report = attention(q, k, v, method="treecode", budget=200, return_report=True)
     assert report.method == "treecode"
     assert 150 < report.keys_per_query <= 1.1 * 200 < report.longest_list <= 4 * 200
+    assert "attend_tree" in report.kernels
+    assert "attend_blocks" not in report.kernels
+    recorded = (torch.from_numpy(x).requires_grad_() for x in (q, k, v))
+    _, report = attention(*recorded, method="treecode", budget=200, return_report=True)
+    assert "attend_blocks" in report.kernels
+    assert "attend_tree" not in report.kernels
     with pytest.raises(OptionError, match="num_slots"):
         attention(q, k, v, method=Treecode(num_slots=100), budget=200)
     with pytest.raises(OptionError, match="block_size"):

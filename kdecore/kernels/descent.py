@@ -199,18 +199,6 @@ def weigh_level(tree, group, level, m, b, half_norm, work):
 
 
 @kernel()
-def close(c, row, closed, work):
-    """Keep the current node c as the row ``closed`` of a block's list."""
-    lanes, filled, width = work.factors.shape[0], work.rows.shape[0], work.bias.shape[0]
-    work.node[closed], work.log_weight[closed] = row, work.bias[c]
-    for lane in range(0, filled, lanes):
-        at = lane * width
-        copy_vector(work.logits, at + c * lanes, work.kept, at + closed * lanes)
-        for i in range(lanes):
-            work.closed_totals[lane + i] += work.weights[at + c * lanes + i]
-
-
-@kernel()
 def descend(tree, group, start, threshold, most, b, half_norm, work):
     """Open the tree for a block; return how many nodes stay closed, how many leaves are opened, and the slots that takes.
 
@@ -219,8 +207,8 @@ def descend(tree, group, start, threshold, most, b, half_norm, work):
     """
     keys, variances = tree[0], tree[2]
     nodes = variances.shape[1]
-    n = keys.shape[1] - nodes
-    last = leaf_level(nodes)
+    n, last = keys.shape[1] - nodes, leaf_level(nodes)
+    lanes, filled, width = VECTOR_BYTES // work.bias.itemsize, work.rows.shape[0], work.bias.shape[0]
     limit = np.float64(threshold) ** 4
     while True:
         work.tops[:] = LOWEST
@@ -235,7 +223,14 @@ def descend(tree, group, start, threshold, most, b, half_norm, work):
             for c in range(m):
                 square = np.float64(work.sigma[c]) * work.sigma[c]
                 if not work.error[c] * square * square > limit:
-                    close(c, base + work.current[c], closed, work)
+                    # Here, and not in a function: passing so many arrays takes as long.
+                    work.node[closed], work.log_weight[closed] = base + work.current[c], work.bias[c]
+                    for lane in range(0, filled, lanes):
+                        source, target = lane * width + c * lanes, lane * width + closed * lanes
+                        copy_vector(work.logits, source, work.kept, target)
+                        weight, total = np.uintp(source), np.uintp(lane)
+                        for i in range(np.uintp(lanes)):
+                            work.closed_totals[total + i] += work.weights[weight + i]
                     closed += 1
                 elif level == last:
                     i = work.current[c]

@@ -10,7 +10,8 @@ from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_sweeps.contract import START_SHARE
 from kdecore.kernels.open_tree.contract import first_nodes
-from kdecore.methods.view import MOMENT_ROWS
+from kdecore.methods.first_order import certain
+from kdecore.methods.view import sampled_leaves, within_leaves
 from kdecore.namespaces import (
     Array,
     Namespace,
@@ -18,14 +19,11 @@ from kdecore.namespaces import (
     host,
     invert_permutation,
     take_along_rows,
-    take_columns,
     without_gradient,
 )
-from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.selection import Blocks
 from kdecore.stretches import Span
-from kdecore.tree import depth, node_count
 
 DAMPING = 0.75
 """Of the first-order term; 0.7 to 0.85 err least on a vision transformer, 1 on all words (bench/NOTES.md)."""
@@ -100,28 +98,13 @@ def first_order_of_leaves(xp: Namespace, nodes: TreeNodes, n: int, multiply: Cal
     v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
     spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
     most, which leaves less of them within; and less of what may be chance. ``multiply`` is the kernel `cross_moment`.
-    Returns (G, d, d_v), in O(G `MOMENT_ROWS` d d_v).
+    Returns (G, d, d_v), in O(G `kdecore.methods.view.MOMENT_ROWS` d d_v).
     """
-    count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
-    # An odd step meets all places of a leaf.
-    step = max(1, n // MOMENT_ROWS) | 1
-    # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.
-    first = ((n + 1) << last) - n - 1
-    leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=nodes.keys.device) // n
-
-    def within(x: Array, width: int) -> Array:
-        """Return the first columns of rows less those of the mean of their leaf."""
-        # Of x itself: where some of its columns are left out, NumPy copies all rows to take a few.
-        rows, means = x[:, count::step, :width], take_columns(xp, x, leaf)[:, :, :width]
-        return xp.astype(rows, nodes.spread.dtype, copy=False) - xp.astype(means, nodes.spread.dtype, copy=False)
-
-    d, d_v = int(nodes.keys.shape[2]), int(nodes.values.shape[2]) - 1
-    keys, values = within(nodes.keys, d), within(nodes.values, d_v)
+    dtype, d, d_v = nodes.spread.dtype, int(nodes.keys.shape[2]), int(nodes.values.shape[2]) - 1
+    sampled = sampled_leaves(xp, n, nodes.keys.device)
+    keys, values = (within_leaves(xp, x, width, sampled, dtype) for x, width in ((nodes.keys, d), (nodes.values, d_v)))
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2), keepdims=True) / rows for x in (keys, values))
-    covariance = multiply(xp, keys, values)
     # Of rows that have nothing to do with each other, this much is left by chance.
-    signal, noise = xp.sum(covariance * covariance, axis=(1, 2), keepdims=True), size * value_size / rows
-    above = signal > noise
-    certain = xp.where(above, signal - noise, 0.0) / xp.where(above, signal, 1.0)
-    return covariance * (DAMPING * certain / xp.where(size > 0, size, 1.0))
+    surely = certain(xp, multiply(xp, keys, values), size * value_size / rows)
+    return surely * (DAMPING / xp.where(size > 0, size, 1.0))

@@ -26,9 +26,9 @@ from kdecore.methods.sweeps import first_order_of_leaves, open_in_sweeps, own_po
 from kdecore.methods.view import View, balanced_view, second_moment, unseen_share
 from kdecore.namespaces import (
     Array,
+    Namespace,
     contiguous,
     from_host,
-    gradient_mode,
     host,
     invert_permutation,
     searchsorted_rows,
@@ -350,7 +350,7 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
         return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=keys.limits))
     threshold, most, start, slope = prepared.calibration or calibrate(problem, plan, prepared)
     limits = None if slope is None else keys.limits
-    if not sampled and not gradient_mode(problem.q, problem.k, problem.v):
+    if "attend_tree" in plan.kernels:
         nodes = still._replace(spread=keys.unseen)
         return Opening(blocks, prepared.coordinates, nodes, threshold, most, start, slope, limits, prepared.own)
     q = without_gradient(problem.q)
@@ -431,20 +431,25 @@ def unlisted(problem: Problem, prepared: Prepared, key_index: Array) -> Array:
     """Return each query's own key, int64 (G, n_q), −1 where its block lists it or there is none."""
     xp, own, index = problem.xp, prepared.own, prepared.blocks.index
     assert own is not None
-    groups, blocks, _ = index.shape
-    n, rows = problem.n_k, int(prepared.keys.nodes.keys.shape[1])
+    nodes = int(prepared.keys.unseen.shape[1])
     place = take_along_rows(xp, own, index)
-    # Rows numbered through all blocks of a group ascend, so that one search finds them.
-    first = xp.arange(blocks, dtype=xp.int64, device=index.device)[None, :, None] * rows
-    listed = xp.reshape(xp.sort(key_index, axis=-1) + first, (groups, -1))
-    wanted = place + (rows - n) + first
-    slot = searchsorted_rows(xp, listed, wanted, side="left")
-    again = take_along_rows(xp, listed, xp.clip(slot, 0, int(listed.shape[1]) - 1)) == wanted
+    again = among(xp, xp.sort(key_index, axis=-1), place + nodes, nodes + problem.n_k)
     mine = xp.where(
         again | (place < 0), -1, take_along_rows(xp, prepared.keys.order, xp.maximum(place, xp.zeros_like(place)))
     )
     # Queries in no block have none here.
     return xp.where(own < 0, -1, in_order_of_queries(xp, index, mine, problem.n_q))
+
+
+def among(xp: Namespace, ascending: Array, wanted: Array, n: int) -> Array:
+    """Return which numbers below n, int64 (G, B, r), are among those of their block (G, B, s), ascending: bool (G, B, r)."""
+    groups, blocks, _ = ascending.shape
+    # Numbered through all blocks of a group they ascend, so that one search finds them.
+    first = xp.arange(blocks, dtype=xp.int64, device=ascending.device)[None, :, None] * n
+    every, wanted = xp.reshape(ascending + first, (groups, -1)), wanted + first
+    slot = xp.clip(searchsorted_rows(xp, every, wanted, side="left"), 0, int(every.shape[1]) - 1)
+    found: Array = take_along_rows(xp, every, slot) == wanted
+    return found
 
 
 def drawn(problem: Problem, plan: Plan, prepared: Prepared, key_index: Array, log_weight: Array) -> Selection:
@@ -467,11 +472,6 @@ def drawn(problem: Problem, plan: Plan, prepared: Prepared, key_index: Array, lo
     position = xp.minimum(first + place, end - 1)
     weight = xp.astype(xp.log(count), log_weight.dtype)
     if own is not None:
-        # Positions numbered through all blocks ascend in each group, so that one search finds them.
-        block = xp.arange(int(own.shape[1]), dtype=xp.int64, device=own.device)[None, :, None] * n
-        listed = xp.reshape(own + block, (int(own.shape[0]), -1))
-        slot = searchsorted_rows(xp, listed, position + block, side="left")
-        mine = take_along_rows(xp, listed, xp.clip(slot, 0, int(listed.shape[1]) - 1)) == position + block
-        weight = xp.where(mine, -xp.inf, weight)
+        weight = xp.where(among(xp, own, position, n), -xp.inf, weight)
     position = xp.where(closed, position, xp.maximum(key_index - nodes, xp.zeros_like(key_index)))
     return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), xp.where(closed, weight, log_weight))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import ALONG
-from kdecore.namespaces import Array, take_columns, without_gradient
+from kdecore.namespaces import Array, Namespace, take_columns, without_gradient
 from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.tree import depth, node_count
@@ -86,15 +86,8 @@ def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, 
     takes `ALONG` of what coordinates see of it, and the rest in proportion to the spread. ``multiply`` is the kernel
     `cross_moment`. O(G `MOMENT_ROWS` · d²).
     """
-    xp, n = problem.xp, problem.n_k
-    count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
-    # An odd step meets all places of a leaf.
-    step = max(1, n // MOMENT_ROWS) | 1
-    # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.
-    first = ((n + 1) << last) - n - 1
-    leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=problem.device) // n
-    rows, means = nodes.keys[:, count::step, :], take_columns(xp, nodes.keys, leaf)
-    gaps = xp.astype(rows, problem.dtype, copy=False) - xp.astype(means, problem.dtype, copy=False)
+    xp, rows = problem.xp, sampled_leaves(problem.xp, problem.n_k, problem.device)
+    leaf, gaps = rows[1], within_leaves(xp, nodes.keys, problem.d, rows, problem.dtype)
     covariance = xp.astype(multiply(xp, gaps, gaps), xp.float64)
     whole = 0.5 * problem.scale**2 * xp.sum(moment * covariance, axis=(-2, -1))
     queries = xp.astype(view.queries, xp.float64)
@@ -105,3 +98,30 @@ def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, 
     share = (whole - seen) / xp.where(around > 0, around, 1.0)
     # No more than all of it, if it were as wide along all directions as along one.
     return xp.astype(xp.clip(share, 0.0, float(problem.d)), problem.dtype)
+
+
+def sampled_leaves(xp: Namespace, n: int, device: object) -> tuple[slice, Array]:
+    """Return at least `MOMENT_ROWS` positions of a tree over n keys, or all, and their leaves.
+
+    Returns
+    -------
+    rows
+        The positions, evenly spaced, in arrays that begin with the nodes (`TreeNodes.keys`).
+    leaf
+        int64: the node that each of them lies in.
+    """
+    count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
+    # An odd step meets all places of a leaf.
+    step = max(1, n // MOMENT_ROWS) | 1
+    # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.
+    first = ((n + 1) << last) - n - 1
+    leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=device) // n
+    return slice(count, None, step), leaf
+
+
+def within_leaves(xp: Namespace, x: Array, width: int, sampled: tuple[slice, Array], dtype: object) -> Array:
+    """Return the first columns of sampled rows (G, N + n, …) less those of the mean of their leaf: (G, m, width)."""
+    rows, leaf = sampled
+    # Of x itself: where some of its columns are left out, NumPy copies all rows to take a few.
+    some, means = x[:, rows, :width], take_columns(xp, x, leaf)[:, :, :width]
+    return xp.astype(some, dtype, copy=False) - xp.astype(means, dtype, copy=False)

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from kdecore.namespaces import Array, Namespace
+from kdecore.tree import depth_of
 
 START_SHARE = 12
 """A list begins with the nodes of a level that are no more than one in so many of its slots, where there are such."""
@@ -99,6 +100,5 @@ def first_nodes(
 
     That is, what lies under them at the last level that has no more than one in ``share`` of the slots, or they themselves.
     """
-    last = ((nodes + 1) // 2).bit_length() - 1
-    more = max(0, min((slots // share // (end - first)).bit_length() - 1, last - level))
+    more = max(0, min((slots // share // (end - first)).bit_length() - 1, depth_of(nodes) - level))
     return level + more, first << more, end << more
