@@ -9,7 +9,7 @@ import torch
 
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
 from kdecore.kernels.open_sweeps.contract import START_SHARE
-from kdecore.kernels.open_tree.contract import first_nodes
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree, first_nodes
 from kdecore.kernels.tree_order.reference import tree_order as order_tree
 from kdecore.merge import Part
 from kdecore.namespaces import ACCUMULATION, Array, host
@@ -54,6 +54,8 @@ def for_reference(argument: Any, dtype: str) -> Any:
             return Part(for_reference(out, dtype), for_reference(lse, dtype))
         case Device():
             return "cpu"
+        case BlockQueries() | Tree():
+            return type(argument)(*(for_reference(x, dtype) for x in argument))
     return argument
 
 
@@ -70,6 +72,8 @@ def for_library(argument: Any, dtype: str, convert: Callable[[Array, str | None]
             return convert(np.zeros(1), None).device
         case np.ndarray():
             return convert(argument, None)
+        case BlockQueries() | Tree():
+            return type(argument)(*(for_library(x, dtype, convert) for x in argument))
     return argument
 
 
@@ -186,23 +190,23 @@ def open_sweeps(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 def pick_threshold(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments."""
-    *tree, _, slots, start = open_sweeps(rng, n)
-    return *tree, slots, 4 * slots, start
+    *arguments, _, slots, start = open_sweeps(rng, n)
+    return BlockQueries(*arguments[:4]), Tree(*arguments[4:]), slots, 4 * slots, start
 
 
 def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments."""
-    *tree, _, slots, start = open_sweeps(rng, n)
-    return *tree, Numbers(np.asarray(0.1)), 4 * slots, start
+    queries, tree, _, most, start = pick_threshold(rng, n)
+    return queries, tree, Numbers(np.asarray(0.1)), most, start
 
 
 def attend_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments: with own keys and a matrix for each half of the blocks."""
-    q, scale, coordinates, index, keys, *others = open_tree(rng, n)
-    (groups, rows, d), n_q = keys.array.shape, q.array.shape[1]
+    queries, tree, *opening = open_tree(rng, n)
+    (groups, rows, d), n_q = tree.keys.array.shape, queries.q.array.shape[1]
     values = Numbers(rng.standard_normal((groups, rows, d + 1)))
-    own = rng.integers(-1, n_q, (groups, n_q))
-    return q, scale, coordinates, index, keys, values, *others, own, Numbers(rng.standard_normal((groups, 2, d, d)))
+    own, slope = rng.integers(-1, n_q, (groups, n_q)), Numbers(rng.standard_normal((groups, 2, d, d)))
+    return queries, tree, values, *opening, own, slope
 
 
 def gap_moments(rng: np.random.Generator, n: int) -> tuple[Any, ...]:

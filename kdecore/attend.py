@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from kdecore.inputs import Problem
+from kdecore.kernels.open_tree.contract import BlockQueries
 from kdecore.merge import Part, merge
 from kdecore.namespaces import Array, Namespace, contiguous, spans, take_along_rows
 from kdecore.planning import MASK_TILE, Plan
@@ -51,7 +52,7 @@ def attend_all(problem: Problem, plan: Plan) -> Part:
 
 def attend_opening(problem: Problem, plan: Plan, opening: Opening, before: Part | None) -> tuple[Part, Array]:
     """Evaluate what a tree opened down to a threshold gives; return that and the lengths of lists (G, B)."""
-    nodes, first = opening.nodes, opening.first_query
+    first = opening.first_query
     end = first + int(opening.coordinates.shape[1])
     whole = (first, end) == (0, problem.n_q)
 
@@ -60,15 +61,9 @@ def attend_opening(problem: Problem, plan: Plan, opening: Opening, before: Part 
 
     part, counts = plan.kernels["attend_tree"].function(
         problem.xp,
-        own_rows(problem.q),
-        problem.scale,
-        opening.coordinates,
-        opening.blocks.index,
-        nodes.keys,
-        nodes.values,
-        nodes.spread,
-        nodes.variances,
-        nodes.sizes,
+        BlockQueries(own_rows(problem.q), problem.scale, opening.coordinates, opening.blocks.index),
+        opening.tree,
+        opening.values,
         opening.threshold,
         opening.most,
         opening.start,

@@ -11,7 +11,7 @@ from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
-from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.open_tree.contract import Tree
 from kdecore.namespaces import Array, Namespace, first_places, take_along_rows, take_columns, take_rows
 
 
@@ -82,8 +82,10 @@ class Opening:
     ----------
     blocks
         The query blocks.
-    coordinates, nodes, threshold, most, start
+    coordinates, tree, threshold, most, start
         What `kdecore.kernels.open_tree` makes each block's list of.
+    values
+        (G, N + n_k, d_v + 1): as `kdecore.kernels.node_summaries.contract.TreeNodes` has them.
     slope, limits
         As in `Selection`.
     own
@@ -94,7 +96,8 @@ class Opening:
 
     blocks: Blocks
     coordinates: Array
-    nodes: TreeNodes
+    tree: Tree
+    values: Array
     threshold: Array
     most: int
     start: tuple[int, int, int]

@@ -27,8 +27,15 @@ def here(implementation):
 
 def run(implementation, backend, *arguments, dtype="float64"):
     """Call an implementation with NumPy arguments on a backend, or skip where it says that it cannot run there."""
-    arrays = [backend.array(x) if isinstance(x, np.ndarray) else x for x in arguments]
-    device = next(device_name(x) for x in arrays if hasattr(x, "device"))
+
+    def given(argument):
+        if isinstance(argument, tuple) and hasattr(argument, "_fields"):
+            return type(argument)(*map(given, argument))
+        return backend.array(argument) if isinstance(argument, np.ndarray) else argument
+
+    arrays = [given(x) for x in arguments]
+    flat = [x for one in arrays for x in (one if isinstance(one, tuple) else (one,))]
+    device = next(device_name(x) for x in flat if hasattr(x, "device"))
     gradient = "reverse" if implementation.target == "torch-autograd" else ""
     reason = implementation.unsupported(Site(namespace_name(backend.xp), device, dtype, gradient))
     if reason is not None:

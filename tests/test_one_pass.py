@@ -51,9 +51,11 @@ def test_lists_of_a_part(backend, rng, implementation, seen):
     arguments, start = pass_problem(rng, 60, n=300, n_q=33, seen=seen)
     given = np.asarray(0.05), 300, start
     assert_lists(run(implementation, backend, *arguments, *given), opened_by_a_threshold(arguments, *given))
-    arguments[5], arguments[6] = np.zeros_like(arguments[5]), np.zeros_like(arguments[6])
-    arguments[6][:, ::2] = 1e-9
-    _, log_weight, _, _ = run(implementation, backend, *arguments, np.asarray(1e-12), 300, start)
+    queries, tree = arguments
+    variances = np.zeros_like(tree.variances)
+    variances[:, ::2] = 1e-9
+    tree = tree._replace(spread=np.zeros_like(tree.spread), variances=variances)
+    _, log_weight, _, _ = run(implementation, backend, queries, tree, np.asarray(1e-12), 300, start)
     level, first, end = seen
     held = ((end * 300) >> level) - ((first * 300) >> level)
     np.testing.assert_allclose(np.exp(log_weight).sum(axis=-1), held, rtol=1e-6)
@@ -94,10 +96,9 @@ def test_lists_are_as_long_as_the_budget_in_the_mean(seed, n, part, scale):
 def test_attention_to_lists(backend, rng, implementation, own, slope, dtype):
     """Against exact attention to each block's list, with keys of queries' own, and matrices of blocks."""
     arguments, start = pass_problem(rng, n=300, n_q=70, d=17)
-    q, scale, _, index, keys, spread, *_ = arguments
-    groups, blocks, _ = index.shape
+    (q, scale, _, index), tree = arguments
+    keys, nodes, (groups, blocks, _) = tree.keys, tree.nodes, index.shape
     values = rng.standard_normal((groups, keys.shape[1], 20))
-    nodes = spread.shape[1]
     values[:, nodes:, -1] = 0.0
     places = rng.integers(-1, 300, q.shape[:2]) if own else None
     matrices = rng.standard_normal((groups, slope, 17, 19)) if slope else None
@@ -117,9 +118,12 @@ def test_attention_to_lists(backend, rng, implementation, own, slope, dtype):
             if slope:
                 true_out[g, i] += found[-1] * scale * q[g, i] @ matrices[g, block * slope // blocks]
     inside = np.isfinite(true_lse)
-    numbers = [x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x for x in arguments]
-    rest = [None if x is None else x.astype(dtype) for x in (values, matrices)]
-    call = (*numbers[:5], rest[0], *numbers[5:], given[0].astype(dtype), *given[1:], places, rest[1])
+
+    def narrowed(numbers):
+        return numbers.astype(dtype) if getattr(numbers, "dtype", None) == np.float64 else numbers
+
+    numbers = [type(x)(*map(narrowed, x)) for x in arguments]
+    call = (*numbers, narrowed(values), narrowed(given[0]), *given[1:], places, narrowed(matrices))
     (out, lse), counts = attended(implementation, backend, call, dtype)
     assert out.dtype == lse.dtype == np.dtype(dtype)
     np.testing.assert_array_equal(counts.reshape(-1), [len(rows) for rows, _, _ in lists])
@@ -137,12 +141,12 @@ def test_attention_to_lists(backend, rng, implementation, own, slope, dtype):
 def test_results_stay_within_limits(backend, rng, implementation):
     """As means of values do, wherever the first-order term would lead."""
     arguments, start = pass_problem(rng, n=300, n_q=70)
-    values = rng.standard_normal((2, arguments[4].shape[1], 4))
+    values = rng.standard_normal((2, arguments[1].keys.shape[1], 4))
     slope, limits = (
         100.0 * rng.standard_normal((2, 1, 6, 3)),
         (np.array([[-0.5, 0.1, -9.0]] * 2), np.array([[0.2, 0.3, 9.0]] * 2)),
     )
-    call = (*arguments[:5], values, *arguments[5:], np.asarray(0.05), 300, start, None, slope)
+    call = (*arguments, values, np.asarray(0.05), 300, start, None, slope)
 
     class Flat:
         """Returns out alone, of limits that come one by one."""
@@ -154,7 +158,7 @@ def test_results_stay_within_limits(backend, rng, implementation):
             *arrays, low, high = arrays
             return implementation.function(xp, *arrays, (low, high))[0].out
 
-    inside = np.unique(arguments[3][0])
+    inside = np.unique(arguments[0].index[0])
     free, held = (run(Flat, backend, *call, *given)[0, inside] for given in ((limits[0] - 1e9, limits[1] + 1e9), limits))
     np.testing.assert_allclose(held, np.clip(free, limits[0][0], limits[1][0]), rtol=0, atol=1e-12)
     assert (held != free).any()
@@ -238,11 +242,11 @@ def test_no_matrix_is_read_from_chance(rng):
 @on_host("attend_tree")
 def test_attention_is_exact_where_all_is_open(rng, implementation):
     arguments, start = pass_problem(rng, n=90, n_q=33)
-    q, scale, _, index, keys, spread, *_ = arguments
+    (q, scale, _, index), tree = arguments
+    keys, nodes = tree.keys, tree.nodes
     values = np.concatenate([rng.standard_normal((2, keys.shape[1], 5)), np.zeros((2, keys.shape[1], 1))], axis=2)
-    call = (*arguments[:5], values, *arguments[5:], np.asarray(0.0), 300, start)
+    call = (*arguments, values, np.asarray(0.0), 300, start)
     part, counts = implementation.function(host, *call)
-    nodes = spread.shape[1]
     exact, lse = oracles.exact_attention(q, keys[:, nodes:], values[:, nodes:, :5], scale)
     assert (counts == 90).all()
     for g in range(2):

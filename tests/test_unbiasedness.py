@@ -17,6 +17,7 @@ from kdecore import Hyper, SortLSH, Treecode
 from kdecore.grouping.sign_lsh import hash_codes, sort_codes
 from kdecore.inputs import canonicalise
 from kdecore.kernels.draw_uniform import reference
+from kdecore.kernels.open_tree.contract import BlockQueries
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
 from kdecore.methods import SELECT, sortlsh, treecode
@@ -222,7 +223,10 @@ def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_s
     known = treecode.calibrate(problem, plan, prepared)
     where = known.threshold, known.most, known.start
     key_index, _, _, _ = plan.kernels["open_tree"].function(
-        host, q, problem.scale, prepared.coordinates, prepared.blocks.index, *treecode.summaries(prepared.keys), *where
+        host,
+        BlockQueries(q, problem.scale, prepared.coordinates, prepared.blocks.index),
+        treecode.summaries(prepared.keys),
+        *where,
     )
     nodes = node_count(61, Treecode.LEAF_SIZE)
     steps = {0.0, 1.0}

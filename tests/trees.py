@@ -4,7 +4,7 @@ import numpy as np
 
 from kdecore.kernels.node_summaries.reference import node_summaries
 from kdecore.kernels.open_sweeps import contract as in_sweeps
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, first_nodes
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, BlockQueries, Tree, first_nodes
 from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
@@ -164,18 +164,16 @@ def listed(choose, q, scale, coordinates, query_index, keys, spread, variances, 
 def pass_problem(rng, budget=40, **given):
     """Arguments of `pick_threshold` up to the budget, and where lists begin, for the same keys and blocks."""
     *arguments, _, slots, start = tree_problem(rng, own=False, slots=budget, **given)
-    nodes = arguments[5].shape[1]
-    if "seen" not in given:
-        start = first_nodes(slots, nodes)
-    return arguments, start
+    queries, tree = BlockQueries(*arguments[:4]), Tree(*arguments[4:])
+    return (queries, tree), start if "seen" in given else first_nodes(slots, tree.nodes)
 
 
 class OneBlock:
     """A block of queries, and what `open_tree`'s contract says of nodes (level, i) for it; sums in the order of a set."""
 
     def __init__(self, arguments, g, b):
-        q, scale, coordinates, query_index, keys, spread, variances, sizes = arguments
-        mine = query_index[g, b]
+        (q, scale, coordinates, index), (keys, spread, variances, sizes) = arguments
+        mine = index[g, b]
         self.queries, self.keys, self.nodes = scale * q[g, mine], keys[g], spread.shape[1]
         self.n, self.depth = len(self.keys) - self.nodes, (self.nodes + 1).bit_length() - 2
         self.m = 0.5 * (coordinates[g, mine] ** 2).mean(axis=0)
@@ -226,7 +224,7 @@ class OneBlock:
 
 def opened_by_a_threshold(arguments, threshold, most, start):
     """What `open_tree` promises, from its contract, node by node: lists, log-weights and shares, of uneven lengths."""
-    groups, blocks, _ = arguments[3].shape
+    groups, blocks, _ = arguments[0].index.shape
     lists = []
     for g, b in np.ndindex(groups, blocks):
         block = OneBlock(arguments, g, b)
@@ -243,7 +241,7 @@ def opened_by_a_threshold(arguments, threshold, most, start):
 
 def threshold_of(arguments, budget, start):
     """What `pick_threshold` promises, from its contract, where no level of a block is too long."""
-    blocks = [OneBlock(arguments, g, b) for g, b in np.ndindex(*arguments[3].shape[:2])]
+    blocks = [OneBlock(arguments, g, b) for g, b in np.ndindex(*arguments[0].index.shape[:2])]
     level, first, end = start
     states = [([(i, np.inf) for i in range(first, end)], []) for _ in blocks]
     met, room = [], (budget - (end - first)) * len(blocks)

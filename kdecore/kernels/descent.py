@@ -11,7 +11,7 @@ import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, BlockQueries, Tree
 from kdecore.kernels.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
@@ -25,6 +25,7 @@ from kdecore.kernels.simd import (
     prefetch,
     scaled_squares,
 )
+from kdecore.namespaces import host_view
 
 LN2 = math.log(2.0)
 AHEAD = 8
@@ -105,9 +106,21 @@ def memory(filled, d, p, width, like):
     )
 
 
+def host_queries(queries: BlockQueries) -> BlockQueries:
+    """Return queries as `kdecore.namespaces.host_view` has them."""
+    q, scale, coordinates, index = queries
+    return BlockQueries(host_view(q), float(scale), host_view(coordinates), host_view(index))
+
+
+def host_tree(tree: Tree) -> Tree:
+    """Return a tree as `kdecore.namespaces.host_view` has it."""
+    return Tree(*map(host_view, tree))
+
+
 @kernel()
-def load_block(q, coordinates, query_index, task, scale, work):
+def load_block(block_queries, task, work):
     """Load a block's queries, those that are not finite as 0; return mean ‖scale q‖² / 2d."""
+    q, scale, coordinates, query_index = block_queries
     _, blocks, b = query_index.shape
     n_q, d = q.shape[1:]
     p = coordinates.shape[2]
@@ -152,7 +165,7 @@ def frozen(half_variance, log_count):
 @kernel()
 def weigh_level(tree, group, level, m, b, half_norm, work):
     """Weigh the m current nodes of a level for a block's queries, and estimate the errors of leaving them closed."""
-    keys, spread, variances, sizes = tree
+    keys, spread, variances, sizes = tree.keys, tree.spread, tree.variances, tree.sizes
     nodes, p = variances.shape[1:]
     rows, d = keys.shape[1:]
     n, lanes, filled = rows - nodes, VECTOR_BYTES // keys.itemsize, work.rows.shape[0]
@@ -205,9 +218,8 @@ def descend(tree, group, start, threshold, most, b, half_norm, work):
     Closed nodes are in ``work.node``, ``log_weight`` and ``kept``, leaves in ``work.leaves``. Where they would take more
     than ``most`` slots, the threshold is raised as `open_tree`'s contract has it.
     """
-    keys, variances = tree[0], tree[2]
-    nodes = variances.shape[1]
-    n, last = keys.shape[1] - nodes, leaf_level(nodes)
+    nodes = tree.spread.shape[1]
+    n, last = tree.keys.shape[1] - nodes, leaf_level(nodes)
     lanes, filled, width = VECTOR_BYTES // work.bias.itemsize, work.rows.shape[0], work.bias.shape[0]
     limit = np.float64(threshold) ** 4
     while True:

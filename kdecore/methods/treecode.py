@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.kernels.open_tree.contract import first_nodes
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree, first_nodes
 from kdecore.methods.first_order import GOLDEN_RATIO, first_order
 from kdecore.methods.sweeps import first_order_of_leaves, open_in_sweeps, own_positions
 from kdecore.methods.view import View, balanced_view, second_moment, unseen_share
@@ -338,8 +338,8 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
     assert isinstance(options, Treecode)
     assert options.budget is not None
     sampled = options.far_field == "sample"
-    still = TreeNodes(*(without_gradient(x) for x in keys.nodes))
     if in_sweeps(plan):
+        still = keys.without_gradient().nodes
         key_index, log_weight = open_in_sweeps(
             problem, plan, prepared.coordinates, blocks, still, prepared.listed, prepared.seen
         )
@@ -351,22 +351,21 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
     threshold, most, start, slope = prepared.calibration or calibrate(problem, plan, prepared)
     limits = None if slope is None else keys.limits
     if "attend_tree" in plan.kernels:
-        nodes = still._replace(spread=keys.unseen)
-        return Opening(blocks, prepared.coordinates, nodes, threshold, most, start, slope, limits, prepared.own)
-    q = without_gradient(problem.q)
-    key_index, log_weight, _, _ = plan.kernels["open_tree"].function(
-        xp, q, problem.scale, prepared.coordinates, blocks.index, *summaries(keys), threshold, most, start
-    )
+        values = without_gradient(keys.nodes.values)
+        tree = summaries(keys)
+        return Opening(blocks, prepared.coordinates, tree, values, threshold, most, start, slope, limits, prepared.own)
+    queries = BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, blocks.index)
+    key_index, log_weight, _, _ = plan.kernels["open_tree"].function(xp, queries, summaries(keys), threshold, most, start)
     if sampled:
         return drawn(problem, plan, prepared, key_index, log_weight)
     own = None if prepared.own is None else unlisted(problem, prepared, key_index)
     return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=limits, own=own))
 
 
-def summaries(keys: KeyTree) -> tuple[Array, Array, Array, Array]:
-    """Return what of a tree decides how it is opened: mean keys, spreads, variances and sizes."""
-    nodes = keys.nodes
-    return without_gradient(nodes.keys), keys.unseen, without_gradient(nodes.variances), without_gradient(nodes.sizes)
+def summaries(keys: KeyTree) -> Tree:
+    """Return what of a tree decides how it is opened."""
+    still = keys.without_gradient().nodes
+    return Tree(still.keys, keys.unseen, still.variances, still.sizes)
 
 
 def calibrate(problem: Problem, plan: Plan, prepared: Prepared) -> Calibration:
@@ -395,7 +394,7 @@ def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> tuple[Calibr
     assert plan.options.budget is not None
     budget = plan.options.budget - (prepared.own is not None and plan.options.budget > 1)
     most, start = LONGEST * budget, first_nodes(budget, int(prepared.keys.unseen.shape[1]), *prepared.seen)
-    given = xp, pilot.q, problem.scale, pilot.coordinates, pilot.index, *tree
+    given = xp, BlockQueries(pilot.q, problem.scale, pilot.coordinates, pilot.index), tree
     threshold = kernels["pick_threshold"].function(*given, budget, max(WIDEST * budget, FEWEST_NODES), start)
     key_index, _, share, _ = kernels["open_tree"].function(*given, threshold, most, start)
     return Calibration(threshold, most, start), key_index, share

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace
 
@@ -12,15 +13,9 @@ class AttendTree(Protocol):
     def __call__(
         self,
         xp: Namespace,
-        q: Array,
-        scale: float,
-        coordinates: Array,
-        query_index: Array,
-        keys: Array,
+        queries: BlockQueries,
+        tree: Tree,
         values: Array,
-        spread: Array,
-        variances: Array,
-        sizes: Array,
         threshold: Array,
         most: int,
         start: tuple[int, int, int],
@@ -33,7 +28,7 @@ class AttendTree(Protocol):
 
         Parameters
         ----------
-        xp, q, scale, coordinates, query_index, keys, spread, variances, sizes, threshold, most, start
+        xp, queries, tree, threshold, most, start
             As `kdecore.kernels.open_tree.contract.OpenTree` takes them.
         values
             (G, N + n_k, d_v + 1): as `kdecore.kernels.node_summaries.contract.TreeNodes` has them.

@@ -5,8 +5,20 @@ from functools import partial
 import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import LN2, round_up, write_panel
-from kdecore.kernels.descent import AHEAD, LOWEST, descend, first_at_least, leaf_level, list_leaves, load_block, memory
+from kdecore.kernels.descent import (
+    AHEAD,
+    LOWEST,
+    descend,
+    first_at_least,
+    host_queries,
+    host_tree,
+    leaf_level,
+    list_leaves,
+    load_block,
+    memory,
+)
 from kdecore.kernels.jit import kernel
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.kernels.simd import (
     SHORT_TILE_ROWS,
     TILE_ROWS,
@@ -32,15 +44,9 @@ TASKS = 8
 
 def attend_tree(
     xp: Namespace,
-    q: Array,
-    scale: float,
-    coordinates: Array,
-    query_index: Array,
-    keys: Array,
+    queries: BlockQueries,
+    tree: Tree,
     values: Array,
-    spread: Array,
-    variances: Array,
-    sizes: Array,
     threshold: Array,
     most: int,
     start: tuple[int, int, int],
@@ -50,9 +56,8 @@ def attend_tree(
     before: Part | None = None,
 ) -> tuple[Part, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
-    queries = tuple(host_view(x) for x in (q, coordinates, query_index))
-    tree, rows = tuple(host_view(x) for x in (keys, spread, variances, sizes)), host_view(values)
-    (groups, n_q, d), d_v, dtype = queries[0].shape, rows.shape[2] - 1, queries[0].dtype
+    given, nodes, rows = host_queries(queries), host_tree(tree), host_view(values)
+    (groups, n_q, d), d_v, dtype = given.q.shape, rows.shape[2] - 1, given.q.dtype
     mine = np.empty((groups, 0), np.int64) if own is None else host_view(own)
     ends = np.empty((2, 0, 0), dtype) if limits is None else np.stack([host_view(x) for x in limits])
     matrices = np.zeros((groups, 0, d, d_v), dtype) if slope is None else host_view(slope)
@@ -63,32 +68,32 @@ def attend_tree(
         out, lse = np.empty((groups, n_q, d_v), dtype), np.empty((groups, n_q), dtype)
     else:
         out, lse = host_memory(before.out), host_memory(before.lse)
-    counts = np.zeros(queries[2].shape[:2], np.int64)
-    opening = float(scale), float(host_view(threshold).item()), most, start
+    counts = np.zeros(given.index.shape[:2], np.int64)
+    opening = float(host_view(threshold).item()), most, start
     more, results = (mine, slopes, ends), (out, lse, counts)
     run_tasks(
-        partial(attend_some, queries, tree, rows, more, opening, before is not None, results),
+        partial(attend_some, given, nodes, rows, more, opening, before is not None, results),
         counts.size,
         chunk=fair_chunk(counts.size, TASKS),
     )
-    return Part(from_host_like(xp, out, q), from_host_like(xp, lse, q)), from_host_like(xp, counts, q)
+    out, lse, counts = (from_host_like(xp, x, queries.q) for x in results)
+    return Part(out, lse), counts
 
 
 @kernel()
 def attend_some(queries, tree, values, more, opening, merging, results, first, last):
     """Evaluate blocks first … last − 1, counted through all groups."""
-    (q, coordinates, query_index), (own, slopes, limits), (out, lse, counts) = queries, more, results
-    scale, threshold, most, start = opening
-    _, blocks, b = query_index.shape
+    q, scale, (own, slopes, limits), (out, lse, counts) = queries.q, queries.scale, more, results
+    (threshold, most, start), (_, blocks, b) = opening, queries.index.shape
     n_q, d = q.shape[1:]
-    keys, variances = tree[0], tree[2]
-    nodes, rows, d_v, matrices = variances.shape[1], keys.shape[1], values.shape[2] - 1, slopes.shape[1]
+    keys = tree.keys
+    nodes, rows, d_v, matrices = tree.spread.shape[1], keys.shape[1], values.shape[2] - 1, slopes.shape[1]
     n, last_level, lanes = rows - nodes, leaf_level(nodes), VECTOR_BYTES // q.itemsize
     filled, width = round_up(b, lanes), round_up(most, TILE_ROWS) + TILE_ROWS
     wide = d_v + 1 if matrices > 0 else d_v
     columns = columns_of(wide)
     flat_q, flat_keys, flat_values, flat_out = q.reshape(-1), keys.reshape(-1), values.reshape(-1), out.reshape(-1)
-    work, none = memory(filled, d, variances.shape[2], width, q), np.zeros(TILE_ROWS, q.dtype)
+    work, none = memory(filled, d, tree.variances.shape[2], width, q), np.zeros(TILE_ROWS, q.dtype)
     tile, sums = np.zeros((DEPTH + TILE_ROWS) * columns, q.dtype), np.zeros(filled * (columns + TILE_ROWS), q.dtype)
     change, square = np.zeros(round_up(d_v, TILE_ROWS) * lanes, q.dtype), np.zeros(lanes * lanes, q.dtype)
     own_rows, own_logits = np.zeros(filled, np.int64), np.zeros(filled, q.dtype)
@@ -96,7 +101,7 @@ def attend_some(queries, tree, values, more, opening, merging, results, first, l
     writing = (np.empty(lanes, q.dtype), np.empty(lanes * d_v, q.dtype), np.empty(filled, q.dtype), np.arange(lanes))
     for task in range(first, last):
         group, block = task // blocks, task % blocks
-        half_norm = load_block(q, coordinates, query_index, task, scale, work)
+        half_norm = load_block(queries, task, work)
         closed, opened, slots = descend(tree, group, start, threshold, most, b, half_norm, work)
         counts[group, block] = slots
         list_leaves(n, last_level, nodes, closed, opened, work)

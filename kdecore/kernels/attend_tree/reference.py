@@ -1,5 +1,6 @@
 """`attend_tree` in the array API: lists are made, and attended to, some blocks of all groups at a time."""
 
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.kernels.open_tree.reference import gather, open_tree
 from kdecore.merge import Part, merge
 from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, first_places, spans, take_rows
@@ -7,15 +8,9 @@ from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, first_places, sp
 
 def attend_tree(
     xp: Namespace,
-    q: Array,
-    scale: float,
-    coordinates: Array,
-    query_index: Array,
-    keys: Array,
+    queries: BlockQueries,
+    tree: Tree,
     values: Array,
-    spread: Array,
-    variances: Array,
-    sizes: Array,
     threshold: Array,
     most: int,
     start: tuple[int, int, int],
@@ -25,23 +20,24 @@ def attend_tree(
     before: Part | None = None,
 ) -> tuple[Part, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
-    tree = keys, spread, variances, sizes
-    key_index, log_weight, _, counts = open_tree(xp, q, scale, coordinates, query_index, *tree, threshold, most, start)
+    q, scale, coordinates, query_index = queries
+    key_index, log_weight, _, counts = open_tree(xp, queries, tree, threshold, most, start)
     groups, blocks, b = query_index.shape
-    n_q, nodes = int(q.shape[1]), int(spread.shape[1])
+    n_q, nodes = int(q.shape[1]), tree.nodes
     scaled = xp.astype(q, coordinates.dtype, copy=False) * scale
-    step = max(1, TILE_ELEMENTS // (groups * int(key_index.shape[2]) * max(b, int(keys.shape[2]), int(values.shape[2]))))
+    widest = max(b, int(tree.keys.shape[2]), int(values.shape[2]))
+    step = max(1, TILE_ELEMENTS // (groups * int(key_index.shape[2]) * widest))
     outs, sums = [], []
     for some in spans(blocks, step):
         listed = key_index[:, some, :]
-        queries, v = gather(xp, scaled, query_index[:, some, :]), gather(xp, values, listed)
-        logits = queries @ xp.matrix_transpose(gather(xp, keys, listed)) + log_weight[:, some, None, :]
+        asking, v = gather(xp, scaled, query_index[:, some, :]), gather(xp, values, listed)
+        logits = asking @ xp.matrix_transpose(gather(xp, tree.keys, listed)) + log_weight[:, some, None, :]
         top = xp.max(logits, axis=-1, keepdims=True)
         if own is not None:
             place = gather(xp, own[:, :, None], query_index[:, some, :])[..., 0]
             row = xp.where(place < 0, 0, place + nodes)
             hidden = (place < 0) | xp.any(listed[:, :, None, :] == row[..., None], axis=-1)
-            mine = xp.where(hidden, -xp.inf, xp.sum(queries * gather(xp, keys, row), axis=-1))[..., None]
+            mine = xp.where(hidden, -xp.inf, xp.sum(asking * gather(xp, tree.keys, row), axis=-1))[..., None]
             top = xp.maximum(top, mine)
         weights = xp.exp(logits - top)
         total, out = xp.sum(weights, axis=-1, keepdims=True), weights @ v
@@ -50,7 +46,7 @@ def attend_tree(
         out, spreads = out[..., :-1] / total, out[..., -1:] / total
         if slope is not None:
             number = xp.arange(some.start, some.stop, dtype=xp.int64, device=q.device) * int(slope.shape[1]) // blocks
-            out = out + spreads * (queries @ xp.take(slope, number, axis=1))
+            out = out + spreads * (asking @ xp.take(slope, number, axis=1))
         if limits is not None:
             low, high = (x[:, None, None, :] for x in limits)
             out = xp.minimum(xp.maximum(out, low), high)

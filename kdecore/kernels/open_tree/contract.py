@@ -1,6 +1,6 @@
 """What every implementation of `open_tree` promises."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kdecore.namespaces import Array, Namespace
 from kdecore.tree import depth_of
@@ -9,8 +9,6 @@ START_SHARE = 12
 """A list begins with the nodes of a level that are no more than one in so many of its slots, where there are such."""
 STEP = 2
 """Levels between a node and the nodes that take its place: four grandchildren, which lie side by side."""
-
-
 LEAST = 2.0**-20
 """What takes the place of a threshold that is less, where it is to be doubled."""
 ALONG = 0.5
@@ -20,20 +18,64 @@ Nodes stay closed where their variances happen to be small, so that these are le
 """
 
 
+class BlockQueries(NamedTuple):
+    """Queries, some or all of which stand in blocks.
+
+    All numbers but those of q are of the dtype that is computed in, float64 for float64 and float32 for the others.
+
+    Attributes
+    ----------
+    q
+        (G, n_q, d), of half precision on accelerators only. One with a number that is not finite counts as 0.
+    scale
+        Finite factor on ⟨q, k⟩.
+    coordinates
+        (G, n_q, p) of the queries, times scale. One whose square is not finite counts as 0.
+    index
+        (G, B, b) int64: the queries of each block.
+    """
+
+    q: Array
+    scale: float
+    coordinates: Array
+    index: Array
+
+
+class Tree(NamedTuple):
+    """What decides how a tree of N nodes over n_k keys is opened.
+
+    Attributes
+    ----------
+    keys
+        (G, N + n_k, d): mean keys of the nodes, and the keys in the order of the tree.
+    spread, variances, sizes
+        (G, N), (G, N, p) and (G, N), at least 0: as the method scales what `node_summaries` finds.
+    """
+
+    keys: Array
+    spread: Array
+    variances: Array
+    sizes: Array
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return int(self.spread.shape[1])
+
+    @property
+    def n(self) -> int:
+        """Number of keys."""
+        return int(self.keys.shape[1]) - self.nodes
+
+
 class OpenTree(Protocol):
     """Open a tree over the keys, for every block of queries, where nodes are estimated to err more than a threshold."""
 
     def __call__(
         self,
         xp: Namespace,
-        q: Array,
-        scale: float,
-        coordinates: Array,
-        query_index: Array,
-        keys: Array,
-        spread: Array,
-        variances: Array,
-        sizes: Array,
+        queries: BlockQueries,
+        tree: Tree,
         threshold: Array,
         most: int,
         start: tuple[int, int, int],
@@ -58,19 +100,8 @@ class OpenTree(Protocol):
         ----------
         xp
             Array namespace of the arrays.
-        q
-            (G, n_q, d) queries, of half precision on accelerators only. One with a number that is not finite counts as 0.
-            All other numbers are of the dtype that it is computed in, float64 for float64 and float32 for the others.
-        scale
-            Finite factor on ⟨q, k⟩.
-        coordinates
-            (G, n_q, p) of the queries, times scale. One whose square is not finite counts as 0.
-        query_index
-            (G, B, b) int64: the queries of each block.
-        keys
-            (G, N + n_k, d): mean keys of the nodes, and the keys in the order of the tree.
-        spread, variances, sizes
-            (G, N), (G, N, p) and (G, N), at least 0: as the method scales what `node_summaries` finds.
+        queries, tree
+            Queries in blocks, and what decides how the tree is opened.
         threshold
             (), at least 0.
         most
@@ -81,7 +112,7 @@ class OpenTree(Protocol):
         Returns
         -------
         key_index
-            (G, B, s) int64, rows of ``keys``, s as long as the longest list: closed nodes, then single keys.
+            (G, B, s) int64, rows of the tree's keys, s as long as the longest list: closed nodes, then single keys.
         log_weight
             (G, B, s): σ_h + ln c; 0 for single keys; −inf for slots that a list doesn't have.
         share

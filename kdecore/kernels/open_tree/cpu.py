@@ -1,10 +1,13 @@
 """`open_tree` in Numba for the CPU: a block a task."""
 
+from functools import partial
+
 import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import LN2, round_up
-from kdecore.kernels.descent import descend, leaf_level, list_leaves, load_block, memory
+from kdecore.kernels.descent import descend, host_queries, host_tree, leaf_level, list_leaves, load_block, memory
 from kdecore.kernels.jit import kernel
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, exp2_columns
 from kdecore.kernels.threads import fair_chunk, run_tasks
 from kdecore.namespaces import Array, Namespace, from_host_like, host_view
@@ -15,50 +18,41 @@ TASKS = 8
 
 def open_tree(
     xp: Namespace,
-    q: Array,
-    scale: float,
-    coordinates: Array,
-    query_index: Array,
-    keys: Array,
-    spread: Array,
-    variances: Array,
-    sizes: Array,
+    queries: BlockQueries,
+    tree: Tree,
     threshold: Array,
     most: int,
     start: tuple[int, int, int],
 ) -> tuple[Array, Array, Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
-    queries = tuple(host_view(x) for x in (q, coordinates, query_index))
-    tree = tuple(host_view(x) for x in (keys, spread, variances, sizes))
-    shape, dtype = queries[2].shape[:2], queries[0].dtype
+    blocks, nodes = host_queries(queries), host_tree(tree)
+    shape, dtype = blocks.index.shape[:2], blocks.q.dtype
     key_index = np.zeros((*shape, most), np.int64)
     log_weight, share = np.full((*shape, most), -np.inf, dtype), np.zeros((*shape, most), dtype)
     counts, limit = np.zeros(shape, np.int64), float(host_view(threshold).item())
     lists = key_index, log_weight, share, counts
     run_tasks(
-        lambda first, last: open_blocks(queries, tree, float(scale), limit, most, start, lists, first, last),
+        partial(open_blocks, blocks, nodes, limit, most, start, lists),
         counts.size,
         chunk=fair_chunk(counts.size, TASKS),
     )
     longest = max(1, int(counts.max(initial=1)))
     cut = (np.ascontiguousarray(x[:, :, :longest]) for x in (key_index, log_weight, share))
-    key_index, log_weight, share = (from_host_like(xp, x, q) for x in cut)
-    return key_index, log_weight, share, from_host_like(xp, counts, q)
+    key_index, log_weight, share = (from_host_like(xp, x, queries.q) for x in cut)
+    return key_index, log_weight, share, from_host_like(xp, counts, queries.q)
 
 
 @kernel()
-def open_blocks(queries, tree, scale, threshold, most, start, lists, first, last):
+def open_blocks(queries, tree, threshold, most, start, lists, first, last):
     """Open the tree for blocks first … last − 1, counted through all groups."""
-    q, coordinates, query_index = queries
     key_index, log_weight, share, counts = lists
-    keys, variances = tree[0], tree[2]
-    _, blocks, b = query_index.shape
-    nodes, lanes = variances.shape[1], VECTOR_BYTES // q.itemsize
-    n, filled, width = keys.shape[1] - nodes, round_up(b, lanes), round_up(most, TILE_ROWS) + TILE_ROWS
-    work = memory(filled, q.shape[2], variances.shape[2], width, q)
+    _, blocks, b = queries.index.shape
+    nodes, lanes = tree.spread.shape[1], VECTOR_BYTES // queries.q.itemsize
+    n, filled, width = tree.keys.shape[1] - nodes, round_up(b, lanes), round_up(most, TILE_ROWS) + TILE_ROWS
+    work = memory(filled, queries.q.shape[2], tree.variances.shape[2], width, queries.q)
     for task in range(first, last):
         group, block = task // blocks, task % blocks
-        half_norm = load_block(q, coordinates, query_index, task, scale, work)
+        half_norm = load_block(queries, task, work)
         closed, opened, slots = descend(tree, group, start, threshold, most, b, half_norm, work)
         list_leaves(n, leaf_level(nodes), nodes, closed, opened, work)
         counts[group, block] = slots
@@ -70,7 +64,7 @@ def open_blocks(queries, tree, scale, threshold, most, start, lists, first, last
             for i in range(lanes):
                 work.factors[i] = 1.0 / (work.totals[lane + i] * b) if lane + i < b else 0.0
             for c in range(closed):
-                start_of_row, total = np.uintp(lane * width + c * lanes), q.dtype.type(0.0)
+                start_of_row, total = np.uintp(lane * width + c * lanes), queries.q.dtype.type(0.0)
                 for i in range(np.uintp(lanes)):
                     # Where nothing was left of what was closed before, it gets no more than all.
                     total += min(work.kept[start_of_row + i], work.totals[lane + i]) * work.factors[i]

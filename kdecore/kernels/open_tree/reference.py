@@ -2,31 +2,12 @@
 
 from typing import NamedTuple
 
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, BlockQueries, Tree
 from kdecore.namespaces import Array, Namespace, take_rows
 from kdecore.tree import depth_of
 
 
-class Tree(NamedTuple):
-    """Summaries of the nodes, (G, N, …), and the keys in the tree's order, as `OpenTree` takes them."""
-
-    keys: Array
-    spread: Array
-    variances: Array
-    sizes: Array
-
-    @property
-    def nodes(self) -> int:
-        """Number of nodes."""
-        return int(self.spread.shape[1])
-
-    @property
-    def n(self) -> int:
-        """Number of keys."""
-        return int(self.keys.shape[1]) - self.nodes
-
-
-class Queries(NamedTuple):
+class Loaded(NamedTuple):
     """Queries of blocks: (G, B, b, d), scaled; (G, B, p), `ALONG` / 2 mean squared coordinates; (G, B), mean ‖q‖² / 2d."""
 
     scaled: Array
@@ -43,29 +24,22 @@ class Sums(NamedTuple):
 
 def open_tree(
     xp: Namespace,
-    q: Array,
-    scale: float,
-    coordinates: Array,
-    query_index: Array,
-    keys: Array,
-    spread: Array,
-    variances: Array,
-    sizes: Array,
+    queries: BlockQueries,
+    tree: Tree,
     threshold: Array,
     most: int,
     start: tuple[int, int, int],
 ) -> tuple[Array, Array, Array, Array]:
     """Follow `kdecore.kernels.open_tree.contract.OpenTree`."""
-    tree = Tree(keys, spread, variances, sizes)
-    queries = load(xp, q, scale, coordinates, query_index)
+    loaded = load(xp, queries)
     last, n = depth_of(tree.nodes), tree.n
-    limit = xp.broadcast_to(threshold, query_index.shape[:2])
+    limit = xp.broadcast_to(threshold, queries.index.shape[:2])
     while True:
         level = start[0]
-        current, sums = first_level(xp, start, queries)
+        current, sums = first_level(xp, start, loaded)
         closed: list[tuple[Array, Array, Array]] = []
         while True:
-            sums, logits, log_weight, error = weigh(xp, tree, queries, level, current, sums)
+            sums, logits, log_weight, error = weigh(xp, tree, loaded, level, current, sums)
             opened = (current >= 0) & (error > limit[..., None])
             shut = (current >= 0) & ~opened
             weights = xp.where(shut[:, :, None, :], xp.exp(logits - sums.top[..., None]), 0.0)
@@ -88,11 +62,11 @@ def open_tree(
     share = xp.exp(xp.minimum(all_logits - sums.top[..., None], xp.log(total)[..., None])) / total[..., None]
     share = xp.where(node >= 0, xp.mean(share, axis=2), 0.0)
     largest = -(-n // (1 << last))
-    position = begin[..., None] + xp.arange(largest, dtype=xp.int64, device=q.device)
+    position = begin[..., None] + xp.arange(largest, dtype=xp.int64, device=share.device)
     held = (position < end[..., None]) & (leaves >= 0)[..., None]
-    single = xp.reshape(xp.where(held, position + tree.nodes, -1), (*query_index.shape[:2], -1))
+    single = xp.reshape(xp.where(held, position + tree.nodes, -1), (*queries.index.shape[:2], -1))
     row = xp.concat([node, single], axis=-1)
-    zeros = xp.zeros(single.shape, dtype=share.dtype, device=q.device)
+    zeros = xp.zeros(single.shape, dtype=share.dtype, device=share.device)
     weight, share = xp.concat([log_weights, zeros], axis=-1), xp.concat([share, zeros], axis=-1)
     # What counts comes first; no more than the longest list has.
     longest = max(1, int(xp.max(counts)))
@@ -101,18 +75,19 @@ def open_tree(
     return xp.where(row < 0, 0, row), xp.where(row < 0, -xp.inf, weight), xp.where(row < 0, 0.0, share), counts
 
 
-def load(xp: Namespace, q: Array, scale: float, coordinates: Array, query_index: Array) -> Queries:
+def load(xp: Namespace, queries: BlockQueries) -> Loaded:
     """Gather the queries of blocks."""
+    q, scale, coordinates, query_index = queries
     q = xp.astype(q, coordinates.dtype, copy=False)
     finite = xp.all(xp.isfinite(q), axis=-1, keepdims=True)
     scaled = gather(xp, xp.where(finite, q, 0.0) * scale, query_index)
     squares = coordinates * coordinates
     squares = gather(xp, xp.where(xp.isfinite(squares) & finite, squares, 0.0), query_index)
     norms = xp.mean(xp.sum(scaled * scaled, axis=-1), axis=-1)
-    return Queries(scaled, 0.5 * ALONG * xp.mean(squares, axis=2), norms * (0.5 / int(q.shape[2])))
+    return Loaded(scaled, 0.5 * ALONG * xp.mean(squares, axis=2), norms * (0.5 / int(q.shape[2])))
 
 
-def first_level(xp: Namespace, start: tuple[int, int, int], queries: Queries) -> tuple[Array, Sums]:
+def first_level(xp: Namespace, start: tuple[int, int, int], queries: Loaded) -> tuple[Array, Sums]:
     """Return the nodes that all blocks begin with, numbered within their level, (G, B, m), and sums of nothing."""
     _, first, end = start
     shape, like = queries.scaled.shape[:3], queries.half_norm
@@ -122,7 +97,7 @@ def first_level(xp: Namespace, start: tuple[int, int, int], queries: Queries) ->
 
 
 def weigh(
-    xp: Namespace, tree: Tree, queries: Queries, level: int, current: Array, sums: Sums
+    xp: Namespace, tree: Tree, queries: Loaded, level: int, current: Array, sums: Sums
 ) -> tuple[Sums, Array, Array, Array]:
     """Weigh nodes (G, B, m) of a level, −1 for none: return sums, logits (G, B, b, m), log-weights and errors (G, B, m)."""
     at = xp.maximum(current, xp.zeros_like(current))

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.namespaces import Array, Namespace
 
 ABOVE = 1.0 + 2.0**-18
@@ -14,14 +15,8 @@ class PickThreshold(Protocol):
     def __call__(
         self,
         xp: Namespace,
-        q: Array,
-        scale: float,
-        coordinates: Array,
-        query_index: Array,
-        keys: Array,
-        spread: Array,
-        variances: Array,
-        sizes: Array,
+        queries: BlockQueries,
+        tree: Tree,
         budget: int,
         most: int,
         start: tuple[int, int, int],
@@ -38,10 +33,8 @@ class PickThreshold(Protocol):
 
         Parameters
         ----------
-        xp, q, scale, coordinates, keys, spread, variances, sizes, start
-            As `OpenTree` takes them.
-        query_index
-            (G, C, b) int64: the queries of some blocks.
+        xp, queries, tree, start
+            As `OpenTree` takes them, of some blocks.
         budget
             Slots of a list in the mean over these blocks, at most; at least the nodes of ``start``.
         most

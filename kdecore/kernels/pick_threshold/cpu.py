@@ -5,35 +5,28 @@ from functools import partial
 import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import round_up
-from kdecore.kernels.descent import LOWEST, load_block, memory, weigh_level
+from kdecore.kernels.descent import LOWEST, host_queries, host_tree, load_block, memory, weigh_level
 from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import STEP
+from kdecore.kernels.open_tree.contract import STEP, BlockQueries, Tree
 from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, copy_rows
 from kdecore.kernels.threads import fair_chunk, run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like
 from kdecore.tree import depth_of
 
 
 def pick_threshold(
     xp: Namespace,
-    q: Array,
-    scale: float,
-    coordinates: Array,
-    query_index: Array,
-    keys: Array,
-    spread: Array,
-    variances: Array,
-    sizes: Array,
+    queries: BlockQueries,
+    tree: Tree,
     budget: int,
     most: int,
     start: tuple[int, int, int],
 ) -> Array:
     """Follow `kdecore.kernels.pick_threshold.contract.PickThreshold`."""
-    queries = tuple(host_view(x) for x in (q, coordinates, query_index))
-    tree = tuple(host_view(x) for x in (keys, spread, variances, sizes))
-    dtype, (groups, blocks, b), (level, first, end) = queries[0].dtype, queries[2].shape, start
-    count, last, n = groups * blocks, depth_of(variances.shape[1]), int(keys.shape[1]) - int(variances.shape[1])
+    given, nodes, n = host_queries(queries), host_tree(tree), tree.n
+    dtype, (groups, blocks, b), (level, first, end) = given.q.dtype, given.index.shape, start
+    count, last = groups * blocks, depth_of(tree.nodes)
     filled, width = round_up(b, VECTOR_BYTES // dtype.itemsize), round_up(most, TILE_ROWS) + TILE_ROWS
     held = np.full(count, end - first, np.int64)
     current, bounds = np.zeros((count, width), np.int64), np.full((count, width), np.inf)
@@ -44,7 +37,7 @@ def pick_threshold(
     chunk = fair_chunk(count, count)
     while True:
         step = STEP - (last - level) % STEP
-        run_tasks(partial(weigh, queries, tree, float(scale), level, state), count, chunk=chunk)
+        run_tasks(partial(weigh, given, nodes, level, state), count, chunk=chunk)
         met = np.arange(width) < held[:, None]
         leaf = current[met]
         more = (
@@ -55,7 +48,7 @@ def pick_threshold(
         # What more nodes are found for only raises the limit: others need not be looked at again.
         errors, gains = errors[errors > limit], gains[errors > limit]
         if level == last:
-            return from_host_like(xp, np.asarray(limit**0.25 * ABOVE, dtype), q)
+            return from_host_like(xp, np.asarray(limit**0.25 * ABOVE, dtype), queries.q)
         run_tasks(partial(part, state, limit, step, most), count, chunk=chunk)
         level += step
 
@@ -68,16 +61,15 @@ def cut(errors: Array, gains: Array, room: int) -> float:
 
 
 @kernel()
-def weigh(queries, tree, scale, level, state, first, last):
+def weigh(queries, tree, level, state, first, last):
     """Write bounds of a level's nodes, in fourth powers, and their weights, for blocks first … last − 1."""
-    q, coordinates, query_index = queries
     held, current, bounds, tops, closed_totals, weights = state
-    blocks, b = query_index.shape[1:]
+    q, (blocks, b) = queries.q, queries.index.shape[1:]
     filled, width = tops.shape[1], current.shape[1]
-    work, flat_weights = memory(filled, q.shape[2], coordinates.shape[2], width, q), weights.reshape(-1)
+    work, flat_weights = memory(filled, q.shape[2], tree.variances.shape[2], width, q), weights.reshape(-1)
     lanes = VECTOR_BYTES // q.itemsize
     for task in range(first, last):
-        half_norm = load_block(q, coordinates, query_index, task, scale, work)
+        half_norm = load_block(queries, task, work)
         m = held[task]
         work.current[:m] = current[task, :m]
         work.tops[:], work.closed_totals[:] = tops[task], closed_totals[task]

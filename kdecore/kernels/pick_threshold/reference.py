@@ -1,7 +1,7 @@
 """`pick_threshold` in the array API. Widths of levels are read from the arrays."""
 
-from kdecore.kernels.open_tree.contract import STEP
-from kdecore.kernels.open_tree.reference import Sums, Tree, compact, descendants, first_level, load, weigh
+from kdecore.kernels.open_tree.contract import STEP, BlockQueries, Tree
+from kdecore.kernels.open_tree.reference import Sums, compact, descendants, first_level, load, weigh
 from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.namespaces import Array, Namespace, take_along_rows
 from kdecore.tree import depth_of
@@ -9,30 +9,23 @@ from kdecore.tree import depth_of
 
 def pick_threshold(
     xp: Namespace,
-    q: Array,
-    scale: float,
-    coordinates: Array,
-    query_index: Array,
-    keys: Array,
-    spread: Array,
-    variances: Array,
-    sizes: Array,
+    queries: BlockQueries,
+    tree: Tree,
     budget: int,
     most: int,
     start: tuple[int, int, int],
 ) -> Array:
     """Follow `kdecore.kernels.pick_threshold.contract.PickThreshold`."""
-    tree = Tree(keys, spread, variances, sizes)
-    queries = load(xp, q, scale, coordinates, query_index)
+    loaded, (groups, blocks, _) = load(xp, queries), queries.index.shape
     last, (level, first, end) = depth_of(tree.nodes), start
-    room = (budget - (end - first)) * int(query_index.shape[0]) * int(query_index.shape[1])
-    current, sums = first_level(xp, start, queries)
-    above = xp.full(current.shape, xp.inf, dtype=sums.top.dtype, device=q.device)
+    room = (budget - (end - first)) * groups * blocks
+    current, sums = first_level(xp, start, loaded)
+    above = xp.full(current.shape, xp.inf, dtype=sums.top.dtype, device=sums.top.device)
     bounds: list[Array] = []
     gains: list[Array] = []
     while True:
         step = STEP - (last - level) % STEP
-        sums, logits, _, error = weigh(xp, tree, queries, level, current, sums)
+        sums, logits, _, error = weigh(xp, tree, loaded, level, current, sums)
         bound = xp.minimum(above, error)
         gain = xp.zeros_like(current) + ((1 << step) - 1)
         if level == last:
