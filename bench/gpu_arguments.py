@@ -143,9 +143,9 @@ def balanced_view(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     return 0.1 * queries, keys, 16
 
 
-def cross_moment(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+def second_moment(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments."""
-    return tuple(Numbers(rng.standard_normal((3, n, d))) for d in (width(n), 17))
+    return Rows(rng.standard_normal((3, n, width(n)))), 3, True
 
 
 def project_rows(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -245,7 +245,7 @@ ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "draw_uniform": draw_uniform,
     "draw_indices": draw_indices,
     "balanced_view": balanced_view,
-    "cross_moment": cross_moment,
+    "second_moment": second_moment,
     "project_rows": project_rows,
     "rank_codes": rank_codes,
     "tree_order": tree_order,

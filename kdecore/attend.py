@@ -6,7 +6,7 @@ from typing import TypeAlias
 from kdecore.inputs import Problem
 from kdecore.kernels.open_tree.contract import BlockQueries
 from kdecore.merge import Part, merge
-from kdecore.namespaces import Array, Namespace, contiguous, spans, take_along_rows
+from kdecore.namespaces import Array, Namespace, contiguous, gradient_mode, spans, take_along_rows, without_gradient
 from kdecore.planning import MASK_TILE, Plan
 from kdecore.selection import Blocks, Opening, Selected, Selection, Slots, changed, slots_evaluated, slots_of
 
@@ -126,7 +126,9 @@ def attend_lists(problem: Problem, plan: Plan, selection: Selection, before: Par
         out = change
     if selection.limits is not None:
         low, high = (x[:, None, :] for x in selection.limits)
-        out = xp.minimum(xp.maximum(out, low), high)
+        held = xp.minimum(xp.maximum(out, low), high)
+        # The gradient is that of a result that nothing holds: where values are all alike, rounding passes the limits.
+        out = out + without_gradient(held - out) if gradient_mode(out) else held
     part = Part(out, lse)
     if selection.own is not None:
         part = merge(xp, part, own_part(problem, selection.own))

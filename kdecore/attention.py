@@ -63,10 +63,10 @@ def attention(
     budget
         Keys evaluated per query, at least 1; 512 if None. At or above n_k the result is exact, for every method.
     rtol
-        Relative error, positive, that the result is to keep, instead of ``budget``: the cheapest method (of all with
-        ``"auto"``) and budget are found whose certificate's upper limit is at most that, on a few queries, before all are
-        evaluated; exact where that is expected to be cheaper. What a certificate promises, and what it can't:
-        docs/certificate.md.
+        Relative error, positive, that the result is to keep, instead of ``budget``: a budget is found (of the treecode with
+        ``"auto"``, of sortlsh where no kernel opens trees) whose certificate's upper limit is at most that, on a few
+        queries, before all are evaluated; exact where that is expected to be cheaper. What a certificate promises, and what
+        it can't: docs/certificate.md.
     rtol_norm
         What ``rtol`` bounds: ``"frobenius"``, ‖out − exact‖_F / ‖exact‖_F, or ``"spectral"``, the same in the spectral norm;
         means over the leading dimensions.
@@ -155,9 +155,9 @@ def attention(
     -----
     Time is O(n_q n_k (d + d_v)) for exact, and O(n_q · budget · (d + d_v) + (n_q + n_k)(d + log n)) for sortlsh and hyper,
     for each leading index; treecode's is O((n_q + n_k) (d + log n) p + n_q · budget · (d + d_v)), p = 16. With rtol it is
-    expected to be at most 1.25 times exact's, search included. Where queries see intervals of keys, log₄(n / budget) levels
-    of this are merged (`kdecore.evaluate`). Temporaries are O(budget · (n_q + n_k)); no n × n array is
-    ever made.
+    expected to be at most 1.16 times exact's, search included, where no budget is refused. Where queries see intervals of
+    keys, log₄(n / budget) levels of this are merged (`kdecore.evaluate`). Temporaries are O(budget · (n_q + n_k)); no n × n
+    array is ever made.
 
     References
     ----------
@@ -196,7 +196,7 @@ def attention(
     if call.check_finite:
         check_finite_inputs(q=q, k=k, v=v, **({} if mask is None else {"mask": mask}))
     settings = call.settings
-    tried = [] if call.rtol is None else to_try(call.method, call.budget, problem, call.kernels)
+    tried = None if call.rtol is None else to_try(call.method, call.budget, problem, call.kernels)
     plan_for: Callable[..., Plan] = partial(make_plan, method=call.method, budget=call.budget, **settings)
     with team(settings["threads"]), device_context(problem.q):
         problem, bad = finite_queries(problem.standing_at(restrictions.diagonal), call.kernels)

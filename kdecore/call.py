@@ -8,7 +8,7 @@ from typing import Any
 from kdecore.certificate import check_share
 from kdecore.options import Options, check_boolean, integer, one_of, set_integers
 from kdecore.planning import check_method, check_settings
-from kdecore.tolerance import candidates, check_tolerance
+from kdecore.tolerance import candidate, check_tolerance
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CallOptions:
         check_method(self.method, self.budget)
         check_tolerance(self.rtol, self.rtol_norm)
         if self.rtol is not None:
-            candidates(self.method, self.budget)
+            candidate(self.method, self.budget)
         check_boolean("causal", self.causal)
         check_boolean("check_finite", self.check_finite)
         check_settings(self.seed, self.kernels, self.threads)

@@ -300,7 +300,9 @@ def arrival_times() -> Array:
 
 def resampled(counts: Array, values: Array) -> Array:
     """Return the sums of values (G, m) over each replicate's draws: (G, `REPLICATES`)."""
-    step = max(1, SMALL_PRODUCT // values.shape[0] // REPLICATES)
+    # The product of one row is one of a matrix and a vector.
+    small = SMALL_MATRIX if values.shape[0] == 1 else SMALL_PRODUCT // values.shape[0]
+    step = max(1, small // REPLICATES)
     parts = [values[:, part] @ counts[:, part].T for part in spans(values.shape[1], step)]
     return sum(parts[1:], start=parts[0])
 

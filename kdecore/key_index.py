@@ -15,7 +15,7 @@ from kdecore.kernels.registry import choose
 from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.methods import treecode
-from kdecore.methods.view import second_moment
+from kdecore.methods.view import query_moment
 from kdecore.namespaces import (
     Array,
     device_context,
@@ -150,10 +150,10 @@ class KeyIndex:
                 raise ShapeError(f"queries must have at least one row, or be None; got shape {tuple(queries.shape)}")
         # Raises where the kernels asked for can't run, however few the keys.
         self._plan(problem, Exact())
-        multiply = choose("cross_moment", site_of(problem), self._settings["kernels"]).function
+        measure = choose("second_moment", site_of(problem), self._settings["kernels"]).function
         with team(self._settings["threads"]), device_context(self._one[0]):
             with quiet():
-                self._moment = second_moment(problem, multiply, seen)
+                self._moment = query_moment(problem.xp, seen, measure)
             self._like = None if queries is None else sample_of(seen)
             self._segments = (self._indexed(replace(problem, q=problem.q[:, :0, :])),)
 

@@ -45,7 +45,8 @@ ACCUMULATION = {"float16": "float32", "bfloat16": "float32", "float32": "float32
 # A tile of this many logits is 1 MiB in float32: measured best on two cores with 512 KiB of L2 each (bench/NOTES.md).
 TILE_ELEMENTS = 2**18
 # Multiplications of one matrix product: of more, NumPy's threads would spin for long afterwards (bench/NOTES.md).
-SMALL_PRODUCT = 2**19
+SMALL_PRODUCT = 2**18
+WIDE_ROW = 4096
 FEWEST_ROWS = 16
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "check_floating",
     "check_not_traced",
     "check_plain",
+    "column_ranges",
     "common_device",
     "common_namespace",
     "contiguous",
@@ -491,6 +493,24 @@ def cross_moment(xp: Namespace, x: Array, y: Array) -> Array:
     step = rows if rows >= FEWEST_ROWS and not on_accelerator(x) else max(1, int(x.shape[1]))
     parts = [xp.matrix_transpose(x[:, part, :]) @ y[:, part, :] for part in spans(int(x.shape[1]), step)]
     return sum(parts[1:], start=parts[0]) / int(x.shape[1])
+
+
+def column_ranges(xp: Namespace, x: Array) -> tuple[Array, Array]:
+    """Return the least and the largest of each column of rows (G, n, d), n ≥ 1: (G, d) each.
+
+    On the CPU of rows put side by side first: NumPy takes a fifth of the time where it compares more numbers in a go.
+    """
+    groups, n, d = x.shape
+    beside = 1 if on_accelerator(x) or d == 0 else max(1, min(n, WIDE_ROW // d))
+    whole = n // beside * beside
+    parts = [(xp.reshape(x[:, :whole, :], (groups, whole // beside, beside * d)), beside)]
+    if whole < n:
+        parts.append((x[:, whole:, :], 1))
+
+    def of_all(reduce: Callable[..., Array]) -> Array:
+        return reduce(xp.concat([xp.reshape(reduce(rows, axis=1), (groups, m, d)) for rows, m in parts], axis=1), axis=1)
+
+    return of_all(xp.min), of_all(xp.max)
 
 
 def is_boolean(value: object) -> bool:

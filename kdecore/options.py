@@ -283,7 +283,7 @@ class Treecode:
     def kernels(self) -> tuple[str, ...]:
         """Kernels that these options need."""
         return (
-            "cross_moment",
+            "second_moment",
             "balanced_view",
             "project_rows",
             "row_norms",

@@ -110,15 +110,15 @@ def run_all(problem: Problem, restrictions: Restrictions, options: Options, sett
 
 
 def find(
-    share: Share, settings: dict[str, Any], tried: Sequence[Options], rtol: float, norm: str, limit: float
+    share: Share, settings: dict[str, Any], tried: Options | None, rtol: float, norm: str, limit: float
 ) -> Iterator[Outcome]:
     """Evaluate a share to a tolerance (`kdecore.tolerance.search`), by what takes no more than ``limit`` bytes.
 
     In parts where even exact attention would take more, each of which keeps the tolerance.
     """
     assert share.problem is not None
-    plan_for = partial(make_plan, share.problem, **settings)
-    exact = plan_for(method=Exact())
+    plan_for: Callable[..., Plan] = partial(make_plan, **settings)
+    exact = plan_for(share.problem, method=Exact())
     if exact.temporary_bytes <= limit:
         found = search(share.problem, plan_for, exact, tried, rtol, norm, limit)
         part = spoilt_by_keys(share.problem, exact, found.part)

@@ -53,6 +53,8 @@ class CostModel:
         A slot of a list: for each dimension of its key, exp's among them; and whatever the dimension.
     row_dimension, row
         Ordering and summarising a row: for each dimension, and whatever the dimension.
+    group
+        Moments of a group, for each pair of dimensions.
     call
         What it takes more than exact however little there is to do.
     """
@@ -61,6 +63,7 @@ class CostModel:
     opened_node: float
     row_dimension: float
     row: float
+    group: float
     call: float
 
 
@@ -76,9 +79,9 @@ WORTHWHILE = 1.3
 """``"auto"`` estimates where that is expected to be so many times as fast as exact: an error for no gain helps nobody."""
 
 COST_MODELS = {
-    "treecode": CostModel(1.4, 193.0, 520.0, 23_500.0, 4.6e8),
-    "sortlsh": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
-    "hyper": CostModel(0.7, 0.0, 75.0, 16_000.0, 1e7),
+    "treecode": CostModel(1.24, 167.0, 305.0, 51_400.0, 14_700.0, 5.1e8),
+    "sortlsh": CostModel(0.7, 0.0, 75.0, 16_000.0, 0.0, 1e7),
+    "hyper": CostModel(0.7, 0.0, 75.0, 16_000.0, 0.0, 1e7),
 }
 
 
@@ -136,7 +139,7 @@ def expected_cost(problem: Problem | Sizes, options: Options) -> Cost:
     key = size * (problem.d + problem.d_v + EXP_DIMENSIONS)
     row = size * (problem.d + problem.d_v) * model.row_dimension + model.row
     return Cost(
-        prepare=times * (problem.groups * (problem.n_q + problem.n_k) * row + model.call),
+        prepare=times * (problem.groups * ((problem.n_q + problem.n_k) * row + model.group * problem.d**2) + model.call),
         evaluate=problem.groups * problem.n_q * options.budget * (key * model.listed_key + model.opened_node),
     )
 
@@ -385,8 +388,9 @@ def _choices(problem: Problem, options: Options, cuts: tuple[Step, ...], site: S
     """Choose an implementation of every kernel that options need."""
     needed = dict.fromkeys(options.kernels)
     if "attend_tree" in needed:
-        # It has no gradients: where these are recorded lists are made.
-        del needed["attend_tree" if site.gradient else "attend_blocks"]
+        # Where gradients are recorded and it doesn't know its own, lists are made.
+        fused = not site.gradient or choose("attend_tree", site, kernels).target == "torch-autograd"
+        del needed["attend_blocks" if fused else "attend_tree"]
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
     if problem.visible is not None or problem.mask is not None:

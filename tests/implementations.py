@@ -16,7 +16,7 @@ def implementations(kernel):
 
 def on_host(kernel):
     """Parametrise a test over those that take NumPy arrays."""
-    found = [x for x in KERNELS[kernel] if x.target not in ("numba-cuda", "triton")]
+    found = [x for x in KERNELS[kernel] if x.target not in ("numba-cuda", "triton", "torch-autograd")]
     return pytest.mark.parametrize("implementation", found, ids=lambda found: found.target)
 
 

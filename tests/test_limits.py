@@ -288,7 +288,8 @@ def test_no_piece_of_a_call_is_larger_than_planned(watched, call, method, dtype)
 
 @pytest.mark.parametrize("method", ["treecode", "sortlsh"])
 def test_no_piece_of_a_search_is_larger_than_planned(watched, monkeypatch, method):
-    monkeypatch.setattr(tolerance, "SEARCH_SHARE", math.inf)
+    for name in ("THINNED_SHARE", "WHOLE_SHARE"):
+        monkeypatch.setattr(tolerance, name, math.inf)
     call = {"method": method, "rtol": 0.8, "kernels": "array-api", "return_report": True}
     _, report = kdecore.attention(*random_inputs("bfloat16", 6000), **call)
     assert report.rounds

@@ -1,5 +1,8 @@
 """`rtol=`: what is tried, that it is kept, and that exact is the last resort."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,8 @@ from kdecore.methods import STAGES
 from kdecore.metrics import errors
 from kdecore.namespaces import host
 from kdecore.planning import expected_cost, make_plan
-from kdecore.tolerance import CANDIDATES, SEARCH_SHARE, Trial
+from kdecore.tolerance import MOST_REFUSED, THINNED_SHARE, Ground, thinned
+from kdecore.visibility import sliding
 
 
 def clustered(rng, groups, n, d, spread=0.3, dtype=np.float32):
@@ -39,19 +43,19 @@ def test_the_error_asked_for_is_kept(rng, norm, rtol):
     assert report.certificate.upper(norm) == last.upper
     assert error(out, arrays, norm) <= rtol
     assert "certified" in str(report)
-    assert last.spent <= SEARCH_SHARE
+    assert last.spent < 1
     again = kdecore.attention(*arrays, method=report.method, budget=last.budget)
     np.testing.assert_array_equal(out, again)
 
 
-def test_budgets_grow_and_looser_tolerances_cost_less(rng):
+def test_refused_budgets_grow_and_looser_tolerances_cost_less(rng):
     arrays = clustered(rng, 1, 16000, 24)
     costs = []
     for rtol in (0.3, 0.1, 0.03):
         _, report = kdecore.attention(*arrays, rtol=rtol, return_report=True)
-        for name in {one.method for one in report.rounds}:
-            budgets = [one.budget for one in report.rounds if one.method == name]
-            assert budgets == sorted(budgets)
+        budgets = [one.budget for one in report.rounds if one.step == "certified"]
+        assert budgets == sorted(set(budgets))
+        assert report.rounds[0].step == "pilot"
         problem = canonicalise(*arrays)
         options = {"sortlsh": SortLSH, "treecode": Treecode, "exact": Exact}[report.method]()
         costs.append(expected_cost(problem, options.resolve(report.rounds[-1].budget)).total)
@@ -68,7 +72,8 @@ def test_exact_where_nothing_else_is_cheaper(rng):
     out, report = kdecore.attention(*random, rtol=0.02, return_report=True)
     assert report.method == "exact"
     assert "rtol 0.02" in report.reason
-    assert all(one.spent <= SEARCH_SHARE for one in report.rounds)
+    assert {one.step for one in report.rounds} <= {"pilot"}
+    assert all(one.spent <= THINNED_SHARE for one in report.rounds)
     np.testing.assert_array_equal(out, kdecore.attention(*random, method="exact"))
 
 
@@ -95,23 +100,68 @@ def test_the_same_choice_on_every_library_and_in_every_run(rng):
     np.testing.assert_allclose(out.numpy(), first, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", CANDIDATES, ids=lambda options: options.name)
+def test_no_answer_that_keeps_the_tolerance_is_thrown_away(rng):
+    """Rows in clusters, each query among the keys: half as many keys as there are would do, and exact takes longer."""
+    centres = rng.standard_normal((100, 64))
+    x = (centres[rng.integers(0, 100, 8000)] + 0.3 * rng.standard_normal((8000, 64))).astype(np.float32)
+    out, report = kdecore.attention(x, x, x, rtol=0.2, return_report=True)
+    assert report.method == "treecode"
+    assert error(out, (x, x, x), "frobenius") <= 0.2
+
+
+def test_a_slow_fall_of_errors_ends_the_search(rng, monkeypatch):
+    """Errors that hardly fall: the budget that would do is foretold from how they fell, and is dearer than exact."""
+    errors_found = iter(0.3 * 0.99**i for i in range(100))
+
+    def promised(*arguments):
+        found = next(errors_found)
+        return Certificate(40, 0.95, found, (found, found), found, (found, found))
+
+    monkeypatch.setattr(tolerance, "estimate_errors", promised)
+    _, report = kdecore.attention(*clustered(rng, 1, 12000, 24), rtol=0.2, return_report=True)
+    assert report.method == "exact"
+    assert len([one for one in report.rounds if one.step == "certified"]) <= MOST_REFUSED
+    budgets = [one.budget for one in report.rounds]
+    assert budgets[-1] > 4 * budgets[-2]
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])
+@pytest.mark.parametrize(("diagonal", "window"), [(0, None), (5, None), (-7, 20), (1, 9)])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_thinned_queries_see_those_of_their_keys_that_are_left(rng, stride, diagonal, window, repeats):
+    q, k, v = rng.standard_normal((1, repeats, 50, 4)), *rng.standard_normal((2, 1, 1, 61, 4))
+    problem = canonicalise(q, k, v).standing_at(diagonal)
+    by_position = sliding(50, 61, True, window, diagonal)
+    problem = replace(problem, visible=by_position.rows(np.repeat(np.arange(50), repeats)))
+    some = thinned(problem, stride)
+    first = int(np.flatnonzero((problem.k[0] == some.k[0, 0]).all(axis=1))[0])
+    queries = (np.arange(0, 50, stride)[:, None] * repeats + np.arange(repeats)).ravel()
+    np.testing.assert_array_equal(some.q, problem.q[:, queries])
+    np.testing.assert_array_equal(some.k, problem.k[:, first::stride])
+    np.testing.assert_array_equal(some.v, problem.v[:, first::stride])
+    seen = (x.visible.bias(0, x.n_k)[0] == 0 for x in (problem, some))
+    np.testing.assert_array_equal(next(seen)[queries, first::stride], next(seen))
+    own = problem.own[0, queries]
+    # The stride divides what lies between two queries, so that all that had a key of their own still have it.
+    np.testing.assert_array_equal(some.own[0], np.where(own < 0, -1, (own - first) // stride))
+    assert (some.own[0] >= 0).any()
+
+
+@pytest.mark.parametrize("options", [SortLSH(), Treecode()], ids=lambda options: options.name)
 def test_what_is_tried_is_what_all_queries_get(rng, options):
     """The rows of a trial are those of the whole result, to rounding: lists are made block by block."""
     arrays = clustered(rng, 2, 1500, 12, dtype=np.float64)
     problem = canonicalise(*arrays)
 
-    def plan_for(method):
-        return make_plan(problem, method=method, seed=2)
-
-    trial = Trial(problem, plan_for, options)
-    trial.promising = True
-    found = trial.measure()
-    sample = trial._samples[True]
-    _, part = trial.evaluate()
+    ground = Ground(problem, partial(make_plan, seed=2), options, 1)
+    found = ground.measure(96, "certified")
+    sample, plan = ground._samples["certified"], ground.plan(96)
+    _, part = ground.evaluate(96)
     exact = kdecore.attention(*arrays, method="exact")
     if STAGES[options.name].restrict is not None:
-        some = attend(sample.problem, trial.plan, STAGES[options.name].select(sample.problem, trial.plan, sample.prepared))
+        stages = STAGES[options.name]
+        of_blocks, prepared, _ = stages.restrict(problem, ground.prepared(96), sample.numbers)
+        some = attend(of_blocks, plan, stages.select(of_blocks, plan, prepared))
         tried = np.stack([x[place] for x, place in zip(some.out, sample.place, strict=True)])
         distance = np.linalg.norm(part.out[:, None] - tried[:, :, None], axis=-1)
         whole = distance.argmin(axis=2)
@@ -176,11 +226,10 @@ def test_wrong_arguments(rng, options, message):
 def test_what_is_certified_was_not_in_the_pilot(rng, monkeypatch):
     monkeypatch.setattr(tolerance, "PILOT_PART", 1)
     problem = canonicalise(*clustered(rng, 1, 3000, 8))
-    trial = Trial(problem, lambda method: make_plan(problem, method=method), Treecode())
-    trial.measure()
-    trial.promising = True
-    trial.measure()
-    pilot, certified = (trial._samples[kind].exact for kind in (False, True))
+    ground = Ground(problem, make_plan, Treecode(), 1)
+    for kind in ("pilot", "certified"):
+        ground.measure(96, kind)
+    pilot, certified = (ground._samples[kind].exact for kind in ("pilot", "certified"))
     assert pilot.shape == certified.shape
     assert np.mean(np.all(pilot == certified, axis=-1)) < 0.2
 

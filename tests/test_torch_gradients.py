@@ -11,11 +11,12 @@ import kdecore
 from kdecore.attend import attend
 from kdecore.evaluate import SELECT
 from kdecore.inputs import canonicalise
-from kdecore.kernels.cross_moment.reference import cross_moment
+from kdecore.kernels import registry
 from kdecore.kernels.gap_moments.reference import gap_moments
+from kdecore.kernels.second_moment.reference import second_moment
 from kdecore.methods import treecode
 from kdecore.methods.first_order import first_order
-from kdecore.methods.view import second_moment
+from kdecore.methods.view import query_moment
 from kdecore.planning import make_plan
 from kdecore_adapters import torch_gradients
 from kdecore_adapters.torch_adapter import scaled_dot_product_attention
@@ -38,16 +39,24 @@ ESTIMATES = {
 }
 
 
+@pytest.fixture
+def listed(monkeypatch):
+    """Have gradients of the treecode taken through lists, as where no kernel knows those of a tree being opened."""
+    known = tuple(one for one in registry.KERNELS["attend_tree"] if one.target != "torch-autograd")
+    return lambda: monkeypatch.setitem(registry.KERNELS, "attend_tree", known)
+
+
 @pytest.mark.parametrize("options", ESTIMATES.values(), ids=ESTIMATES)
-def test_gradcheck_with_what_was_chosen_held_fixed(options):
+def test_gradcheck_with_what_was_chosen_held_fixed(listed, options):
     """The means of tree nodes, and the first-order term, are functions of keys and values; lists and weights constants."""
+    listed()
     q, k, v = tensors((2, 13, 3), (2, 29, 3), (2, 29, 4))
     problem = canonicalise(q, k, v)
     plan = make_plan(problem, method=options)
     chosen = SELECT[plan.method](problem, plan)
     if isinstance(options, kdecore.Treecode) and options.far_field == "mean":
         fixed = problem.without_gradient()
-        moment = second_moment(problem, cross_moment, fixed.q)
+        moment = query_moment(problem.xp, fixed.q, second_moment)
         view, coordinates, sizes = treecode.described_keys(fixed, plan, moment)
         prepared = treecode.prepare(fixed, plan)
         _, key_index, share = treecode.open_pilot(fixed, plan, prepared)
@@ -62,6 +71,63 @@ def test_gradcheck_with_what_was_chosen_held_fixed(options):
         return part.out, part.lse
 
     assert torch.autograd.gradcheck(estimate, (q, k, v))
+
+
+@pytest.mark.parametrize(
+    "call", [{}, {"diagonal": 0}, {"causal": True}, {"causal": True, "window": 300}, {"key_lengths": True}]
+)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((1, 700, 5, 7, 60), torch.float64),
+        ((3, 900, 33, 3, 200), torch.float64),
+        ((2, 800, 64, 64, 96), torch.float32),
+        ((6, 500, 16, 20, 64), torch.bfloat16),
+    ],
+)
+def test_gradients_of_trees_opened_again_are_those_of_their_lists(rng, listed, call, sizes, dtype):
+    heads, n, d, d_v, budget = sizes
+    centres = rng.standard_normal((heads, 40, d))
+    q, k = (centres[:, rng.integers(0, 40, n)] + 0.3 * rng.standard_normal((heads, n, d)) for _ in range(2))
+    arrays = [torch.tensor(x, dtype=dtype) for x in (q, k, rng.standard_normal((heads, n, d_v)))]
+    of_out, of_lse = torch.tensor(rng.standard_normal((heads, n, d_v))), torch.tensor(rng.standard_normal((heads, n)))
+    call = {"key_lengths": [n - 7 * head for head in range(heads)]} if "key_lengths" in call else call
+
+    def results(kernel):
+        inputs = [x.clone().requires_grad_() for x in arrays]
+        out, lse, report = kdecore.attention(
+            *inputs, method="treecode", budget=budget, return_lse=True, return_report=True, certificate=0, **call
+        )
+        assert (kernel in report.kernels) is (report.method == "treecode")
+        return out.detach(), *torch.autograd.grad((out * of_out).sum() + (lse * of_lse).sum(), inputs)
+
+    found = results("attend_tree")
+    listed()
+    expected = results("attend_blocks")
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.linalg.vector_norm((one - other).double()) < tolerance * torch.linalg.vector_norm(other.double())
+
+
+def test_gradients_of_trees_depend_on_no_number_of_threads(rng):
+    q, k, v = (torch.tensor(rng.standard_normal((1, 900, 8)), dtype=torch.float32, requires_grad=True) for _ in range(3))
+    first, second = (
+        torch.autograd.grad(kdecore.attention(q, k, v, method="treecode", budget=64, threads=threads).sum(), (q, k, v))
+        for threads in (1, 3)
+    )
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_where_all_values_are_alike():
+    """Rounding takes results beyond the least and the largest value, where they are held: no gradient is lost by that."""
+    q, k = tensors((1, 300, 8), (1, 300, 8))
+    v = torch.ones(1, 300, 3, dtype=torch.float64, requires_grad=True)
+    for kernels in ("auto", "array-api"):
+        out = kdecore.attention(q, k, v, method="treecode", budget=60, kernels=kernels)
+        (of_v,) = torch.autograd.grad(out.sum(), (v,))
+        # Each result is a mean of values: its weights add up to 1.
+        torch.testing.assert_close(of_v.sum(dim=1), torch.full((1, 3), 300.0, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("biased", ["for each block", "for all", ""])
@@ -114,6 +180,14 @@ def test_gradcheck_of_tree_nodes(n, size):
         return found.keys, found.values
 
     assert torch.autograd.gradcheck(nodes, (k, v))
+
+
+def test_gradcheck_of_gaps(rng):
+    """Rows that are drawn several times, and means that are drawn too."""
+    xp = kdecore.namespaces.namespace_of(torch.ones(1))
+    keys, values = tensors((2, 20, 3), (2, 20, 5))
+    drawn, mean = (torch.tensor(rng.integers(low, high, (2, 3, 12))) for low, high in ((4, 20), (0, 6)))
+    assert torch.autograd.gradcheck(lambda *x: torch_gradients.gap_moments(xp, *x, drawn, mean), (keys, values))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,12 +13,12 @@ from kdecore.errors import OptionError
 from kdecore.inputs import canonicalise
 from kdecore.kernels import rank_codes
 from kdecore.kernels.balanced_view.reference import with_ridge
-from kdecore.kernels.cross_moment.reference import cross_moment
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.registry import KERNELS
+from kdecore.kernels.second_moment.reference import second_moment
 from kdecore.methods import first_order, treecode
 from kdecore.methods.sweeps import first_order_of_leaves
-from kdecore.methods.view import balanced_view, second_moment
+from kdecore.methods.view import balanced_view, query_moment
 from kdecore.namespaces import host, namespace_of
 from kdecore.planning import make_plan
 from kdecore.tree import bounds, depth, node_count
@@ -178,7 +178,7 @@ def test_a_vector_added_to_all_keys_changes_nothing(rng):
 def view_of(q, k, scale):
     problem = canonicalise(q, k, k, scale)
     plan = make_plan(problem, method="treecode", budget=100)
-    return balanced_view(problem, plan, second_moment(problem, cross_moment, q))
+    return balanced_view(problem, plan, query_moment(problem.xp, q, second_moment))
 
 
 def test_coordinates_hold_the_logits(rng):
@@ -410,7 +410,7 @@ def test_the_first_order_term_of_rows_in_half_precision_is_computed_in_the_dtype
     nodes = KERNELS["node_summaries"][-1].function(xp, k, k, k[:, :, :4], ones, order, 4, ones[:, 0])
     half = nodes._replace(keys=nodes.keys.to(torch.bfloat16), values=nodes.values.to(torch.bfloat16))
     wide = nodes._replace(keys=half.keys.to(torch.float32), values=half.values.to(torch.float32))
-    found, expected = (first_order_of_leaves(xp, x, 500, cross_moment) for x in (half, wide))
+    found, expected = (first_order_of_leaves(xp, x, 500) for x in (half, wide))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 
@@ -422,7 +422,7 @@ def test_no_first_order_term_is_read_from_chance(rng):
     norms = []
     for v in (unrelated, k @ rng.standard_normal((20, 20))):
         nodes = KERNELS["node_summaries"][-1].function(host, k, v, k[:, :, :4], np.ones((1, 3000)), order, 4, np.ones(1))
-        norms.append(np.linalg.norm(first_order_of_leaves(host, nodes, 3000, cross_moment)) / np.linalg.norm(v))
+        norms.append(np.linalg.norm(first_order_of_leaves(host, nodes, 3000)) / np.linalg.norm(v))
     # Chance alone would leave √(1 / 1,000 rows) of what the linear map shows, times √20 for as many columns: 0.14.
     assert norms[0] < 0.05 * norms[1]
 

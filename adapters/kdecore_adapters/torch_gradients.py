@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 from kdecore.kernels.attend_blocks.contract import backward_limit
 from kdecore.kernels.jit import kernel
 from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.kernels.registry import choose, triton_problem
 from kdecore.kernels.site import Largest, Site
+from kdecore.kernels.threads import team
 from kdecore.merge import Part, merge
 from kdecore.namespaces import ACCUMULATION, Namespace, dtype_name, host, namespace_of, spans
 from kdecore.tree import bounds, depth, node_count
@@ -56,6 +58,33 @@ def attend_dense(xp: Namespace, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     return Part(*_Dense.apply(q, k, v, scale))
 
 
+def attend_tree(
+    xp: Namespace,
+    queries: BlockQueries,
+    tree: Tree,
+    values: Tensor,
+    threshold: Tensor,
+    most: int,
+    start: tuple[int, int, int],
+    own: Tensor | None = None,
+    slope: Tensor | None = None,
+    limits: tuple[Tensor, Tensor] | None = None,
+    before: Part | None = None,
+) -> tuple[Part, Tensor]:
+    """Follow `kdecore.kernels.attend_tree.contract.AttendTree`, recorded for gradients in q, keys, values and slope."""
+    # A tree that was built in inference mode can't be kept as it is.
+    inputs = map(_kept, (*queries, *tree, values, slope, own))
+    out, lse, counts = _Tree.apply(*inputs, limits, (_kept(threshold), most, start), before is not None)
+    part = Part(out, lse)
+    return (part if before is None else merge(xp, before, part)), counts
+
+
+def gap_moments(xp: Namespace, keys: Tensor, values: Tensor, drawn: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow `kdecore.kernels.gap_moments.contract.GapMoments`, recorded for gradients in keys and values."""
+    products, spreads, sizes = _Gaps.apply(keys, values, drawn, mean)
+    return products, spreads, sizes
+
+
 def node_summaries(
     xp: Namespace,
     k: Tensor,
@@ -72,7 +101,9 @@ def node_summaries(
 
 def backward(kernel: str, site: Site) -> str:
     """Return what computes a kernel's gradients at a site, and why no other."""
-    if kernel == "node_summaries":
+    if kernel in ("node_summaries", "attend_tree"):
+        return "numba-cpu" if site.device == "cpu" else "PyTorch"
+    if kernel == "gap_moments":
         return "PyTorch"
     reason = unfused(site)
     return "triton" if reason is None else f"PyTorch (triton: {reason})"
@@ -220,6 +251,90 @@ class _Dense(torch.autograd.Function):
         return *_in_dtypes_of((of_q, of_k, of_v), (q, k, v)), None
 
 
+class _Tree(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor,
+        scale: float,
+        coordinates: Tensor,
+        index: Tensor,
+        keys: Tensor,
+        spread: Tensor,
+        variances: Tensor,
+        sizes: Tensor,
+        values: Tensor,
+        slope: Tensor | None,
+        own: Tensor | None,
+        limits: tuple[Tensor, Tensor] | None,
+        opening: tuple[Tensor, int, tuple[int, int, int]],
+        merged: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = _unrecorded("attend_tree", _site(q, groups=len(q), n_q=q.shape[1], d=q.shape[2], d_v=values.shape[2] - 1))
+        queries, tree = BlockQueries(q, scale, coordinates, index), Tree(keys, spread, variances, sizes)
+        nothing = None
+        if merged:
+            # Of queries in no block, what is merged with others has to mean something.
+            shape = q.shape[:2]
+            nothing = Part(q.new_zeros(*shape, values.shape[2] - 1), q.new_full(shape, -math.inf))
+        part, counts = kernel(namespace_of(q), queries, tree, values, *opening, own, slope, limits, nothing)
+        return part.out, part.lse, counts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        q, ctx.scale, *tensors, own, _, (threshold, ctx.most, ctx.start), _ = inputs
+        ctx.save_for_backward(q, *tensors, own, threshold, output[1])
+        ctx.mark_non_differentiable(output[2])
+        with team() as helpers:
+            ctx.threads = helpers.threads
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        from kdecore.kernels.attend_tree import cpu_backward
+
+        q, coordinates, index, *nodes, values, slope, own, threshold, lse = ctx.saved_tensors
+        queries, tree = BlockQueries(q, ctx.scale, coordinates, index), Tree(*nodes)
+        lse, grad_lse = _of_rows(lse, grad_lse)
+        opening = threshold, ctx.most, ctx.start
+        with team(ctx.threads):
+            found = cpu_backward.gradients(queries, tree, values, *opening, own, slope, lse, grad_out, grad_lse)
+        of_q, of_keys, of_values, of_slope = (torch.from_numpy(x) for x in found)
+        of_first_order = None if slope is None else of_slope
+        return of_q, None, None, None, of_keys, None, None, None, of_values, of_first_order, None, None, None, None
+
+
+class _Gaps(torch.autograd.Function):
+    @staticmethod
+    def forward(keys: Tensor, values: Tensor, drawn: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
+        kernel = _unrecorded("gap_moments", _site(keys, groups=len(keys), d=keys.shape[2], d_v=values.shape[2] - 1))
+        return tuple(kernel(namespace_of(keys), keys, values, drawn, mean))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_products: Tensor, of_spreads: Tensor, of_sizes: Tensor) -> tuple[Tensor | None, ...]:
+        keys, values, drawn, mean = ctx.saved_tensors
+        dtype, count = of_products.dtype, drawn.shape[2]
+        of_keys, of_values = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
+        # A block of a group after another: their gaps, made again, take less memory than those of all.
+        for group in range(len(keys)):
+            for block in range(drawn.shape[1]):
+                rows, means = drawn[group, block], mean[group, block]
+                gap, value_gap = (x[group, rows].to(dtype) - x[group, means].to(dtype) for x in (keys, values[..., :-1]))
+                square, value_square = (x.square().sum(-1, keepdim=True) for x in (gap, value_gap))
+                spread, size = of_spreads[group, block], of_sizes[group, block]
+                of_gap = value_gap @ of_products[group, block].T + 2.0 * gap * (spread + size * value_square)
+                of_value_gap = gap @ of_products[group, block] + 2.0 * value_gap * size * square
+                of_value_gap = torch.nn.functional.pad(of_value_gap, (0, 1))
+                for target, change in ((of_keys, of_gap), (of_values, of_value_gap)):
+                    add_rows(target[group], rows, change, 1.0 / count)
+                    add_rows(target[group], means, change, -1.0 / count)
+        return *_in_dtypes_of((of_keys, of_values), (keys, values)), None, None
+
+
 class _Nodes(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -236,22 +351,29 @@ class _Nodes(torch.autograd.Function):
         k, _, _, _, order, ctx.leaf_size, half_norm = inputs
         ctx.dtype = k.dtype
         keys, values, spread, variances, sizes = output
-        ctx.save_for_backward(order, half_norm, keys, values[..., -1], spread)
+        ctx.save_for_backward(order, half_norm, keys, values[..., -1].contiguous(), spread)
         ctx.mark_non_differentiable(spread, variances, sizes)
+        with team() as helpers:
+            ctx.threads = helpers.threads
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_keys: Tensor, of_values: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         order, half_norm, keys, last, spread = ctx.saved_tensors
         keys, of_keys, of_values = (x.to(spread.dtype) for x in (keys, of_keys, of_values))
+        if keys.device.type == "cpu":
+            from kdecore.kernels.node_summaries import cpu_backward
+
+            with team(ctx.threads):
+                rows = cpu_backward.gradients(order, half_norm, keys, last, spread, of_keys, of_values, ctx.leaf_size)
+            return *(torch.from_numpy(x).to(ctx.dtype) for x in rows), None, None, None, None, None
         groups, n = order.shape
         levels = [host.diff(bounds(n, level)) for level in range(depth(n, ctx.leaf_size) + 1)]
         counts = torch.from_numpy(host.concat(levels)).to(keys)
         nodes, d = len(counts), keys.shape[2]
         frozen = half_norm[:, None] * spread > counts.log()
         of_spread = of_values[:, :nodes, -1] * torch.where(frozen, last[:, :nodes] / (2.0 * spread), 1.0)
-        # A key's spread round its node's mean has the slope 2 (k − mean) / count, in which the mean may be taken from any
-        # centre: near the keys, so that little cancels.
+        # As kdecore.kernels.node_summaries.cpu_backward has it.
         centred = keys - keys[:, :1]
         of_means = of_keys[:, :nodes] - 2.0 * of_spread[..., None] * centred[:, :nodes]
         shares = torch.cat([of_means, of_values[:, :nodes, :-1], of_spread[..., None]], dim=-1) / counts[:, None]
@@ -270,6 +392,11 @@ class _Nodes(torch.autograd.Function):
             return rows.reshape(ordered.shape).to(ctx.dtype)
 
         return in_place(of_k), in_place(of_v), None, None, None, None, None
+
+
+def _kept(x: Any) -> Any:
+    """Return what can be kept for a backward pass: a tensor that was made in inference mode once more."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def _flat(x: Tensor) -> Tensor:

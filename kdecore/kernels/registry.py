@@ -21,7 +21,6 @@ from kdecore.kernels import (
     balanced_view,
     bucket_order,
     bucket_windows,
-    cross_moment,
     draw_indices,
     draw_uniform,
     finite_rows,
@@ -34,6 +33,7 @@ from kdecore.kernels import (
     project_rows,
     rank_codes,
     row_norms,
+    second_moment,
     tree_order,
 )
 from kdecore.kernels.grids import MOST_BLOCKS
@@ -127,6 +127,10 @@ def _recorded_tensors(site: Site) -> str | None:
     return None
 
 
+def _recorded_on_host(site: Site) -> str | None:
+    return _recorded_tensors(site) or _host_floats(replace(site, gradient=""))
+
+
 Unsupported: TypeAlias = Callable[[Site], str | None]
 """Why an implementation cannot run at a site, or None where it can."""
 Limit: TypeAlias = Callable[[Largest], str | None]
@@ -192,11 +196,17 @@ def _within(unsupported: Unsupported, limit: Limit) -> Unsupported:
 
 
 def _implementations(
-    folder: Any, *, host: Unsupported = _host_constants, slower: Unsupported = _anywhere, others: tuple[str, ...] = ()
+    folder: Any,
+    *,
+    host: Unsupported = _host_constants,
+    slower: Unsupported = _anywhere,
+    recorded: Unsupported = _recorded_tensors,
+    others: tuple[str, ...] = (),
 ) -> tuple[Implementation, ...]:
     """Return the implementations of the kernel in a folder, with some of ``others``, fastest first.
 
-    ``slower`` is of the one in Numba CUDA. What sizes an implementation takes, the kernel's contract says in ``LIMITS``.
+    ``slower`` is of the one in Numba CUDA, ``recorded`` of the one that knows its gradients. What sizes an implementation
+    takes, the kernel's contract says in ``LIMITS``.
     """
     name = folder.__name__.rpartition(".")[2]
     reference = getattr(folder.reference, name)
@@ -215,7 +225,7 @@ def _implementations(
         *other("triton", f"{folder.__name__}.triton", _triton_floats if host is _host_floats else triton_problem),
         *other("numba-cuda", f"{folder.__name__}.cuda", _cuda_floats if host is _host_floats else _cuda_constants, slower),
         *((Implementation("numba-cpu", getattr(folder.cpu, name), host),) if hasattr(folder, "cpu") else ()),
-        *other("torch-autograd", GRADIENTS, _recorded_tensors),
+        *other("torch-autograd", GRADIENTS, recorded),
         Implementation("array-api", reference),
     )
 
@@ -229,15 +239,15 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "draw_uniform": _implementations(draw_uniform, others=("numba-cuda",)),
     "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
     "balanced_view": _implementations(balanced_view, others=("numba-cuda",)),
-    "cross_moment": _implementations(cross_moment, host=_host_floats),
+    "second_moment": _implementations(second_moment, host=_host_floats),
     "project_rows": _implementations(project_rows, host=_host_floats, others=("triton",)),
     "rank_codes": _implementations(rank_codes, others=("triton", "numba-cuda")),
     "tree_order": _implementations(tree_order),
     "node_summaries": _implementations(node_summaries, host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")),
     "pick_threshold": _implementations(pick_threshold),
     "open_tree": _implementations(open_tree),
-    "gap_moments": _implementations(gap_moments, host=_host_floats),
-    "attend_tree": _implementations(attend_tree, host=_host_floats),
+    "gap_moments": _implementations(gap_moments, host=_host_floats, others=("torch-autograd",)),
+    "attend_tree": _implementations(attend_tree, host=_host_floats, recorded=_recorded_on_host, others=("torch-autograd",)),
     "open_sweeps": _implementations(open_sweeps, others=("triton", "numba-cuda")),
     "attend_blocks": _implementations(attend_blocks, host=_host_floats, others=("triton", "torch-autograd")),
     "attend_dense": _implementations(attend_dense, host=_host_floats, others=("triton", "torch-autograd")),

@@ -32,11 +32,14 @@ class Stages(NamedTuple):
     restrict
         (problem, prepared, numbers (G, C)) → problem and prepared for C blocks of queries, chosen by numbers in [0, 1), as
         they are among all others, and their queries (G, C, b); None where evaluating all queries takes hardly longer.
+    calibrated
+        (problem, plan, prepared) → prepared, with what a budget needs for any of the queries; None where that is nothing.
     """
 
     prepare: Callable[[Problem, Plan], Any]
     select: Callable[[Problem, Plan, Any], Selected]
     restrict: Callable[[Problem, Any, Array], tuple[Problem, Any, Array]] | None = None
+    calibrated: Callable[[Problem, Plan, Any], Any] | None = None
 
 
 class Stretches(NamedTuple):
@@ -70,6 +73,6 @@ STRETCHES = {
 STAGES = {
     "sortlsh": Stages(sortlsh.prepare, sortlsh.block_and_sample),
     "hyper": Stages(hyper.prepare, sortlsh.block_and_sample),
-    "treecode": Stages(treecode.prepare, treecode.open_for, treecode.restrict),
+    "treecode": Stages(treecode.prepare, treecode.open_for, treecode.restrict, treecode.calibrated),
 }
 """Method name → its steps."""

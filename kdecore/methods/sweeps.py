@@ -4,8 +4,6 @@ Blocks list the keys of their queries' own one by one, which are taken out of th
 The first-order term's matrix is that of all leaves alike.
 """
 
-from collections.abc import Callable
-
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_sweeps.contract import START_SHARE
@@ -15,6 +13,7 @@ from kdecore.methods.view import sampled_leaves, within_leaves
 from kdecore.namespaces import (
     Array,
     Namespace,
+    cross_moment,
     from_host,
     host,
     invert_permutation,
@@ -91,13 +90,13 @@ def own_on_device(problem: Problem, own: Array, there: Array, queries: Span, see
     return from_host(xp, host.where(there, own, seen[0]), dtype=None, device=problem.device)
 
 
-def first_order_of_leaves(xp: Namespace, nodes: TreeNodes, n: int, multiply: Callable[..., Array]) -> Array:
+def first_order_of_leaves(xp: Namespace, nodes: TreeNodes, n: int) -> Array:
     """Return `DAMPING` times what the mean value of a node of unit spread gains for each unit of a query (derived).
 
     A node's mean value leaves out that keys of larger logits weigh more: to first order its values' mean under attention is
     v̄ + Cov_h(v, k) q. All nodes are taken to have covariances of one shape, that within leaves, in proportion to their
     spread; the attention's mean spread comes with the values. `DAMPING` since nodes open along the directions that matter
-    most, which leaves less of them within; and less of what may be chance. ``multiply`` is the kernel `cross_moment`.
+    most, which leaves less of them within; and less of what may be chance.
     Returns (G, d, d_v), in O(G `kdecore.methods.view.MOMENT_ROWS` d d_v).
     """
     dtype, d, d_v = nodes.spread.dtype, int(nodes.keys.shape[2]), int(nodes.values.shape[2]) - 1
@@ -106,5 +105,5 @@ def first_order_of_leaves(xp: Namespace, nodes: TreeNodes, n: int, multiply: Cal
     rows = int(keys.shape[1])
     size, value_size = (xp.sum(x * x, axis=(1, 2), keepdims=True) / rows for x in (keys, values))
     # Of rows that have nothing to do with each other, this much is left by chance.
-    surely = certain(xp, multiply(xp, keys, values), size * value_size / rows)
+    surely = certain(xp, cross_moment(xp, keys, values), size * value_size / rows)
     return surely * (DAMPING / xp.where(size > 0, size, 1.0))

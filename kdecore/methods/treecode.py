@@ -23,10 +23,11 @@ from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import BlockQueries, Tree, first_nodes
 from kdecore.methods.first_order import GOLDEN_RATIO, first_order
 from kdecore.methods.sweeps import first_order_of_leaves, open_in_sweeps, own_positions
-from kdecore.methods.view import View, balanced_view, second_moment, unseen_share
+from kdecore.methods.view import View, balanced_view, query_moment, unseen_share
 from kdecore.namespaces import (
     Array,
     Namespace,
+    column_ranges,
     contiguous,
     from_host,
     host,
@@ -164,13 +165,13 @@ def select(problem: Problem, plan: Plan) -> Selected:
 
 def prepare(problem: Problem, plan: Plan) -> Prepared:
     """Build the tree over the keys, and the blocks of queries. O(G ((n_q + n_k) (d p + p log n) + d² p))."""
-    moment = second_moment(problem, plan.kernels["cross_moment"].function, problem.q)
+    moment = query_moment(problem.xp, problem.q, plan.kernels["second_moment"].function)
     return prepare_queries(problem, plan, build(problem, plan, moment))
 
 
 def describe(problem: Problem, plan: Plan) -> Described:
     """Find coordinates of queries and keys, and sizes of values."""
-    moment = second_moment(problem, plan.kernels["cross_moment"].function, problem.q)
+    moment = query_moment(problem.xp, problem.q, plan.kernels["second_moment"].function)
     view, coordinates, sizes = described_keys(problem, plan, moment)
     of_queries = plan.kernels["project_rows"].function(problem.xp, without_gradient(problem.q), view.queries)
     return Described((of_queries,), (coordinates, sizes), (view.half_norm, view.queries, moment), shared=view)
@@ -197,7 +198,7 @@ def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int,
 
 
 def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
-    """Build the tree over a problem's keys for queries whose `second_moment` is ``moment``."""
+    """Build the tree over a problem's keys for queries whose `query_moment` is ``moment``."""
     view, coordinates, sizes = described_keys(problem, plan, moment)
     return grow(problem, plan, view, coordinates, sizes, moment)
 
@@ -225,9 +226,9 @@ def grow(
     still = TreeNodes(*(without_gradient(x) for x in nodes))
     unseen = still.spread
     if not in_sweeps(plan):
-        unseen = unseen * unseen_share(problem, view, moment, still, kernels["cross_moment"].function)[:, None]
+        unseen = unseen * unseen_share(problem, view, moment, still, kernels["second_moment"].function)[:, None]
     values = xp.astype(without_gradient(problem.v), problem.dtype, copy=False)
-    return KeyTree(view, order, nodes, unseen, (xp.min(values, axis=1), xp.max(values, axis=1)))
+    return KeyTree(view, order, nodes, unseen, column_ranges(xp, values))
 
 
 def in_sweeps(plan: Plan) -> bool:
@@ -345,14 +346,12 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
         )
         if sampled:
             return drawn(problem, plan, prepared, key_index, log_weight)
-        multiply = plan.kernels["cross_moment"].function
-        slope = first_order_of_leaves(xp, keys.nodes, problem.n_k, multiply)[:, None, ...]
+        slope = first_order_of_leaves(xp, keys.nodes, problem.n_k)[:, None, ...]
         return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=keys.limits))
     threshold, most, start, slope = prepared.calibration or calibrate(problem, plan, prepared)
     limits = None if slope is None else keys.limits
     if "attend_tree" in plan.kernels:
-        values = without_gradient(keys.nodes.values)
-        tree = summaries(keys)
+        tree, values = summaries(keys)._replace(keys=keys.nodes.keys), keys.nodes.values
         return Opening(blocks, prepared.coordinates, tree, values, threshold, most, start, slope, limits, prepared.own)
     queries = BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, blocks.index)
     key_index, log_weight, _, _ = plan.kernels["open_tree"].function(xp, queries, summaries(keys), threshold, most, start)
@@ -366,6 +365,11 @@ def summaries(keys: KeyTree) -> Tree:
     """Return what of a tree decides how it is opened."""
     still = keys.without_gradient().nodes
     return Tree(still.keys, keys.unseen, still.variances, still.sizes)
+
+
+def calibrated(problem: Problem, plan: Plan, prepared: Prepared) -> Prepared:
+    """Return the same with what the pilot finds for a plan's budget, so that any of its blocks can be opened."""
+    return prepared if in_sweeps(plan) else replace(prepared, calibration=calibrate(problem, plan, prepared))
 
 
 def calibrate(problem: Problem, plan: Plan, prepared: Prepared) -> Calibration:

@@ -1,6 +1,5 @@
 """How queries and keys see each other: in few coordinates whose products add up to nearly the whole logit."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,13 +35,17 @@ class View:
     half_norm: Array
 
 
-def second_moment(problem: Problem, multiply: Callable[..., Array], rows: Array) -> Array:
-    """Return the mean of x xᵀ over rows (G, n, d), from some of them where there are many: (G, d, d) float64.
+def query_moment(xp: Namespace, q: Array, measure: Callable[..., tuple[Array, Array]]) -> Array:
+    """Return the mean of x xᵀ over queries (G, n, d), from some of them where there are many: (G, d, d) float64.
 
-    ``multiply`` is the kernel `cross_moment`.
+    ``measure`` is the kernel `second_moment`.
     """
-    rows = finite_rows(problem, rows)
-    return multiply(problem.xp, rows, rows)
+    return measure(xp, without_gradient(q), spacing(q), False)[0]
+
+
+def spacing(rows: Array) -> int:
+    """Return how far apart the rows of (G, n, d) are that moments are taken from."""
+    return max(1, int(rows.shape[1]) // MOMENT_ROWS)
 
 
 def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
@@ -55,40 +58,28 @@ def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
     (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
     """
     xp, dtype, scale, d = problem.xp, problem.dtype, problem.scale, int(problem.k.shape[2])
-    keys = finite_rows(problem, problem.k)
-    centre = xp.mean(keys, axis=1, keepdims=True)
-    keys = keys - centre
+    keys, kernels = without_gradient(problem.k), plan.kernels
     of_scaled = moment * scale**2
     half_norm = xp.astype(xp.linalg.trace(of_scaled) * (0.5 / d), dtype)
-    kernels = plan.kernels
-    of_centred = kernels["cross_moment"].function(xp, keys, keys)
+    of_centred, centre = kernels["second_moment"].function(xp, keys, spacing(keys), True)
     queries, of_keys = kernels["balanced_view"].function(xp, of_scaled, of_centred, min(Treecode.DIRECTIONS, d))
     of_keys = xp.astype(of_keys, dtype)
-    of_centre = kernels["project_rows"].function(xp, xp.astype(centre, dtype), of_keys)
+    of_centre = kernels["project_rows"].function(xp, xp.astype(centre[:, None, :], dtype), of_keys)
     return View(xp.astype(queries * scale, dtype), of_keys, of_centre, half_norm)
 
 
-def finite_rows(problem: Problem, rows: Array) -> Array:
-    """Return at least `MOMENT_ROWS` rows or all, evenly spaced, in float64, with 0 for numbers that are not finite.
-
-    Moments of rows that fill no space are not positive definite when they are rounded to float32.
-    """
-    xp, rows = problem.xp, without_gradient(rows)
-    rows = xp.astype(rows[:, :: max(1, int(rows.shape[1]) // MOMENT_ROWS), :], xp.float64)
-    # Half as many operations as `isfinite` takes of PyTorch.
-    return xp.where(xp.abs(rows) < math.inf, rows, 0.0)
-
-
-def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, multiply: Callable[..., Array]) -> Array:
+def unseen_share(
+    problem: Problem, view: View, moment: Array, nodes: TreeNodes, measure: Callable[..., tuple[Array, Array]]
+) -> Array:
     """Return what spreads have to be multiplied by so that half variances are right in the mean over leaves: (G,) (derived).
 
     The half variance of a leaf's logits, over queries of second moment C, is ½ ⟨C, S⟩ for keys of covariance S. `open_tree`
-    takes `ALONG` of what coordinates see of it, and the rest in proportion to the spread. ``multiply`` is the kernel
-    `cross_moment`. O(G `MOMENT_ROWS` · d²).
+    takes `ALONG` of what coordinates see of it, and the rest in proportion to the spread. ``measure`` is the kernel
+    `second_moment`. O(G `MOMENT_ROWS` · d²).
     """
     xp, rows = problem.xp, sampled_leaves(problem.xp, problem.n_k, problem.device)
     leaf, gaps = rows[1], within_leaves(xp, nodes.keys, problem.d, rows, problem.dtype)
-    covariance = xp.astype(multiply(xp, gaps, gaps), xp.float64)
+    covariance = measure(xp, gaps, 1, False)[0]
     whole = 0.5 * problem.scale**2 * xp.sum(moment * covariance, axis=(-2, -1))
     queries = xp.astype(view.queries, xp.float64)
     squares = xp.sum((moment @ queries) * queries, axis=-2)

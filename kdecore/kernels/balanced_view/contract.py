@@ -7,7 +7,7 @@ from kdecore.namespaces import Array, Namespace
 
 RIDGE = 1e-6
 """Part of the mean eigenvalue that is added to all."""
-ORTHOGONAL_ITERATIONS = 4
+ORTHOGONAL_ITERATIONS = 2
 SMALLEST_SQUARE = 1e-12
 """Squared singular values of the logits count as this part of the largest at least."""
 MOST_ROWS, MOST_COLUMNS = 256, 16

@@ -48,38 +48,42 @@ def normalised(moment, out):
 
 @kernel()
 def product(matrix, basis, out):
-    """Write matrix (d, d) times basis (d, p)."""
-    d, p = basis.shape
-    for i in range(d):
-        for j in range(p):
-            out[i, j] = 0.0
+    """Write a symmetric matrix (d, d) times each row of the basis (p, d)."""
+    p, d = basis.shape
+    for j in range(p):
+        for i in range(d):
+            out[j, i] = 0.0
         for t in range(d):
-            factor = matrix[i, t]
-            for j in range(p):
-                out[i, j] += factor * basis[t, j]
+            factor = basis[j, t]
+            for i in range(d):
+                out[j, i] += factor * matrix[t, i]
+
+
+@kernel(fastmath={"reassoc", "contract", "nsz"})
+def inner(x, y):
+    """Return the inner product of two rows."""
+    total = 0.0
+    for t in range(x.shape[0]):
+        total += x[t] * y[t]
+    return total
 
 
 @kernel()
 def orthonormalise(basis, image):
-    """Make columns orthonormal in the inner product xᵀ M y, where ``image`` (d, p) is M times the basis, and stays so."""
-    d, p = basis.shape
+    """Make rows orthonormal in the inner product xᵀ M y, where ``image`` (p, d) is M times the basis, and stays so."""
+    p, d = basis.shape
     for j in range(p):
-        # Twice is enough: nothing of the columns before is left but rounding.
+        # Twice is enough: nothing of the rows before is left but rounding.
         for _ in range(2):
             for i in range(j):
-                along = 0.0
+                along = inner(image[i], basis[j])
                 for t in range(d):
-                    along += image[t, i] * basis[t, j]
-                for t in range(d):
-                    basis[t, j] -= along * basis[t, i]
-                    image[t, j] -= along * image[t, i]
-        square = 0.0
+                    basis[j, t] -= along * basis[i, t]
+                    image[j, t] -= along * image[i, t]
+        length = math.sqrt(max(inner(basis[j], image[j]), SMALLEST))
         for t in range(d):
-            square += basis[t, j] * image[t, j]
-        length = math.sqrt(max(square, SMALLEST))
-        for t in range(d):
-            basis[t, j] /= length
-            image[t, j] /= length
+            basis[j, t] /= length
+            image[j, t] /= length
 
 
 @kernel()
@@ -118,7 +122,7 @@ def diagonalise(matrix, axes):
 @kernel()
 def largest_columns(c, s, basis):
     """Write the unit vectors where the product of two diagonals is largest, of equal ones the first, the largest first."""
-    d, p = basis.shape
+    p, d = basis.shape
     basis[:] = 0.0
     for i in range(d):
         before = 0
@@ -126,15 +130,15 @@ def largest_columns(c, s, basis):
             mine, other = c[i, i] * s[i, i], c[j, j] * s[j, j]
             before += other > mine or (other == mine and j < i)
         if before < p:
-            basis[i, before] = 1.0
+            basis[before, i] = 1.0
 
 
 @kernel()
 def balance(query_moments, key_moments, queries, keys, first, last):
-    """Write the views of groups first … last − 1."""
+    """Write the views of groups first … last − 1; bases are rows here, one after another in memory."""
     _, d, p = queries.shape
     c, s = np.empty((2, d, d))
-    basis, seen, image = np.empty((3, d, p))
+    basis, seen, image = np.empty((3, p, d))
     matrix, axes = np.empty((2, p, p))
     place = np.zeros(p, np.int64)
     for group in range(first, last):
@@ -152,10 +156,7 @@ def balance(query_moments, key_moments, queries, keys, first, last):
         product(s, seen, image)
         for a in range(p):
             for b in range(a, p):
-                total = 0.0
-                for t in range(d):
-                    total += seen[t, a] * image[t, b]
-                matrix[a, b] = matrix[b, a] = total
+                matrix[a, b] = matrix[b, a] = inner(seen[a], image[b])
         diagonalise(matrix, axes)
         for a in range(p):
             before = 0
@@ -171,8 +172,8 @@ def balance(query_moments, key_moments, queries, keys, first, last):
             for t in range(d):
                 of_query, of_key = 0.0, 0.0
                 for a in range(p):
-                    of_query += basis[t, a] * axes[a, axis]
-                    of_key += seen[t, a] * axes[a, axis]
+                    of_query += basis[a, t] * axes[a, axis]
+                    of_key += seen[a, t] * axes[a, axis]
                 cubes += of_query * of_query * of_query
                 queries[group, t, j], keys[group, t, j] = of_query * root, of_key / root
             if cubes < 0.0:

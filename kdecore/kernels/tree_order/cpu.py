@@ -17,6 +17,8 @@ from kdecore.tree import depth
 
 TASK_ROWS = 2048
 """Rows of a subtree that is one task, at most."""
+FEW, PASSES, COUNTED = 32, 16, 4096
+"""Numbers that are reordered to find a median, passes at most until no more are left, and numbers counted at a time."""
 
 
 def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:
@@ -84,8 +86,8 @@ def split_subtrees(rows, order, top, end_level, first, last):
                     lead(sample, samples, width, factors, direction, sums)
                     for j in range(size):
                         along[j] = inner_product(flat, (begin + j) * width, direction, 0, vectors)
-                        work[j] = along[j]
-                    part(flat, flat_order, begin, target + start, size, low, along, nth_smallest(work, size, low - 1), width)
+                    threshold = nth_smallest(along, size, low - 1, work)
+                    part(flat, flat_order, begin, target + start, size, low, along, threshold, width)
                 else:
                     copy_rows(flat, begin * width, flat, (target + start) * width, size * width)
                     copy_rows(flat_order, begin, flat_order, target + start, size)
@@ -146,7 +148,72 @@ def lead(sample, samples, width, factors, direction, sums):
 
 
 @kernel()
-def nth_smallest(values, size, nth):
+def nth_smallest(values, size, nth, work):
+    """Return the number that ``nth`` (from 0) of the first ``size`` are below; the median, or next to it, is found soonest.
+
+    Numbers between two bounds are counted, in vectors and without branches, until few are left: a median is within one
+    standard deviation of the mean.
+    """
+    below, inside = 0, size
+    low = high = values[0]
+    if size >= FEW:
+        mean, deviation = mean_and_deviation(values, size)
+        low, high = mean - deviation, mean + deviation
+        below = count_less(values, size, low)
+        inside = count_less(values, size, high) - below
+    if size < FEW or not below <= nth < below + inside:
+        work[:size] = values[:size]
+        return select(work, size, nth)
+    for step in range(PASSES):
+        if inside <= FEW:
+            break
+        share = (nth + 0.5 - below) / inside
+        # Where numbers aren't spread evenly, one of the bounds would hardly move.
+        middle = values.dtype.type(low + (high - low) * (0.5 if step % 3 == 2 else share))
+        if not low < middle < high:
+            break
+        less = count_less(values, size, middle) - below
+        if below + less <= nth:
+            low, below, inside = middle, below + less, inside - less
+        else:
+            high, inside = middle, less
+    found = 0
+    for j in range(size):
+        if low <= values[j] and values[j] < high:
+            work[found] = values[j]
+            found += 1
+    return select(work, found, nth - below)
+
+
+@kernel(fastmath={"reassoc", "contract", "nsz"})
+def mean_and_deviation(values, size):
+    """Return the mean of the first ``size`` numbers, and a little more than their standard deviation."""
+    total = values.dtype.type(0.0)
+    for j in range(size):
+        total += values[j]
+    mean = total / values.dtype.type(size)
+    square = values.dtype.type(0.0)
+    for j in range(size):
+        gap = values[j] - mean
+        square += gap * gap
+    return mean, np.sqrt(square / values.dtype.type(size)) * values.dtype.type(1.01)
+
+
+@kernel(fastmath={"reassoc", "contract", "nsz"})
+def count_less(values, size, bound):
+    """Return how many of the first ``size`` numbers are less than a bound."""
+    found, one, zero = 0, values.dtype.type(1.0), values.dtype.type(0.0)
+    for start in range(0, size, COUNTED):
+        # In numbers as wide as the others, so that a vector counts as many as it holds.
+        less = zero
+        for j in range(start, min(size, start + COUNTED)):
+            less += one if values[j] < bound else zero
+        found += int(less)
+    return found
+
+
+@kernel()
+def select(values, size, nth):
     """Return the number that ``nth`` (from 0) of the first ``size`` are below, reordering them (Hoare's selection)."""
     low, high = 0, size - 1
     while low < high:
