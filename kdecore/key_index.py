@@ -39,7 +39,7 @@ from kdecore.report import report_of_plan
 from kdecore.segments import Segment, in_library, joined, recorded_now, sample_of
 from kdecore.selection import Selected, Selection, Slots
 from kdecore.shares import check_restrictions
-from kdecore.tolerance import CERTIFIED_STREAM, MARGIN, PILOT_STREAM, Round
+from kdecore.tolerance import CERTIFIED_STREAM, PILOT_STREAM, Round
 
 LEAST_BUDGET = 64
 """Keys per query that every tree gets at least."""
@@ -409,7 +409,7 @@ class KeyIndex:
                 bound = compare(found, kind)
                 error, upper = float(getattr(bound, norm)), bound.upper(norm)
                 rounds.append(Round("treecode", budget, kind, bound.rows, error, upper, spent / exact_cost))
-                if (upper if kind == "certified" else MARGIN * error) > rtol:
+                if upper > rtol:
                     break
             else:
                 return found, bound, tuple(rounds)

@@ -57,12 +57,11 @@ MOST_REFUSED = 3
 """Budgets that are refused a certificate, at most, before the result is exact."""
 LEAST_GROWTH, FARTHEST = 1.25, 2
 """A budget that was refused grows so many times at least; none is foretold from one so many times smaller, if avoidable."""
-MARGIN = 1.3
-"""A certificate's upper limit is about so many times the estimate."""
 STRIDE, FEWEST_THINNED, MOST_THINNED = 4, 1024, 32768
 """A pilot of the treecode has every so many-th row, or more, but no fewer rows; where there are many, it has so many."""
-THINNED_SHARE, WHOLE_SHARE = 0.16, 0.25
-"""Part of exact attention's expected cost that may go into pilots: of thinned rows, and of all, which the result may use."""
+THINNED_SHARE, WHOLE_SHARE, FURTHER = 0.16, 0.25, 1.4
+"""Part of exact attention's expected cost that may go into a first pilot: of thinned rows, and of all, which the result may
+use; and so many times as much into all."""
 ROUND_COST = 1.5e8
 """What a round takes however few queries there are, in the units of `kdecore.planning`."""
 TRIED_ROWS, TRIED_SHARE = 1024, 0.125
@@ -203,9 +202,9 @@ def search(
     Returns
     -------
     Found
-        The result. Pilots are expected to cost at most `THINNED_SHARE` of exact attention, or `WHOLE_SHARE`. After them
-        the whole search, the result included, is expected to cost no more than exact attention beside its pilots, and it
-        ends after `MOST_REFUSED` budgets that were refused.
+        The result. A first pilot is expected to cost at most `THINNED_SHARE` of exact attention, or `WHOLE_SHARE`, all of
+        them `FURTHER` times as much. Whatever is done was expected to end, the result included, within 1 + that share of
+        exact attention's cost; after `MOST_REFUSED` budgets that were refused the result is exact.
     """
     rounds: list[Round] = []
     if tried is not None and problem.groups * problem.n_q * problem.d_v:
@@ -242,7 +241,8 @@ def try_budgets(
         budget = wanted if ground is whole else min(wanted, most)
         step = ground.step(budget, kind)
         left = ground.left(budget) if ground is whole else expected_cost(problem, options.resolve(wanted)).total
-        dear = spent + step + left > (1.0 + share) * exact or (kind == "pilot" and spent + step > share * exact)
+        pilots = share * (FURTHER if rounds else 1.0)
+        dear = spent + step + left > (1.0 + share) * exact or (kind == "pilot" and spent + step > pilots * exact)
         refused = sum(one.step == "certified" for one in rounds)
         if dear or refused == MOST_REFUSED or whole.plan(wanted).temporary_bytes > limit:
             return None
@@ -262,8 +262,7 @@ def try_budgets(
             kind, wanted = "certified", budget
         else:
             most = min(quarter, FARTHEST * budget)
-            another = spent + ground.step(min(wanted, most), kind)
-            if wanted <= FARTHEST * budget or budget == quarter or another > share * exact:
+            if wanted <= FARTHEST * budget or budget == quarter:
                 ground, kind = whole, "certified"
     return None
 
