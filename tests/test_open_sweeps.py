@@ -85,17 +85,25 @@ def test_slots_are_used(rng):
     assert (np.isfinite(log_weight).sum(axis=-1) >= 0.97 * 300).all()
 
 
-@pytest.mark.parametrize("scale", [1.0, 10**-0.5, 0.1])
-def test_one_threshold_errs_no_more_than_sweeps(scale):
-    """On words, in blocks of 64; less on a vision transformer (docs/treecode.md)."""
-    words = glove_case(4096)
-    exact = kdecore.attention(words.q, words.k, words.v, method="exact", scale=scale)
-    found = {}
-    for opening in ("sweeps", "threshold"):
-        method = Treecode(block_size=64, opening=opening)
-        out = kdecore.attention(words.q, words.k, words.v, method=method, budget=384, scale=scale)
-        found[opening] = errors(host, out, exact).frobenius
-    assert found["threshold"] < 1.05 * found["sweeps"]
+def test_one_threshold_errs_no_more_than_sweeps():
+    """On words, in blocks of 64; less on a vision transformer (docs/treecode.md).
+
+    In the geometric mean of nine data sets: on each it may err a fifth more or less, as single rows decide the errors, words
+    with a near twin that nodes hide, and which are hidden changes with every detail.
+    """
+    ratios = []
+    for n in (3000, 4096, 8192):
+        words = glove_case(n)
+        for scale in (1.0, 10**-0.5, 0.1):
+            exact = kdecore.attention(words.q, words.k, words.v, method="exact", scale=scale)
+            found = {}
+            for opening in ("sweeps", "threshold"):
+                method = Treecode(block_size=64, opening=opening)
+                out = kdecore.attention(words.q, words.k, words.v, method=method, budget=384, scale=scale)
+                found[opening] = errors(host, out, exact).frobenius
+            ratios.append(found["threshold"] / found["sweeps"])
+    assert np.exp(np.mean(np.log(ratios))) < 1.05
+    assert max(ratios) < 1.3
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 100}, {"key_lengths": [500, 320]}], ids=str)

@@ -265,6 +265,10 @@ def test_the_report_says_what_ran(rng):
     assert "attend_blocks" not in report.kernels
     recorded = (torch.from_numpy(x).requires_grad_() for x in (q, k, v))
     _, report = attention(*recorded, method="treecode", budget=200, return_report=True)
+    assert "attend_tree" in report.kernels
+    assert "attend_blocks" not in report.kernels
+    recorded = (torch.from_numpy(x).requires_grad_() for x in (q, k, v))
+    _, report = attention(*recorded, method="treecode", budget=200, return_report=True, kernels="array-api")
     assert "attend_blocks" in report.kernels
     assert "attend_tree" not in report.kernels
     with pytest.raises(OptionError, match="num_slots"):

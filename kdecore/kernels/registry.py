@@ -239,7 +239,7 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "draw_uniform": _implementations(draw_uniform, others=("numba-cuda",)),
     "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
     "balanced_view": _implementations(balanced_view, others=("numba-cuda",)),
-    "second_moment": _implementations(second_moment, host=_host_floats),
+    "second_moment": _implementations(second_moment),
     "project_rows": _implementations(project_rows, host=_host_floats, others=("triton",)),
     "rank_codes": _implementations(rank_codes, others=("triton", "numba-cuda")),
     "tree_order": _implementations(tree_order),
