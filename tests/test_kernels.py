@@ -12,6 +12,7 @@ from kdecore.kernels import registry
 from kdecore.kernels.registry import KERNELS, Implementation, choose
 from kdecore.kernels.site import Site
 from kdecore.kernels.threads import team
+from kdecore.kernels.tree_order.cpu import nth_smallest
 from kdecore.namespaces import host
 from tests import oracles
 from tests.implementations import here, implementations, run
@@ -452,6 +453,28 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     else:
         assert_close(found[0], reference.out, dtype=dtype)
         assert_close(found[1], reference.lse, dtype=dtype)
+
+
+# medians of tree_order
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 500, 4097, 20_000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "outliers", "two values", "not finite"])
+def test_the_number_that_so_many_are_below(rng, dtype, size, kind):
+    """However numbers are spread, and whichever it is: bounds that hold none, or don't move, end the counting."""
+    values = {
+        "normal": rng.standard_normal(size),
+        "ties": rng.integers(0, 9, size).astype(float),
+        "equal": np.full(size, 0.1),
+        "outliers": np.where(rng.random(size) < 0.02, 1e12, rng.standard_normal(size)),
+        "two values": np.where(rng.random(size) < 0.5, 1.0, 1.0 + 1e-6),
+        "not finite": np.where(rng.random(size) < 0.3, np.inf, rng.standard_normal(size)),
+    }[kind].astype(dtype)
+    given = values.copy()
+    for nth in {0, size // 2, max(0, (size + 1) // 2 - 1), size - 1}:
+        assert nth_smallest(given, size, nth, np.empty(size, dtype)) == np.sort(values)[nth]
+    np.testing.assert_array_equal(given, values)
 
 
 # registry.choose

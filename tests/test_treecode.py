@@ -19,7 +19,7 @@ from kdecore.kernels.second_moment.reference import second_moment
 from kdecore.methods import first_order, treecode
 from kdecore.methods.sweeps import first_order_of_leaves
 from kdecore.methods.view import balanced_view, query_moment
-from kdecore.namespaces import host, namespace_of
+from kdecore.namespaces import column_ranges, host, namespace_of
 from kdecore.planning import make_plan
 from kdecore.tree import bounds, depth, node_count
 from tests import oracles, strategies
@@ -254,6 +254,16 @@ def test_degenerate_keys(rng, kernels, change):
     assert np.isfinite(out).all()
     if np.ptp(change(k)) == 0:
         np.testing.assert_allclose(out, exact[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 5, 63, 64, 65, 4097])
+@pytest.mark.parametrize("d", [0, 1, 7, 64])
+def test_ranges_of_columns(backend, rng, n, d):
+    """Rows beside one another, and those that are left over."""
+    x = rng.standard_normal((2, n, d))
+    least, largest = (backend.numpy(found) for found in column_ranges(backend.xp, backend.array(x)))
+    np.testing.assert_array_equal(least, x.min(axis=1))
+    np.testing.assert_array_equal(largest, x.max(axis=1))
 
 
 def test_the_report_says_what_ran(rng):
