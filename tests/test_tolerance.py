@@ -235,6 +235,17 @@ def test_what_is_certified_was_not_in_the_pilot(rng, monkeypatch):
     assert np.mean(np.all(pilot == certified, axis=-1)) < 0.2
 
 
+def test_every_budget_has_its_own_threshold(rng):
+    """What a budget needs is kept for the result, and for no other budget."""
+    problem = canonicalise(*clustered(rng, 1, 3000, 8))
+    ground, fresh = (Ground(problem, make_plan, Treecode(), 1) for _ in range(2))
+    few = ground.measure(64, "certified")
+    many = ground.measure(400, "certified")
+    assert many == fresh.measure(400, "certified")
+    assert many.frobenius < 0.5 * few.frobenius
+    np.testing.assert_array_equal(ground.evaluate(400)[1].out, fresh.evaluate(400)[1].out)
+
+
 def test_the_upper_limit_decides(rng, monkeypatch):
     promised = Certificate(40, 0.95, 0.1, (0.05, 0.3), 0.1, (0.05, 0.3))
     monkeypatch.setattr(tolerance, "estimate_errors", lambda *arguments: promised)
