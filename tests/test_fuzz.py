@@ -156,7 +156,7 @@ def test_an_index_that_grows_is_exact_at_full_budget_and_a_mean_of_values_below_
     if report.method == "exact":
         close_to_exact(out, truth, q, k, v)
     else:
-        # Among hardly more than 64 queries none of those compared may be one of the few that are wrong (docs/certificate.md).
+        # Of those compared none may be one of the few that are wrong (docs/certificate.md).
         assert report.certificate.upper("frobenius") <= 1e-9
     out, lse, report = index.attend(q, return_lse=True, return_report=True)
     assert np.isfinite(lse).all()
