@@ -155,9 +155,9 @@ def attention(
     -----
     Time is O(n_q n_k (d + d_v)) for exact, and O(n_q · budget · (d + d_v) + (n_q + n_k)(d + log n)) for sortlsh and hyper,
     for each leading index; treecode's is O((n_q + n_k) (d + log n) p + n_q · budget · (d + d_v)), p = 16. With rtol it is
-    expected to be at most 1.16 times exact's, search included, where no budget is refused. Where queries see intervals of
-    keys, log₄(n / budget) levels of this are merged (`kdecore.evaluate`). Temporaries are O(budget · (n_q + n_k)); no n × n
-    array is ever made.
+    expected to be at most 1.23 times exact's, search included, where no budget is refused (of sortlsh and hyper by name,
+    1.35). Where queries see intervals of keys, log₄(n / budget) levels of this are merged (`kdecore.evaluate`). Temporaries
+    are O(budget · (n_q + n_k)); no n × n array is ever made.
 
     References
     ----------

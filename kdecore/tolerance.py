@@ -380,10 +380,12 @@ class Ground:
     def step(self, budget: int, kind: str) -> float:
         """Return the expected cost of measuring the error, with what is prepared for it."""
         cost, clusters = expected_cost(self.problem, self._options.resolve(budget)), self._clusters(kind)
-        step = ROUND_COST + cost.evaluate * (clusters / self._population if self._restricts else not self._known(budget))
-        if self._in_pieces:
-            step += 0.0 if self._known(budget) else cost.prepare
-        elif self._prepared is None:
+        step = ROUND_COST
+        if self._restricts:
+            step += cost.evaluate * clusters / self._population
+        elif not self._known(budget):
+            step += cost.evaluate + (cost.prepare if self._in_pieces else 0.0)
+        if self._prepared is None and not self._in_pieces:
             step += cost.prepare
         if kind not in self._samples:
             step += self.problem.groups * clusters * self._rows * exact_row_cost(self.problem)

@@ -455,6 +455,25 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
         assert_close(found[1], reference.lse, dtype=dtype)
 
 
+# second_moment
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("n", "d", "step"), [(1, 1, 1), (7, 5, 3), (1500, 17, 1), (5000, 40, 4)])
+@implementations("second_moment")
+def test_second_moments(backend, rng, implementation, n, d, step, centred):
+    """Against products of all pairs of columns, one by one; rows far from 0, and numbers that are not finite."""
+    rows = 100.0 + rng.standard_normal((2, n, d))
+    rows[0, 0, 0] = np.nan
+    moment, mean = run(implementation, backend, rows, step, centred)
+    some = np.where(np.isfinite(rows), rows, 0.0)[:, ::step]
+    true_mean = some.mean(axis=1)
+    some = some - true_mean[:, None] if centred else some
+    expected = [[[np.mean(x[:, i] * x[:, j]) for j in range(d)] for i in range(d)] for x in some]
+    np.testing.assert_allclose(mean, true_mean, rtol=1e-12)
+    np.testing.assert_allclose(moment, expected, rtol=1e-9, atol=1e-9)
+
+
 # medians of tree_order
 
 

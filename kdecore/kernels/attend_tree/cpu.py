@@ -114,8 +114,8 @@ def attend_some(queries, tree, values, more, opening, merging, results, first, l
             # Nodes that were opened may have weighed more than what came of them.
             work.tops[r], own_logits[r], own_rows[r] = LOWEST, -np.inf, top_row
         for r in range(filled if own.shape[1] > 0 else 0):
-            position = own[group, work.rows[r] - group * n_q]
-            if 0 <= position < n and not opens(work.leaves, opened, (((position + 1) << last_level) - 1) // n):
+            position = unlisted_own(own[group, work.rows[r] - group * n_q], work.leaves, opened, n, last_level)
+            if position >= 0:
                 own_rows[r] = top_row + nodes + position
                 own_logits[r] = row_product(flat_q, work.rows[r] * d, flat_keys, own_rows[r] * d, d) * (scale / LN2)
                 work.tops[r] = max(work.tops[r], own_logits[r])
@@ -149,10 +149,13 @@ def columns_of(wide):
 
 
 @kernel()
-def opens(leaves, opened, leaf):
-    """Return whether a leaf is among those opened, which ascend."""
+def unlisted_own(position, leaves, opened, n, last_level):
+    """Return the position of a query's own key, −1 where it has none or its leaf is among those opened, which ascend."""
+    if not 0 <= position < n:
+        return -1
+    leaf = (((position + 1) << last_level) - 1) // n
     place = first_at_least(leaves, opened, leaf)
-    return place < opened and leaves[place] == leaf
+    return -1 if place < opened and leaves[place] == leaf else position
 
 
 @kernel()

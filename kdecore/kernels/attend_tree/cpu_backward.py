@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdecore.kernels.attend_blocks.cpu import LN2, round_up
-from kdecore.kernels.attend_tree.cpu import DEPTH, opens, row_product
+from kdecore.kernels.attend_tree.cpu import DEPTH, row_product, unlisted_own
 from kdecore.kernels.descent import AHEAD, descend, host_queries, host_tree, leaf_level, list_leaves, load_block, memory
 from kdecore.kernels.jit import kernel
 from kdecore.kernels.open_tree.contract import BlockQueries, Tree
@@ -193,10 +193,10 @@ def add_gradients(queries, tree, values, more, opening, back, found, first, last
                 work.tops[r] = lse[group, work.rows[r] - group * n_q] * (1.0 / LN2)
                 own_rows[r], own_weights[r] = -1, 0.0
                 if own.shape[1] > 0 and counts[r]:
-                    position = own[group, work.rows[r] - group * n_q]
-                    if 0 <= position < n and not opens(work.leaves, opened, (((position + 1) << last_level) - 1) // n):
+                    position = unlisted_own(own[group, work.rows[r] - group * n_q], work.leaves, opened, n, last_level)
+                    if position >= 0:
                         own_rows[r] = nodes + position
-                        at = (top_row + nodes + position) * d
+                        at = (top_row + own_rows[r]) * d
                         logit = row_product(flat_q, work.rows[r] * d, flat_keys, at, d) * (scale / LN2)
                         own_weights[r] = np.exp2(logit - work.tops[r])
             load_rows(flat_of_out, d_v, work, counts, held)
@@ -237,24 +237,28 @@ def add_gradients(queries, tree, values, more, opening, back, found, first, last
                 for i in range(lanes):
                     r = lane + i
                     if counts[r]:
-                        target, factor = work.rows[r] * d, q.dtype.type(scale)
+                        target, result, factor = work.rows[r] * d, work.rows[r] * d_v, q.dtype.type(scale)
                         for t in range(d):
                             flat_of_q[target + t] = held.of_queries[t * lanes + i] * factor
                         if own_rows[r] >= 0:
-                            key, value = added_row + own_rows[r], (top_row + own_rows[r]) * wide
-                            product = row_product(flat_of_out, work.rows[r] * d_v, flat_values, value, d_v)
+                            mine, added = top_row + own_rows[r], added_row + own_rows[r]
+                            product = row_product(flat_of_out, result, flat_values, mine * wide, d_v)
                             of_logit = own_weights[r] * (product + along[r]) * factor
-                            mine = (top_row + own_rows[r]) * d
-                            for t in range(d):
-                                flat_of_q[target + t] += of_logit * flat_keys[mine + t]
-                                flat_of_keys[key * d + t] += of_logit * flat_q[target + t]
-                            for t in range(d_v):
-                                flat_of_values[key * wide + t] += own_weights[r] * flat_of_out[work.rows[r] * d_v + t]
+                            add_row(flat_of_q, target, flat_keys, mine * d, d, of_logit)
+                            add_row(flat_of_keys, added * d, flat_q, target, d, of_logit)
+                            add_row(flat_of_values, added * wide, flat_of_out, result, d_v, own_weights[r])
             spread_rows(d, wide, scale, spreads, work, held)
             add_list(slots, d, held.of_logits, held.rows, added_row, filled, work, held, none, flat_of_keys)
             add_list(slots, wide, held.weights, held.of_results, added_row, filled, work, held, none, flat_of_values)
             if matrices > 0:
                 add_slope(of_slopes[part, group, matrix], d, d_v, filled, held, none)
+
+
+@kernel()
+def add_row(target, target0, row, row0, width, factor):
+    """Add to a row another one times a factor."""
+    for t in range(width):
+        target[target0 + t] += factor * row[row0 + t]
 
 
 @kernel()
