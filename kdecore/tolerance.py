@@ -148,7 +148,7 @@ def to_try(method: str | Options, budget: int | None, problem: Problem, target: 
     """Return `candidate`; of ``"auto"`` sortlsh where no kernel of ``target`` opens trees.
 
     Array operations take longer than exact for long. Where both are fast, sortlsh needs so many more keys for the same error
-    that it was never cheaper (bench/NOTES.md).
+    that it is cheaper for tolerances of 0.3 and more only (bench/NOTES.md): ask for it by name there.
     """
     found = candidate(method, budget)
     if method == "auto" and tree_opener(problem, site_of(problem), target).target == "array-api":
