@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
-from kdecore.kernels.open_sweeps.contract import START_SHARE
 from kdecore.kernels.open_tree.contract import BlockQueries, Tree, first_nodes
 from kdecore.kernels.tree_order.reference import tree_order as order_tree
 from kdecore.merge import Part
 from kdecore.namespaces import ACCUMULATION, Array, host
+from kdecore.tree import node_count
 
 LEAF_SIZE = 4
 LARGE = 5000
@@ -172,7 +172,7 @@ def node_summaries(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     return k, v, coordinates, sizes, permutations(rng, 2, n), LEAF_SIZE, Numbers(np.array([0.1, 5.0]))
 
 
-def open_sweeps(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+def pick_threshold(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments: lists of a quarter of the keys, of one in eight of more."""
     d, rows, p = (64, 64, 16) if n >= LARGE else (19, 16, 5)
     n = min(n, 3000)
@@ -182,16 +182,9 @@ def open_sweeps(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     nodes = summarise(host, keys, keys, keys[:, :, :p], sizes, order_tree(host, keys, LEAF_SIZE), LEAF_SIZE, np.ones(2))
     blocks = max(1, n // rows // 4)
     query_index = permutations(rng, 2, n)[:, : blocks * rows].reshape(2, blocks, -1)
-    own = np.sort(rng.integers(0, n, (2, blocks, rows)), axis=-1) if slots > 4 * rows else None
-    start = first_nodes(slots - (0 if own is None else rows), nodes.spread.shape[1], share=START_SHARE)
-    tree = [Numbers(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)]
-    return Rows(q), 0.3, Numbers(0.3 * q[:, :, :p]), query_index, *tree, own, slots, start
-
-
-def pick_threshold(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments."""
-    *arguments, _, slots, start = open_sweeps(rng, n)
-    return BlockQueries(*arguments[:4]), Tree(*arguments[4:]), slots, 4 * slots, start
+    queries = BlockQueries(Rows(q), 0.3, Numbers(0.3 * q[:, :, :p]), query_index, True)
+    tree = Tree(*(Numbers(x) for x in (nodes.keys, nodes.spread, nodes.variances, nodes.sizes)))
+    return queries, tree, slots, 4 * slots, first_nodes(slots, nodes.spread.shape[1])
 
 
 def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -201,18 +194,20 @@ def open_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 
 def attend_tree(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments: with own keys and a matrix for each half of the blocks."""
+    """Make arguments: with own keys, a matrix for each half of the blocks, and something to merge with."""
     queries, tree, *opening = open_tree(rng, n)
     (groups, rows, d), n_q = tree.keys.array.shape, queries.q.array.shape[1]
     values = Numbers(rng.standard_normal((groups, rows, d + 1)))
     own, slope = rng.integers(-1, n_q, (groups, n_q)), Numbers(rng.standard_normal((groups, 2, d, d)))
-    return queries, tree, values, *opening, own, slope
+    before = Part(Numbers(rng.standard_normal((groups, n_q, d))), Numbers(rng.standard_normal((groups, n_q))))
+    return queries, tree, values, *opening, own, slope, None, before
 
 
 def gap_moments(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments."""
-    keys, values = (Numbers(rng.standard_normal((2, n, columns))) for columns in (width(n), width(n) + 1))
-    return keys, values, *rng.integers(0, n, (2, 2, 3, 512))
+    """Make arguments: lists of nodes only."""
+    nodes = node_count(n, LEAF_SIZE)
+    keys, values = (Numbers(rng.standard_normal((2, nodes + n, columns))) for columns in (width(n), width(n) + 1))
+    return keys, values, rng.integers(0, nodes, (2, 3, 200)), Numbers(rng.random((2, 3, 200))), nodes
 
 
 def attend_blocks(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -254,7 +249,6 @@ ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "open_tree": open_tree,
     "attend_tree": attend_tree,
     "gap_moments": gap_moments,
-    "open_sweeps": open_sweeps,
     "attend_blocks": attend_blocks,
     "attend_dense": attend_dense,
 }

@@ -41,7 +41,7 @@ def triton_names() -> dict[str, str]:
     """Return the function name of each Triton kernel → the folder that it lies in."""
     folder = Path(kdecore.kernels.__path__[0])
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/triton*.py"))}
-    found = re.compile(r"^@triton\.jit(?:\(.*\))?\s+def (\w+)", re.MULTILINE)
+    found = re.compile(r"^@triton\.jit[^@]*?\ndef (\w+)", re.MULTILINE)
     return {name: path.parent.name for path, text in texts.items() for name in found.findall(text)}
 
 

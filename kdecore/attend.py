@@ -61,7 +61,7 @@ def attend_opening(problem: Problem, plan: Plan, opening: Opening, before: Part 
 
     part, counts = plan.kernels["attend_tree"].function(
         problem.xp,
-        BlockQueries(own_rows(problem.q), problem.scale, opening.coordinates, opening.blocks.index),
+        BlockQueries(own_rows(problem.q), problem.scale, opening.coordinates, opening.blocks.index, opening.apart),
         opening.tree,
         opening.values,
         opening.threshold,

@@ -445,7 +445,7 @@ class KeyIndex:
         """
         options = plan.options
         assert isinstance(options, Treecode)
-        if segment.tree is None or problem.n_q >= MANY_QUERIES or problem.n_q == 0 or options.opening == "sweeps":
+        if segment.tree is None or problem.n_q >= MANY_QUERIES or problem.n_q == 0:
             return None
         options = replace(options, block_size=min(options.rows, problem.n_q))
         if options not in segment.known:

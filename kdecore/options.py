@@ -250,7 +250,7 @@ class Treecode:
     ----------
     num_slots
         Keys and nodes that a query sees in the mean; the budget if None. Blocks that need more see more, at most four times
-        as many. On accelerators every list is so long.
+        as many, on accelerators twice.
     block_size
         Queries that share a list; if None 64, and 16 on the CPU where there are fewer than 1,024 queries, which are less
         alike. Fewer err less and take longer (docs/treecode.md).
@@ -261,10 +261,6 @@ class Treecode:
         How rows that are alike come to lie side by side: ``"tree"``, cut in halves level by level; ``"sort"``, by one sort
         of codes, which errs more and is for GPUs (docs/treecode.md); ``"auto"``, by one sort on accelerators and by a tree
         on the CPU.
-    opening
-        Which nodes are opened: ``"threshold"``, those that err more than a threshold, one for all blocks, in one pass down
-        the tree; ``"sweeps"``, for each block by itself, in one sweep after another all that need more slots for each of
-        their keys than the slots left suffice for; ``"auto"``, in sweeps on accelerators and by a threshold on the CPU.
     """
 
     name: ClassVar[str] = "treecode"
@@ -277,7 +273,6 @@ class Treecode:
     block_size: int | None = None
     far_field: str = "mean"
     ordering: str = "auto"
-    opening: str = "auto"
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -289,19 +284,16 @@ class Treecode:
             "row_norms",
             *(("rank_codes", "bucket_order") if self.ordering == "sort" else ("tree_order",)),
             "node_summaries",
-            *(("open_sweeps",) if self.opening == "sweeps" else ("pick_threshold", "open_tree")),
+            "pick_threshold",
+            "open_tree",
             *(("draw_uniform",) if self.far_field == "sample" else ()),
             "attend_blocks",
-            *(("gap_moments", "attend_tree") if self.opening != "sweeps" and self.far_field == "mean" else ()),
+            *(("gap_moments", "attend_tree") if self.far_field == "mean" else ()),
         )
 
     def __post_init__(self) -> None:
         set_integers(self, num_slots=1, block_size=1)
-        for name, known in (
-            ("far_field", ("mean", "sample")),
-            ("ordering", ("auto", "sort", "tree")),
-            ("opening", ("auto", "sweeps", "threshold")),
-        ):
+        for name, known in (("far_field", ("mean", "sample")), ("ordering", ("auto", "sort", "tree"))):
             one_of(known, name, getattr(self, name))
 
     @property
@@ -316,7 +308,6 @@ class Treecode:
             self,
             block_size=self.block_size or (LARGE_BLOCK if accelerator or n_q >= MANY_QUERIES else SMALL_BLOCK),
             ordering=("sort" if accelerator else "tree") if self.ordering == "auto" else self.ordering,
-            opening=("sweeps" if accelerator else "threshold") if self.opening == "auto" else self.opening,
         )
 
     def resolve(self, budget: int | None) -> Self:

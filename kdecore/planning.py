@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 from kdecore.errors import OptionError, did_you_mean
 from kdecore.inputs import Problem
-from kdecore.kernels.open_sweeps.contract import PART, RESIDENT
+from kdecore.kernels.attend_tree.contract import AT_ONCE
+from kdecore.kernels.gap_moments.contract import DRAWS
+from kdecore.kernels.open_tree.contract import RESIDENT
+from kdecore.kernels.pick_threshold.contract import BINS
 from kdecore.kernels.registry import Choice, check_target, choose
 from kdecore.kernels.site import Largest, Site
 from kdecore.kernels.threads import thread_count
@@ -67,14 +70,14 @@ class CostModel:
     call: float
 
 
-PILOT_BLOCKS, DRAWS = 64, 512
-"""Of the treecode: blocks of all groups that the threshold and first-order matrices come from, and keys drawn for each."""
+PILOT_BLOCKS = 64
+"""Of the treecode: blocks of all groups that the threshold and first-order matrices come from."""
 PILOT_SHARE = 8
 """The pilot has at most one in so many of a group's blocks."""
 WIDEST, FEWEST_NODES = 2, 64
 """A block of the pilot has at most so many times the budget's nodes in a level, or so many."""
-LONGEST = 4
-"""A list of the treecode has at most so many times the budget's slots."""
+LONGEST, LONGEST_EVALUATED = 4, 2
+"""A list of the treecode has at most so many times the budget's slots; fewer where all that there may be are evaluated."""
 WORTHWHILE = 1.3
 """``"auto"`` estimates where that is expected to be so many times as fast as exact: an error for no gain helps nobody."""
 
@@ -370,7 +373,7 @@ def make_plan(
             raise OptionError(f"method must not be treecode where torch.jit traces operations, got {method!r}")
         options = options.at(on_accelerator(problem.q), problem.n_q)
     cuts = steps(problem, options)
-    chosen = _choices(problem, options, cuts, site, kernels)
+    chosen = _choices(problem, options, site, kernels)
     if method == "auto" and limit < math.inf and not isinstance(options, Exact):
         few = _few_queries(problem)
         least = _temporary_bytes(few, options, steps(few, options), chosen, count)
@@ -378,27 +381,39 @@ def make_plan(
             reason = f"auto: {options.name} takes at least {least} bytes here, of which max_memory leaves {limit:.0f}"
             options = Exact()
             cuts = steps(problem, options)
-            chosen = _choices(problem, options, cuts, site, kernels)
+            chosen = _choices(problem, options, site, kernels)
     exact = choose("attend_dense", replace(site, gradient=""), kernels)
     temporary_bytes = _temporary_bytes(problem, options, cuts, chosen, count)
     return Plan(options, reason, budget, seed, chosen, exact, count, temporary_bytes, cuts)
 
 
-def _choices(problem: Problem, options: Options, cuts: tuple[Step, ...], site: Site, kernels: str) -> dict[str, Choice]:
+def _choices(problem: Problem, options: Options, site: Site, kernels: str) -> dict[str, Choice]:
     """Choose an implementation of every kernel that options need."""
     needed = dict.fromkeys(options.kernels)
-    if "attend_tree" in needed:
-        # Where gradients are recorded and it doesn't know its own, lists are made.
-        fused = not site.gradient or choose("attend_tree", site, kernels).target == "torch-autograd"
-        del needed["attend_blocks" if fused else "attend_tree"]
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
     if problem.visible is not None or problem.mask is not None:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
     chosen: dict[str, Choice] = {}
     for name in needed:
-        chosen[name] = choose(name, replace(site, largest=_largest(problem, options, cuts, name, chosen)), kernels)
+        place = replace(site, largest=_largest(problem, options, name, chosen))
+        if name == "attend_tree" and not _fused(problem, place, kernels):
+            continue
+        chosen[name] = choose(name, place, kernels)
+    if "attend_tree" in chosen and problem.visible is None and problem.mask is None:
+        del chosen["attend_blocks"]
     return chosen
+
+
+def _fused(problem: Problem, site: Site, kernels: str) -> bool:
+    """Return whether what a tree opens to is evaluated while it is opened, and no lists are made in memory.
+
+    Lists are made where gradients are recorded and no kernel knows those of both, and on accelerators without a kernel.
+    """
+    accelerator = on_accelerator(problem.q)
+    if site.gradient:
+        return not accelerator and choose("attend_tree", site, kernels).target == "torch-autograd"
+    return not accelerator or choose("attend_tree", site, kernels).target != "array-api"
 
 
 def _few_queries(problem: Problem) -> Problem:
@@ -420,7 +435,7 @@ def _sizes(problem: Problem) -> Largest:
     return Largest(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v, size)
 
 
-def _largest(problem: Problem, options: Options, cuts: tuple[Step, ...], kernel: str, chosen: dict[str, Choice]) -> Largest:
+def _largest(problem: Problem, options: Options, kernel: str, chosen: dict[str, Choice]) -> Largest:
     """Return the largest sizes of what a kernel is given, where others are ``chosen`` that run before it."""
     largest = _sizes(problem)
     if not isinstance(options, Treecode):
@@ -433,11 +448,9 @@ def _largest(problem: Problem, options: Options, cuts: tuple[Step, ...], kernel:
         rows=options.rows,
     )
     bfloat16 = problem.input_dtype == "bfloat16" and largest.item_bytes == 2
-    if kernel == "open_sweeps":
+    if kernel in ("open_tree", "pick_threshold", "attend_tree"):
         stored_so = bfloat16 and chosen["node_summaries"].computed_by == "triton"
-        # Levels of what sees intervals have budgets of their own, larger ones too.
-        slots = max((step.budget for step in cuts), default=options.budget or problem.n_k)
-        return replace(largest, item_bytes=2 if stored_so else item_bytes(problem), slots=slots)
+        return replace(largest, item_bytes=2 if stored_so else item_bytes(problem))
     if kernel == "attend_blocks" and options.far_field == "mean":
         # Means of nodes, with their spread beside the values; float16 might not hold a spread.
         return replace(largest, d_v=problem.d_v + 1, item_bytes=2 if bfloat16 else item_bytes(problem))
@@ -497,8 +510,8 @@ def _choose_method(problem: Problem, budget: int, site: Site, kernels: str) -> t
 def tree_opener(problem: Problem, site: Site, kernels: str, budget: int = DEFAULT_BUDGET) -> Choice:
     """Return what opens trees for the treecode as it is where nothing but the budget is said."""
     options = Treecode().resolve(budget).at(on_accelerator(problem.q), problem.n_q)
-    chosen = _choices(problem, options, steps(problem, options), site, kernels)
-    return chosen["open_sweeps" if options.opening == "sweeps" else "open_tree"]
+    chosen = _choices(problem, options, site, kernels)
+    return chosen["open_tree"]
 
 
 def item_bytes(problem: Problem) -> int:
@@ -614,26 +627,35 @@ def _treecode_bytes(
     # groups and once for each.
     total = max(nodes, _norm_bytes(problem, kernels)) + (rows_q + rows_k) * (size * 5 * max(p, 16) + 8 * 8)
     total += problem.groups * d * 8 * (3 * (min(2048, problem.n_q) + min(2048, problem.n_k)) + 8 * d)
-    if options.opening == "sweeps":
-        total += _sweeps_bytes(problem, options, kernels, size)
+    by_array_api = kernels["pick_threshold"].computed_by == "array-api"
+    total += _pilot_bytes(problem, options, cuts, kernels, size)
+    longest = longest_list(kernels, slots, problem.n_k)
+    if "attend_tree" not in kernels or kernels["attend_tree"].computed_by == "array-api":
+        # Lists, each as long as the longest, and searched for own keys; tiles of keys, values and logits.
+        total += blocks * longest * (4 * 8 + 2 * size) + size * 3 * rows_q * (d_v + 1)
+        if "attend_blocks" not in kernels:
+            total += 8 * size * TILE_ELEMENTS
+    elif kernels["attend_tree"].computed_by == "triton":
+        total += (8 + 2 * size) * max(longest, min(blocks * longest, AT_ONCE))
     else:
-        by_array_api = kernels["pick_threshold"].computed_by == "array-api"
-        gathered = "gap_moments" in kernels and kernels["gap_moments"].computed_by == "array-api"
-        total += _pilot_bytes(problem, options, cuts, size, gathered)
-        if "attend_tree" not in kernels or kernels["attend_tree"].computed_by == "array-api":
-            # Lists, each as long as the longest; sorted to find own keys in them; tiles of keys, values and logits.
-            total += blocks * LONGEST * slots * (4 * 8 + 2 * size) + size * 3 * rows_q * (d_v + 1)
-            if "attend_blocks" not in kernels:
-                total += 8 * size * TILE_ELEMENTS
-        else:
-            total += threads * size * 4 * LONGEST * slots * (options.rows + d + d_v + 16)
-        if by_array_api:
-            # Queries; logits, weights and shares of all nodes met.
-            total += size * 3 * rows_q * (d + d_v + p) + size * blocks * 2 * slots * (2 * options.rows + 4 * 8 + d)
+        total += threads * size * 4 * longest * (options.rows + d + d_v + 16)
+    if kernels["open_tree"].computed_by == "numba-cuda":
+        # Logits of what is listed, and half variances, of the blocks worked on at once; means that may be in bfloat16.
+        total += size * min(RESIDENT, blocks) * (3 * longest + d + p + 2) * (options.rows + 3)
+        total += size * 2 * rows_k * d if problem.input_dtype == "bfloat16" else 0
+    if by_array_api:
+        # Queries; logits, weights and shares of all nodes met.
+        total += size * 3 * rows_q * (d_v + d + p) + size * blocks * 2 * slots * (2 * options.rows + 4 * 8 + d)
     if "attend_blocks" in kernels and kernels["attend_blocks"].computed_by == "array-api":
         # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
     return total
+
+
+def longest_list(kernels: dict[str, Choice], budget: int, n_k: int) -> int:
+    """Return how long a list of the treecode may be."""
+    every = kernels["open_tree"].computed_by == "numba-cuda"
+    return min(n_k, (LONGEST_EVALUATED if every else LONGEST) * budget)
 
 
 def pilot_blocks(groups: int, blocks: int) -> int:
@@ -641,43 +663,24 @@ def pilot_blocks(groups: int, blocks: int) -> int:
     return max(1, min(PILOT_BLOCKS // groups, -(-blocks // PILOT_SHARE)))
 
 
-def _pilot_bytes(problem: Problem, options: Treecode, cuts: tuple[Step, ...], size: int, by_array_api: bool) -> int:
+def _pilot_bytes(problem: Problem, options: Treecode, cuts: tuple[Step, ...], kernels: dict[str, Choice], size: int) -> int:
     """Bound what the pilot takes: its blocks' queries, nodes and weights, and the keys that matrices are measured with."""
     # Levels of what sees intervals have budgets of their own, and more groups.
     slots = max((step.budget for step in cuts), default=options.budget or problem.n_k)
     blocks = problem.groups * pilot_blocks(problem.groups, -(-problem.n_q // options.rows))
     blocks = max(blocks, PILOT_BLOCKS) if cuts else blocks
     rows = blocks * options.rows
-    met = blocks * (WIDEST * slots + FEWEST_NODES) * (size * (options.rows + 2) + 4 * 8)
-    met += blocks * LONGEST * slots * (8 + 2 * size)
+    numbers = 2 if kernels["pick_threshold"].computed_by == "numba-cuda" else 1
+    met = blocks * (WIDEST * slots + FEWEST_NODES) * (size * (numbers * options.rows + 2) + 4 * 8)
+    met += 0 if kernels["pick_threshold"].computed_by in ("numba-cpu", "array-api") else 16 * 4 * BINS
+    met += blocks * longest_list(kernels, slots, problem.n_k) * (8 + 2 * size)
     # Second moments of stretches.
     stretches = 1 << sum(step.level for step in cuts[:-1])
     met += problem.groups * stretches * 5 * 8 * problem.d**2 if cuts else 0
     drawn = blocks * DRAWS * 8 * 8
-    if by_array_api:
+    if "gap_moments" in kernels and kernels["gap_moments"].computed_by == "array-api":
         drawn += blocks * DRAWS * 3 * size * (problem.d + problem.d_v)
     return met + size * rows * (problem.d + 16) + drawn
-
-
-def _sweeps_bytes(problem: Problem, options: Treecode, kernels: dict[str, Choice], size: int) -> int:
-    """Bound what lists of one length take, and opening trees in sweeps."""
-    rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
-    d, d_v, slots = problem.d, problem.d_v, options.budget or problem.n_k
-    p, blocks = min(Treecode.DIRECTIONS, d), problem.groups * -(-problem.n_q // options.rows)
-    # Results before and after the first-order term.
-    total = blocks * slots * (2 * 8 + size) + size * rows_q * (d_v + 1)
-    if kernels["open_sweeps"].computed_by == "numba-cuda":
-        # Logits of all that is listed, for the blocks that are worked on at once.
-        total += size * min(RESIDENT, blocks) * (slots + d + p + 2) * (options.rows + 3)
-        if problem.input_dtype == "bfloat16":
-            # Means that may be stored so.
-            total += size * 2 * rows_k * d
-    if kernels["open_sweeps"].computed_by == "array-api":
-        # Queries; logits and errors of blocks' queries, and what a sweep makes of them.
-        at_once = max(problem.groups, min(blocks, PART // (options.rows * slots)))
-        total += size * 3 * rows_q * (d + d_v + p)
-        total += blocks * slots * (2 * 8 + size) + size * at_once * slots * (24 * options.rows + 64 * 8)
-    return total
 
 
 def _workspace_bytes(problem: Problem, size: int) -> int:

@@ -82,7 +82,7 @@ class Opening:
     ----------
     blocks
         The query blocks.
-    coordinates, tree, threshold, most, start
+    coordinates, apart, tree, threshold, most, start
         What `kdecore.kernels.open_tree` makes each block's list of.
     values
         (G, N + n_k, d_v + 1): as `kdecore.kernels.node_summaries.contract.TreeNodes` has them.
@@ -96,6 +96,7 @@ class Opening:
 
     blocks: Blocks
     coordinates: Array
+    apart: bool
     tree: Tree
     values: Array
     threshold: Array
@@ -226,9 +227,12 @@ def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     n = int(order.shape[1])
     count = -(-n // block_size)
     longest = -(-n // count)
+    starts = tuple(i * n // count for i in range(count + 1))
+    if count * longest == n:
+        return Blocks(xp.reshape(order, (-1, count, longest)), starts)
     # Which ordered query each row holds: the same in every group. On the order's device, so that nothing is copied there.
     number, row = (xp.arange(size, dtype=xp.int64, device=order.device) for size in (count, longest))
     last = ((number + 1) * n // count - 1)[:, None]
     position = xp.minimum((number * n // count)[:, None] + row[None, :], last)
     held = take_columns(xp, order, xp.reshape(position, (-1,)))
-    return Blocks(xp.reshape(held, (-1, count, longest)), tuple(i * n // count for i in range(count + 1)))
+    return Blocks(xp.reshape(held, (-1, count, longest)), starts)

@@ -25,10 +25,14 @@ def bounds(n: int, level: int) -> Array:
 
 def node_bounds(xp: Namespace, node: Array, n: int) -> tuple[Array, Array]:
     """Return where the positions of nodes begin and end; all int64, as ``node``."""
-    level = xp.zeros_like(node)
-    for depth in range(1, n.bit_length() + 1):
-        level = level + xp.astype(node >= 2**depth - 1, xp.int64)
-    place = node + 1 - (xp.ones_like(node) << level)
+    edges = xp.bitwise_left_shift(
+        xp.ones((n.bit_length() + 1,), dtype=node.dtype, device=node.device),
+        xp.arange(1, n.bit_length() + 2, dtype=node.dtype, device=node.device),
+    )
+    number = node + 1
+    level = xp.reshape(xp.searchsorted(edges, xp.reshape(number, (-1,)), side="right"), node.shape)
+    level = xp.astype(level, node.dtype, copy=False)
+    place = number - (xp.ones_like(node) << level)
     return (place * n) >> level, ((place + 1) * n) >> level
 
 

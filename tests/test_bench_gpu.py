@@ -111,7 +111,7 @@ def test_stages_by_kernel_names():
     assert stage_of("kdecore.kernels.row_norms.cuda.norms") == "row_norms"
     assert stage_of("kdecore::kernels::hash_codes::cuda::project::_3clocals_3e::project[abi:v7]") == "hash_codes"
     assert stage_of("attend_tile") == "attend_blocks"
-    assert stage_of("open_blocks") == "open_sweeps"
+    assert stage_of("open_blocks") == "open_tree"
     assert stage_of("Memcpy DtoD (Device -> Device)") == stage_of("Memset (Device)") == "copies"
     assert stage_of("void at::native::elementwise_kernel<128, 4>") == "array operations"
 

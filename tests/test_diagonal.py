@@ -13,7 +13,7 @@ import kdecore
 from kdecore import OptionError, Treecode
 from kdecore.evaluate import own_of_remainders
 from kdecore.inputs import canonicalise
-from kdecore.methods import SELECT, treecode
+from kdecore.methods import treecode
 from kdecore.metrics import errors
 from kdecore.namespaces import host
 from kdecore.planning import make_plan
@@ -145,11 +145,10 @@ def test_equal_shapes_say_nothing(rng):
     assert treecode.prepare(problem, make_plan(problem, method="treecode", budget=64)).own is None
 
 
-@pytest.mark.parametrize("opening", ["threshold", "sweeps"])
-def test_recorded_calls_see_own_keys_as_others_do(opening):
+def test_recorded_calls_see_own_keys_as_others_do():
     """Once each, whether or not their blocks list them."""
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 300, 8)))
-    options = {"method": Treecode(opening=opening, block_size=8), "budget": 60, "diagonal": 0}
+    options = {"method": Treecode(block_size=8), "budget": 60, "diagonal": 0}
     expected = kdecore.attention(x, x, x, **options)
     found = kdecore.attention(*(x.clone().requires_grad_() for _ in range(3)), **options)
     torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-9)
@@ -192,19 +191,6 @@ def test_causal_attention_and_windows_are_aligned_by_it(rng, n_q, diagonal, wind
         np.testing.assert_allclose(out, truth, atol=1e-10)
     estimate = kdecore.attention(q, k, v, method="treecode", budget=12, **options)
     assert (estimate[~seen.any(axis=-1)] == 0).all()
-
-
-def test_a_sample_of_the_far_field_counts_own_keys_once(rng):
-    """In sweeps own keys are listed, and a node's sample that hits one of its block's counts for nothing."""
-    x = rng.standard_normal((1, 900, 8))
-    problem = canonicalise(x[:, :800], x, x).standing_at(100)
-    plan = make_plan(problem, method=Treecode(far_field="sample", block_size=8, opening="sweeps"), budget=64)
-    selection = SELECT["treecode"](problem, plan)
-    for block in range(selection.key_index.shape[1]):
-        counted = selection.key_index[0, block][np.isfinite(selection.log_weight[0, block])]
-        own = selection.blocks.index[0, block] + 100
-        assert np.isin(own, counted).all()
-        assert all((counted == key).sum() == 1 for key in set(own.tolist()))
 
 
 @pytest.mark.parametrize("diagonal", [0.0, "0", [0]])

@@ -9,6 +9,7 @@ import torch
 
 from kdecore.errors import KernelUnavailable
 from kdecore.kernels import grids
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.tree import node_count
 
 G, N, D, D_V, P, LEAF, ROWS, SLOTS, COUNT = 16, 2**27 - 1, 3, 2, 3, 4, 16, 5, 200
@@ -27,8 +28,13 @@ def tree():
 def opening(n=N):
     nodes = node_count(n, LEAF)
     summaries = meta(G, nodes + n, D), meta(G, nodes), meta(G, nodes, P), meta(G, nodes)
-    index, own = (meta(G, B, width, dtype="int64") for width in (ROWS, 2))
-    return meta(G, N, D), 0.1, meta(G, N, P), index, *summaries, own, SLOTS, (0, 0, 1)
+    queries = BlockQueries(meta(G, N, D), 0.1, meta(G, N, P), meta(G, B, ROWS, dtype="int64"))
+    return queries, Tree(*summaries), meta(), SLOTS, (0, 0, 1)
+
+
+def pilot():
+    queries, tree, _, slots, start = opening(2**23)
+    return queries, tree, slots, slots, start
 
 
 def lists():
@@ -59,13 +65,15 @@ NUMBA = {
     "balanced_view": lambda: (meta(G, D, D, dtype="float64"), meta(G, D, D, dtype="float64"), P),
     "rank_codes": lambda: (meta(G, N, P), 24),
     "node_summaries": tree,
-    "open_sweeps": opening,
+    "open_tree": opening,
+    "pick_threshold": pilot,
 }
 TRITON = {
     "project_rows": lambda: (meta(G, N, D), meta(G, D, P)),
     "rank_codes": lambda: (meta(G, N, P), 24),
     "node_summaries": tree,
-    "open_sweeps": lambda: opening(2**24),
+    "open_tree": lambda: opening(2**23),
+    "pick_threshold": pilot,
     "attend_blocks": lambda: (*(x.reshape(-1, x.shape[2]) for x in groups()), *lists(), 0.1),
     "attend_dense": lambda: (*groups(), 0.1),
 }

@@ -19,7 +19,7 @@ from kdecore.inputs import canonicalise
 from kdecore.kernels.attend_blocks import contract as attend_blocks
 from kdecore.kernels.balanced_view import contract as balanced_view
 from kdecore.kernels.node_summaries import contract as node_summaries
-from kdecore.kernels.open_sweeps import contract as open_sweeps
+from kdecore.kernels.open_tree import contract as open_tree
 from kdecore.kernels.rank_codes import contract as rank_codes
 from kdecore.kernels.registry import KERNELS, choose
 from kdecore.kernels.site import Largest, Site
@@ -33,14 +33,14 @@ if find_spec("triton") is None:
 CUDA = Site("torch", "cuda:0", "float32")
 HALF, SINGLE = {"item_bytes": 2}, {"item_bytes": 4}
 TREE = {"directions": 16, "leaf_size": 4}
-LISTS = {"d": 128, "directions": 16, "rows": 64, "slots": 1024, "nodes": 2**24 - 1, **SINGLE}
+LISTS = {"d": 128, "directions": 16, "rows": 64, "nodes": 2**24 - 1, **SINGLE}
 LIMITS = {
     "attention": attend_blocks.triton_limit,
     "gradients": attend_blocks.backward_limit,
     "view": balanced_view.numba_cuda_limit,
     "codes": rank_codes.numba_cuda_limit,
     "summaries": node_summaries.triton_limit,
-    "lists": open_sweeps.triton_limit,
+    "lists": open_tree.triton_limit,
 }
 EDGES = [
     ("attention", {"d": 256, "d_v": 256, **SINGLE}, {"d_v": 257}, "≤ 2048 bytes, padded, got 2112 (d = 256, d_v = 257, 4 "),
@@ -57,7 +57,6 @@ EDGES = [
     ("lists", LISTS, {"d": 129}, "takes d ≤ 128, got 129"),
     ("lists", LISTS, {"rows": 65}, "takes bytes of a block's queries ≤ 32768, got 33280"),
     ("lists", LISTS | {"rows": 128, **HALF}, {"rows": 129}, "takes queries of a block ≤ 128, got 129"),
-    ("lists", LISTS, {"slots": 1025}, "takes slots ≤ 1024, got 1025"),
     ("lists", LISTS, {"nodes": 2**24}, "takes nodes ≤ 16777215, got 16777216"),
 ]
 
@@ -78,7 +77,6 @@ SIZES = st.builds(
     nodes=st.integers(1, 2**25),
     n_k=st.integers(1, 2**31),
     rows=st.integers(1, 200),
-    slots=st.integers(1, 2000),
 )
 
 
@@ -99,7 +97,7 @@ MANY = "takes rows of all groups ≤ 2147483647"
 REFUSED = [
     ("attend_blocks", WIDE, "triton: takes a key and a value of ≤ 2048 bytes, padded, got 2560 (d = 300, d_v = 300"),
     ("attend_dense", WIDE, "triton: takes a key and a value of ≤ 2048 bytes, padded, got 2560 (d = 300, d_v = 300"),
-    ("open_sweeps", WIDE, "triton: takes d ≤ 128, got 300"),
+    ("open_tree", WIDE, "triton: takes d ≤ 128, got 300"),
     ("node_summaries", replace(CUDA, largest=Largest(d=1025, leaf_size=4)), "triton: takes d ≤ 1024, got 1025"),
     ("project_rows", replace(CUDA, largest=Largest(groups=2**16, n_q=2**15)), f"triton: {MANY}, got 2147483648"),
     ("rank_codes", replace(CUDA, largest=Largest(groups=2**27)), f"triton: {MANY}, got 4294967296"),
@@ -152,7 +150,7 @@ def test_a_call_by_name_that_is_too_large_is_refused(monkeypatch):
     q = torch.empty(2, 3000, 300, device="meta")
     with pytest.raises(KernelUnavailable, match=r"triton: takes a key and a value of ≤ 2048 bytes.*d = 300, d_v = 300"):
         kdecore.attention(q, q, q, method="sortlsh", kernels="triton")
-    with pytest.raises(KernelUnavailable, match=r"open_sweeps.*triton: takes d ≤ 128, got 200"):
+    with pytest.raises(KernelUnavailable, match=r"pick_threshold.*triton: takes d ≤ 128, got 200"):
         kdecore.attention(*(q[..., :200],) * 3, method="treecode", kernels="triton")
 
 
@@ -165,7 +163,7 @@ def planned(dtype="float32", d=64, d_v=64, n=3000, options=None, causal=False, w
     problem = canonicalise(q, k, v)
     (share,) = shares(problem, check_restrictions(problem, causal, window, None, None, None, q))
     options = (options or Treecode()).resolve(None).at(True)
-    return planning._choices(share.problem, options, planning.steps(share.problem, options), CUDA, "auto")
+    return planning._choices(share.problem, options, CUDA, "auto")
 
 
 def test_values_of_tree_nodes_have_a_column_more():
@@ -184,25 +182,9 @@ def test_means_of_float16_are_stored_in_float32():
 def test_opening_goes_by_how_means_are_stored():
     """In bfloat16 by the summaries in Triton, which take no rows so wide as the others."""
     options = Treecode(block_size=128)
-    assert planned("bfloat16", d=128, options=options)["open_sweeps"].target == "triton"
+    assert planned("bfloat16", d=128, options=options)["open_tree"].target == "triton"
     for more in ({"dtype": "float16"}, {"dtype": "float32"}, {"dtype": "bfloat16", "d_v": 1025}):
-        assert "bytes of a block's queries" in planned(**{"d": 128, "options": options} | more)["open_sweeps"].reason
-
-
-@pytest.mark.parametrize(
-    ("n", "budget", "causal", "window", "slots"),
-    [
-        (8192, 1024, False, None, 0),
-        (8192, 1500, False, None, 1500),
-        (8192, 1500, True, None, 0),
-        (1100, 700, True, 366, 1796),
-    ],
-)
-def test_levels_of_what_sees_intervals_have_lists_of_their_own(n, budget, causal, window, slots):
-    """Shorter than the budget where there are many levels, longer where queries near the window's edges see few keys."""
-    found = planned(n=n, causal=causal, window=window, options=Treecode(num_slots=budget))["open_sweeps"]
-    assert (found.target == "triton") == (slots == 0)
-    assert slots == 0 or f"takes slots ≤ 1024, got {slots}" in found.reason
+        assert "bytes of a block's queries" in planned(**{"d": 128, "options": options} | more)["open_tree"].reason
 
 
 # Calls keep to them
@@ -221,10 +203,10 @@ def given_sizes(kernel, xp, *given):
         n = order.shape[1]
         found = {"d": k.shape[2], "d_v": v.shape[2], "directions": coordinates.shape[2], "leaf_size": leaf_size}
         return found | {"n_k": n, "nodes": node_count(n, leaf_size)}
-    if kernel == "open_sweeps":
-        q, _, coordinates, index, keys, spread, *_, slots, _ = given
-        found = {"d": q.shape[2], "directions": coordinates.shape[2], "rows": index.shape[2], "slots": slots}
-        return found | {"nodes": spread.shape[1], "item_bytes": keys.dtype.itemsize}
+    if kernel in ("open_tree", "pick_threshold"):
+        (q, _, coordinates, index, _), tree, *_ = given
+        found = {"d": q.shape[2], "directions": coordinates.shape[2], "rows": index.shape[2]}
+        return found | {"nodes": tree.nodes, "item_bytes": tree.keys.dtype.itemsize}
     if kernel == "balanced_view":
         return {"d": given[0].shape[1], "directions": given[2]}
     return {"directions": given[0].shape[2]} if kernel == "rank_codes" else {}
@@ -283,7 +265,7 @@ def test_no_piece_of_a_call_is_larger_than_planned(watched, call, method, dtype)
         options["max_memory"] = int(report.temporary_bytes * options["max_memory"])
     attention(return_report=True, **options)
     assert ("attend_blocks", "d", True) in watched
-    assert (("open_sweeps", "directions", True) in watched) == (method != "sortlsh")
+    assert (("open_tree", "directions", True) in watched) == (method != "sortlsh")
 
 
 @pytest.mark.parametrize("method", ["treecode", "sortlsh"])
@@ -304,4 +286,4 @@ def test_no_piece_of_an_index_is_larger_than_planned(watched, dtype):
         index.append(*(x[:, first : first + 150] for x in (k, v)))
         index.attend(q[:, : first + 1])
     index.attend_and_append(q[:, :300], k[:, :300], v[:, :300])
-    assert ("open_sweeps", "slots", True) in watched
+    assert ("open_tree", "nodes", True) in watched

@@ -1,10 +1,14 @@
 """A tree opened down to a threshold: its kernels against their contracts followed node by node."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kdecore
+from kdecore.kernels.gap_moments.contract import DRAWS, TURN
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
@@ -12,7 +16,8 @@ from kdecore.kernels.registry import KERNELS
 from kdecore.merge import Part
 from kdecore.methods.first_order import DAMPING, first_order
 from kdecore.namespaces import host
-from kdecore.tree import node_count
+from kdecore.options import Treecode
+from kdecore.tree import bounds, depth, node_count
 from tests import oracles
 from tests.implementations import implementations, on_host, run
 from tests.tolerances import assert_close
@@ -23,10 +28,11 @@ SIZES = [(120, 40), (120, 12), (120, 119), (7, 6), (2, 1), (700, 200)]
 
 @pytest.mark.parametrize(("n", "budget"), SIZES)
 @pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.parametrize("apart", [False, True])
 @implementations("open_tree")
-def test_lists(backend, rng, implementation, n, budget, scale):
+def test_lists(backend, rng, implementation, n, budget, scale, apart):
     """Scale 3 has nodes in the frozen phase."""
-    arguments, start = pass_problem(rng, budget, n=n, n_q=33, scale=scale)
+    arguments, start = pass_problem(rng, budget, n=n, n_q=33, scale=scale, apart=apart)
     for threshold in (0.0, 0.02, 0.3, 100.0):
         given = np.asarray(threshold), 10 * n, start
         assert_lists(run(implementation, backend, *arguments, *given), opened_by_a_threshold(arguments, *given))
@@ -63,9 +69,10 @@ def test_lists_of_a_part(backend, rng, implementation, seen):
 
 @pytest.mark.parametrize(("n", "budget"), SIZES)
 @pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.parametrize("apart", [False, True])
 @implementations("pick_threshold")
-def test_a_threshold(backend, rng, implementation, n, budget, scale):
-    arguments, start = pass_problem(rng, budget, n=n, n_q=33, scale=scale)
+def test_a_threshold(backend, rng, implementation, n, budget, scale, apart):
+    arguments, start = pass_problem(rng, budget, n=n, n_q=33, scale=scale, apart=apart)
     found = run(implementation, backend, *arguments, budget, 10 * n, start)
     np.testing.assert_allclose(found, threshold_of(arguments, budget, start), rtol=1e-9, atol=1e-12)
 
@@ -80,7 +87,7 @@ def test_lists_are_as_long_as_the_budget_in_the_mean(seed, n, part, scale):
     budget = max(1, int(part * n))
     arguments, start = pass_problem(np.random.default_rng(seed), budget, n=n, n_q=64, scale=scale)
     counts = {}
-    for pick, opens in zip(KERNELS["pick_threshold"], KERNELS["open_tree"], strict=True):
+    for pick, opens in zip(*(KERNELS[name][-2:] for name in ("pick_threshold", "open_tree")), strict=True):
         threshold = pick.function(host, *arguments, budget, 4 * n, start)
         counts[pick.target] = opens.function(host, *arguments, threshold, 4 * n, start)[3]
     np.testing.assert_array_equal(counts["numba-cpu"], counts["array-api"])
@@ -95,8 +102,8 @@ def test_lists_are_as_long_as_the_budget_in_the_mean(seed, n, part, scale):
 @implementations("attend_tree")
 def test_attention_to_lists(backend, rng, implementation, own, slope, dtype):
     """Against exact attention to each block's list, with keys of queries' own, and matrices of blocks."""
-    arguments, start = pass_problem(rng, n=300, n_q=70, d=17)
-    (q, scale, _, index), tree = arguments
+    arguments, start = pass_problem(rng, n=300, n_q=70, d=17, apart=own)
+    (q, scale, _, index, _), tree = arguments
     keys, nodes, (groups, blocks, _) = tree.keys, tree.nodes, index.shape
     values = rng.standard_normal((groups, keys.shape[1], 20))
     values[:, nodes:, -1] = 0.0
@@ -195,18 +202,29 @@ def test_lists_begin_with_one_node_in_twelve_slots():
     assert first_nodes(60, nodes, 2, 0, 1, share=4) == (5, 0, 8)
 
 
-@pytest.mark.parametrize(("n", "d", "d_v", "count"), [(40, 3, 1, 7), (500, 17, 33, 130), (90, 64, 64, 64), (5, 1, 20, 1)])
+@pytest.mark.parametrize(("n", "d", "d_v", "slots"), [(40, 3, 1, 7), (500, 17, 33, 130), (90, 64, 64, 31), (5, 1, 20, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @implementations("gap_moments")
-def test_gap_moments(backend, rng, implementation, n, d, d_v, count, dtype):
-    keys, values = rng.standard_normal((2, n, d)).astype(dtype), rng.standard_normal((2, n, d_v + 1)).astype(dtype)
-    drawn, mean = rng.integers(0, n, (2, 2, 3, count))
-    products, spreads, sizes = run(implementation, backend, keys, values, drawn, mean, dtype=dtype)
+def test_gap_moments(backend, rng, implementation, n, d, d_v, slots, dtype):
+    """Against keys drawn one by one: nodes with no share are passed over, and so are slots that hold no node."""
+    nodes = node_count(n, 4)
+    edges = [pair for level in range(depth(n, 4) + 1) for pair in pairwise(bounds(n, level).tolist())]
+    keys, values = (rng.standard_normal((2, nodes + n, width)).astype(dtype) for width in (d, d_v + 1))
+    key_index = rng.integers(0, nodes + n, (2, 3, slots))
+    share = np.where((rng.random((2, 3, slots)) < 0.7) & (key_index < nodes), rng.random((2, 3, slots)), 0.0)
+    key_index[..., 0], share[..., 0] = 0, 0.5
+    products, spreads, sizes = run(implementation, backend, keys, values, key_index, share.astype(dtype), nodes, dtype=dtype)
     for g, c in np.ndindex(2, 3):
-        gap = (keys[g, drawn[g, c]] - keys[g, mean[g, c]]).astype(np.float64)
-        value = (values[g, drawn[g, c], :-1] - values[g, mean[g, c], :-1]).astype(np.float64)
+        rows, means, sums = [], [], np.cumsum(share[g, c].astype(dtype).astype(float))
+        for i in range(DRAWS):
+            node = key_index[g, c, np.argmax(sums >= (i + 0.5) / DRAWS * sums[-1])]
+            begin, end = edges[node]
+            means.append(node)
+            rows.append(nodes + begin + int((end - begin) * ((i + 1) * TURN % 2**32 / 2**32)))
+        gap = (keys[g, rows] - keys[g, means]).astype(np.float64)
+        value = (values[g, rows, :-1] - values[g, means, :-1]).astype(np.float64)
         assert_close(spreads[g, c], (gap**2).sum(axis=1).mean(), dtype=dtype)
-        assert_close(products[g, c], gap.T @ value / count, dtype=dtype)
+        assert_close(products[g, c], gap.T @ value / DRAWS, dtype=dtype)
         assert_close(sizes[g, c], ((gap**2).sum(axis=1) * (value**2).sum(axis=1)).mean(), dtype=dtype, ulps=512)
 
 
@@ -242,7 +260,7 @@ def test_no_matrix_is_read_from_chance(rng):
 @on_host("attend_tree")
 def test_attention_is_exact_where_all_is_open(rng, implementation):
     arguments, start = pass_problem(rng, n=90, n_q=33)
-    (q, scale, _, index), tree = arguments
+    (q, scale, _, index, _), tree = arguments
     keys, nodes = tree.keys, tree.nodes
     values = np.concatenate([rng.standard_normal((2, keys.shape[1], 5)), np.zeros((2, keys.shape[1], 1))], axis=2)
     call = (*arguments, values, np.asarray(0.0), 300, start)
@@ -253,3 +271,13 @@ def test_attention_is_exact_where_all_is_open(rng, implementation):
         rows = np.unique(index[g])
         np.testing.assert_allclose(part.out[g, rows], exact[g, rows], rtol=0, atol=1e-12)
         np.testing.assert_allclose(part.lse[g, rows], lse[g, rows], rtol=0, atol=1e-12)
+
+
+def test_what_is_left_open_follows_from_where_the_arrays_are(rng):
+    x = rng.standard_normal((600, 8))
+    _, report = kdecore.attention(x, x, x, method="treecode", budget=64, return_report=True)
+    assert (report.options["ordering"], report.options["block_size"]) == ("tree", 16)
+    on_accelerators = Treecode().at(True)
+    assert (on_accelerators.ordering, on_accelerators.rows) == ("sort", 64)
+    assert {"open_tree", "rank_codes"} <= set(on_accelerators.kernels) <= set(KERNELS)
+    assert Treecode(block_size=8, ordering="tree").at(True).rows == 8

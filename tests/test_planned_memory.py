@@ -27,8 +27,8 @@ CASES = {
     "exact": (4096, 4096, 64, {"method": "exact"}),
     "tree": (4096, 4096, 64, {"method": "treecode", "budget": 128}),
     "tree of few queries": (500, 20000, 32, {"method": "treecode", "budget": 256}),
-    "tree in sweeps": (4096, 4096, 16, {"method": Treecode(opening="sweeps"), "budget": 256}),
-    "tree in sweeps, one sort": (8192, 8192, 64, {"method": Treecode().at(True), "budget": 512}),
+    "tree in small blocks": (4096, 4096, 16, {"method": Treecode(block_size=16), "budget": 256}),
+    "tree of one sort": (8192, 8192, 64, {"method": Treecode().at(True), "budget": 512}),
     "few queries": (3, 50000, 64, {"method": "hyper", "budget": 100}),
 }
 

@@ -3,7 +3,6 @@
 import numpy as np
 
 from kdecore.kernels.node_summaries.reference import node_summaries
-from kdecore.kernels.open_sweeps import contract as in_sweeps
 from kdecore.kernels.open_tree.contract import ALONG, LEAST, BlockQueries, Tree, first_nodes
 from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
@@ -37,8 +36,11 @@ def recursive_order(x, leaf_size, in_order=0):
     return split(np.arange(n), 0, 0)
 
 
-def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=True, scale=1.0, seen=(0, 0, 1)):
-    """Arguments of `open_sweeps` for clustered keys: blocks of queries as they come, own keys at random."""
+def pass_problem(rng, budget=40, groups=2, n=300, n_q=70, rows=16, d=6, p=3, scale=1.0, seen=None, apart=False):
+    """Arguments of `pick_threshold` up to the budget, and where lists begin: clustered keys, blocks of queries as they come.
+
+    ``seen`` is what lists begin with; all keys' first nodes if None.
+    """
     keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
     q = rng.standard_normal((groups, n_q, d))
     order = tree_order(host, keys, LEAF_SIZE)
@@ -46,147 +48,40 @@ def tree_problem(rng, groups=2, n=300, n_q=70, rows=16, d=6, p=3, slots=40, own=
     nodes = node_summaries(host, keys, keys, keys[:, :, :p], sizes, order, LEAF_SIZE, np.ones(groups))
     blocks = n_q // rows
     query_index = np.stack([rng.permutation(n_q)[: blocks * rows].reshape(blocks, rows) for _ in range(groups)])
-    own_positions = np.sort(rng.integers(0, n, (groups, blocks, rows)), axis=-1) if own else None
-    coordinates = scale * q[:, :, :p]
-    start = first_nodes(slots - (rows if own else 0), nodes.spread.shape[1], *seen)
-    summaries = nodes.keys, nodes.spread, nodes.variances, nodes.sizes
-    return q, scale, coordinates, query_index, *summaries, own_positions, slots, start
-
-
-def far_key_problem(rng, length, n=256, slots=60):
-    """The same for one block of queries that look like key 77, of logits about ``length``² beside those of all others."""
-    q, scale, _, index, keys, spread, *_ = tree_problem(rng, groups=1, n=n, n_q=16, slots=slots, own=False)
-    direction = rng.standard_normal(q.shape[2])
-    ordered = keys[:, spread.shape[1] :, :]
-    ordered[0, 77] = length * direction
-    q[0] = length * direction + 0.1 * rng.standard_normal(q[0].shape)
-    along, order = ordered[:, :, :3], np.arange(n)[None]
-    nodes = node_summaries(host, ordered, ordered, along, np.ones((1, n)), order, LEAF_SIZE, np.ones(1))
-    summaries = nodes.keys, nodes.spread, nodes.variances, nodes.sizes
-    return q, scale, q[:, :, :3], index, *summaries, None, slots, first_nodes(slots, nodes.spread.shape[1])
-
-
-def opened_in_sweeps(*arguments):
-    """What `open_sweeps` promises, the same way."""
-    return listed(sweep_by_sweep, *arguments)
-
-
-def sweep_by_sweep(weigh, members, depth, wanted, start):
-    """Return the same for `open_sweeps`."""
-    top, first, end = start
-
-    def rank(node, above):
-        logs, errors = weigh(*node)
-        share = np.exp(np.clip(logs - above, in_sweeps.LEAST_SHARE, in_sweeps.LARGEST_SHARE))
-        error = min(((share * errors) ** 4).sum(), in_sweeps.LARGEST_ERROR)
-        return error ** (in_sweeps.GROWTH / 4) / len(members(*node))
-
-    def total(nodes):
-        return np.logaddexp.reduce([weigh(*node)[0] for node in nodes], axis=0)
-
-    begin = [(top, i) for i in range(first, end)]
-    closed, opened = {node: rank(node, total(begin)) for node in begin}, []
-    for sweep in range(depth - top + 1 + in_sweeps.MORE_SWEEPS):
-        most = max(closed.values(), default=0.0)
-        room = wanted - sum(len(members(*node)) for node in opened)
-
-        def needed(limit, closed=closed):
-            slots = 0.0
-            for node, found in closed.items():
-                keys = len(members(*node))
-                predicted = keys if node[0] == depth else min(keys, max(2.0, found / limit))
-                slots += predicted if found > limit else 1
-            return slots
-
-        high = 1.0 + (np.log2(most) if most > 0 else 0.0)
-        low = high - in_sweeps.OCTAVES
-        for _ in range(in_sweeps.HALVINGS):
-            middle = 0.5 * (low + high)
-            low, high = (low, middle) if needed(2.0**middle) <= room else (middle, high)
-        if sweep < in_sweeps.SUMMED_SWEEPS:
-            above = total([*closed, *opened])
-        chosen = [node for node, found in closed.items() if found > 2.0**high]
-        if not chosen:
-            break
-        for node in chosen:
-            del closed[node]
-        opened += [node for node in chosen if node[0] == depth]
-        for level, i in (node for node in chosen if node[0] < depth):
-            for child in ((level + 1, 2 * i), (level + 1, 2 * i + 1)):
-                closed[child] = rank(child, above)
-    return list(closed), opened
-
-
-def listed(choose, q, scale, coordinates, query_index, keys, spread, variances, sizes, own, slots, start):
-    """Return the lists of all blocks, of nodes and leaves that a function chooses."""
-    groups, blocks, _ = query_index.shape
-    nodes = spread.shape[1]
-    n, depth = keys.shape[1] - nodes, (nodes + 1).bit_length() - 2
-    index, weight = np.zeros((groups, blocks, slots), np.int64), np.full((groups, blocks, slots), -np.inf)
-
-    def members(level, i):
-        return range((i * n) >> level, ((i + 1) * n) >> level)
-
-    def spread_of(half_variance, count):
-        limit = np.log(count)
-        return half_variance if half_variance <= limit else 2 * np.sqrt(half_variance * limit) - limit
-
-    for g, b in np.ndindex(groups, blocks):
-        mine = query_index[g, b]
-
-        def weights_and_errors(level, i, g=g, mine=mine):
-            count, h = len(members(level, i)), 2**level - 1 + i
-            spreads = np.array([spread_of(0.5 * coordinates[g, j] ** 2 @ variances[g, h], count) for j in mine])
-            return scale * (q[g, mine] @ keys[g, h]) + spreads + np.log(count), spreads * sizes[g, h]
-
-        own_rows = [] if own is None else list(own[g, b])
-        closed, opened = choose(weights_and_errors, members, depth, slots - len(own_rows), start)
-        norm = scale**2 * np.mean([q[g, j] @ q[g, j] for j in mine])
-        for place, position in enumerate(own_rows):
-            index[g, b, place] = nodes + position
-            weight[g, b, place] = -np.inf if position in own_rows[:place] else 0.0
-        place = len(own_rows)
-        for level, i in closed:
-            h, count = 2**level - 1 + i, len(set(members(level, i)) - set(own_rows))
-            if count:
-                half_variance = 0.5 * spread[g, h] * norm / q.shape[2]
-                several = len(members(level, i)) > 1
-                index[g, b, place] = h
-                weight[g, b, place] = np.log(count) + (spread_of(half_variance, count) if several else 0.0)
-            place += 1
-        for node in opened:
-            for position in sorted(set(members(*node)) - set(own_rows)):
-                index[g, b, place], weight[g, b, place] = nodes + position, 0.0
-                place += 1
-    return index, weight
-
-
-def pass_problem(rng, budget=40, **given):
-    """Arguments of `pick_threshold` up to the budget, and where lists begin, for the same keys and blocks."""
-    *arguments, _, slots, start = tree_problem(rng, own=False, slots=budget, **given)
-    queries, tree = BlockQueries(*arguments[:4]), Tree(*arguments[4:])
-    return (queries, tree), start if "seen" in given else first_nodes(slots, tree.nodes)
+    tree = Tree(nodes.keys, nodes.spread, nodes.variances, nodes.sizes)
+    start = first_nodes(budget, tree.nodes) if seen is None else first_nodes(budget, tree.nodes, *seen)
+    return (BlockQueries(q, scale, scale * q[:, :, :p], query_index, apart), tree), start
 
 
 class OneBlock:
     """A block of queries, and what `open_tree`'s contract says of nodes (level, i) for it; sums in the order of a set."""
 
     def __init__(self, arguments, g, b):
-        (q, scale, coordinates, index), (keys, spread, variances, sizes) = arguments
+        (q, scale, coordinates, index, self.apart), (keys, spread, variances, sizes) = arguments
         mine = index[g, b]
         self.queries, self.keys, self.nodes = scale * q[g, mine], keys[g], spread.shape[1]
         self.n, self.depth = len(self.keys) - self.nodes, (self.nodes + 1).bit_length() - 2
-        self.m = 0.5 * (coordinates[g, mine] ** 2).mean(axis=0)
-        self.norm = 0.5 * (self.queries**2).sum(axis=1).mean() / q.shape[2]
+        self.squares = 0.5 * coordinates[g, mine] ** 2
+        self.norms = 0.5 * (self.queries**2).sum(axis=1) / q.shape[2]
         self.spread, self.variances, self.sizes = spread[g], variances[g], sizes[g]
 
     def members(self, level, i):
         return range((i * self.n) >> level, ((i + 1) * self.n) >> level)
 
     def sigma(self, level, i):
+        return self.spread_of(level, i, self.squares.mean(axis=0), self.norms.mean())
+
+    def spread_of(self, level, i, squares, norm):
         h, log = 2**level - 1 + i, np.log(len(self.members(level, i)))
-        found = ALONG * self.m @ self.variances[h] + self.norm * self.spread[h]
+        found = ALONG * squares @ self.variances[h] + norm * self.spread[h]
         return found if found <= log else 2 * np.sqrt(found * log) - log
+
+    def sigmas(self, level, i):
+        """Half variances of each query, its own or in proportion to its squared norm."""
+        if self.apart:
+            return np.array([self.spread_of(level, i, *one) for one in zip(self.squares, self.norms, strict=True)])
+        mean = self.norms.mean()
+        return self.sigma(level, i) * (self.norms / mean if mean > 0 else np.ones(len(self.norms)))
 
     def log_weight(self, level, i):
         return self.sigma(level, i) + np.log(len(self.members(level, i)))
@@ -197,8 +92,8 @@ class OneBlock:
     def errors(self, level, nodes, closed):
         """Errors of the nodes of a level where others are closed."""
         total = np.logaddexp.reduce([self.logits(*node) for node in (*closed, *((level, i) for i in nodes))], axis=0)
-        found = [((np.exp(self.logits(level, i) - total) ** 4).sum()) ** 0.25 for i in nodes]
-        return [x * self.sigma(level, i) * self.sizes[2**level - 1 + i] for x, i in zip(found, nodes, strict=True)]
+        shares = [np.exp(self.logits(level, i) - total) * self.sigmas(level, i) for i in nodes]
+        return [(x**4).sum() ** 0.25 * self.sizes[2**level - 1 + i] for x, i in zip(shares, nodes, strict=True)]
 
     def below(self, level, i):
         step = 1 if (self.depth - level) % 2 else 2

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,13 @@ from triton.compiler import ASTSource
 from kdecore.kernels.attend_blocks import contract as widths
 from kdecore.kernels.attend_blocks import triton as forward
 from kdecore.kernels.attend_blocks import triton_backward as backward
+from kdecore.kernels.attend_tree import contract as attending_sizes
+from kdecore.kernels.attend_tree import triton as attending
+from kdecore.kernels.gap_moments import triton as gaps
 from kdecore.kernels.node_summaries import triton as summaries
-from kdecore.kernels.open_sweeps import contract as sizes
-from kdecore.kernels.open_sweeps import triton as opening
+from kdecore.kernels.open_tree import contract as sizes
+from kdecore.kernels.open_tree import triton as opening
+from kdecore.kernels.pick_threshold import triton as picking
 from kdecore.kernels.project_rows import triton as project
 from kdecore.kernels.rank_codes import triton as codes
 from kdecore.kernels.site import Largest
@@ -46,9 +50,13 @@ KERNELS = [
     *((codes, name) for name in ("sort_samples", "deal_bits", "number_cells")),
     (project, "project_tile"),
     (opening, "open_blocks"),
+    *((picking, name) for name in ("meet_level", "last_threshold")),
+    *((attending, name) for name in ("open_blocks", "attend_opened")),
+    (gaps, "measure_gaps"),
 ]
 """Every kernel, as its module names it."""
-MULTIPLYING = ("attend_tile", "gradient_of_queries", "gradient_of_keys", "project_tile", "open_blocks")
+MULTIPLYING = ("attend_tile", "gradient_of_queries", "gradient_of_keys", "project_tile")
+MULTIPLYING += ("open_blocks", "meet_level", "attend_opened", "measure_gaps")
 """Those that are meant for tensor cores."""
 
 
@@ -126,12 +134,20 @@ def build_tree(dtype: torch.dtype, d: int, d_v: int) -> None:
         project.project_rows(torch, k, torch.zeros(groups, d, width))
     codes.rank_codes(torch, coordinates, 24)
     nodes = summaries.node_summaries(torch, k, v, coordinates, norms, order, 4, torch.zeros(groups))
-    tree = nodes.keys, nodes.spread, nodes.variances, nodes.sizes
-    for rows, slots in ((64, 512), (64, sizes.MOST_SLOTS), (sizes.MOST_ROWS, 512)):
-        index, own = (torch.zeros(groups, n // rows, rows, dtype=torch.int64) for _ in range(2))
-        largest = Largest(d=d, directions=p, rows=rows, slots=slots, item_bytes=nodes.keys.element_size())
+    tree = sizes.Tree(nodes.keys, nodes.spread, nodes.variances, nodes.sizes)
+    for rows in (64, sizes.MOST_ROWS):
+        queries = sizes.BlockQueries(k, 0.125, coordinates, torch.zeros(groups, n // rows, rows, dtype=torch.int64), True)
+        largest = Largest(d=d, directions=p, rows=rows, item_bytes=nodes.keys.element_size())
         if sizes.triton_limit(largest) is None:
-            opening.open_sweeps(torch, k, 0.125, coordinates, index, *tree, own, slots, (6, 0, 64))
+            opened = torch.tensor(0.1), 2048, (6, 0, 64)
+            key_index, _, share, _ = opening.open_tree(torch, queries, tree, *opened)
+            gaps.gap_moments(torch, nodes.keys, nodes.values, key_index, share, tree.nodes)
+            own, slope = torch.zeros(groups, n, dtype=torch.int64), torch.zeros(groups, 2, d, d_v)
+            limits, before = torch.zeros(2, groups, d_v), Part(torch.zeros(groups, n, d_v), torch.zeros(groups, n))
+            if attending_sizes.triton_limit(replace(largest, d_v=d_v)) is None:
+                attending.attend_tree(torch, queries, tree, nodes.values, *opened, own, slope, tuple(limits), before)
+                attending.attend_tree(torch, queries, tree, nodes.values, *opened)
+            picking.pick_threshold(torch, queries, tree, 512, 1024, (6, 0, 64))
 
 
 def recorded(dtype: torch.dtype, d: int, d_v: int, case: str) -> list[Launch]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdecore.kernels.attend_blocks.contract import backward_limit
+from kdecore.kernels.gap_moments.reference import draw
 from kdecore.kernels.jit import kernel
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import BlockQueries, Tree
@@ -79,9 +80,11 @@ def attend_tree(
     return (part if before is None else merge(xp, before, part)), counts
 
 
-def gap_moments(xp: Namespace, keys: Tensor, values: Tensor, drawn: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gap_moments(
+    xp: Namespace, keys: Tensor, values: Tensor, key_index: Tensor, share: Tensor, nodes: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`, recorded for gradients in keys and values."""
-    products, spreads, sizes = _Gaps.apply(keys, values, drawn, mean)
+    products, spreads, sizes = _Gaps.apply(keys, values, key_index, share, nodes)
     return products, spreads, sizes
 
 
@@ -141,7 +144,7 @@ def _site(tensor: Tensor, **sizes: int) -> Site:
 
 def _site_of_blocks(q: Tensor, k: Tensor, v: Tensor, query_index: Tensor, key_index: Tensor) -> Site:
     sizes = {"n_q": len(q), "n_k": len(k), "d": q.shape[1], "d_v": v.shape[1]}
-    return _site(q, **sizes, rows=query_index.shape[1], slots=key_index.shape[1])
+    return _site(q, **sizes, rows=query_index.shape[1])
 
 
 def _site_of_groups(q: Tensor, k: Tensor, v: Tensor) -> Site:
@@ -258,6 +261,7 @@ class _Tree(torch.autograd.Function):
         scale: float,
         coordinates: Tensor,
         index: Tensor,
+        apart: bool,
         keys: Tensor,
         spread: Tensor,
         variances: Tensor,
@@ -270,7 +274,7 @@ class _Tree(torch.autograd.Function):
         merged: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernel = _unrecorded("attend_tree", _site(q, groups=len(q), n_q=q.shape[1], d=q.shape[2], d_v=values.shape[2] - 1))
-        queries, tree = BlockQueries(q, scale, coordinates, index), Tree(keys, spread, variances, sizes)
+        queries, tree = BlockQueries(q, scale, coordinates, index, apart), Tree(keys, spread, variances, sizes)
         nothing = None
         if merged:
             # Of queries in no block, what is merged with others has to mean something.
@@ -281,8 +285,8 @@ class _Tree(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        q, ctx.scale, *tensors, own, _, (threshold, ctx.most, ctx.start), _ = inputs
-        ctx.save_for_backward(q, *tensors, own, threshold, output[1])
+        q, ctx.scale, coordinates, index, ctx.apart, *tensors, own, _, (threshold, ctx.most, ctx.start), _ = inputs
+        ctx.save_for_backward(q, coordinates, index, *tensors, own, threshold, output[1])
         ctx.mark_non_differentiable(output[2])
         with team() as helpers:
             ctx.threads = helpers.threads
@@ -293,30 +297,33 @@ class _Tree(torch.autograd.Function):
         from kdecore.kernels.attend_tree import cpu_backward
 
         q, coordinates, index, *nodes, values, slope, own, threshold, lse = ctx.saved_tensors
-        queries, tree = BlockQueries(q, ctx.scale, coordinates, index), Tree(*nodes)
+        queries, tree = BlockQueries(q, ctx.scale, coordinates, index, ctx.apart), Tree(*nodes)
         lse, grad_lse = _of_rows(lse, grad_lse)
         opening = threshold, ctx.most, ctx.start
         with team(ctx.threads):
             found = cpu_backward.gradients(queries, tree, values, *opening, own, slope, lse, grad_out, grad_lse)
         of_q, of_keys, of_values, of_slope = (torch.from_numpy(x) for x in found)
         of_first_order = None if slope is None else of_slope
-        return of_q, None, None, None, of_keys, None, None, None, of_values, of_first_order, None, None, None, None
+        nothing = (None,) * 4
+        return of_q, *nothing, of_keys, None, None, None, of_values, of_first_order, *nothing
 
 
 class _Gaps(torch.autograd.Function):
     @staticmethod
-    def forward(keys: Tensor, values: Tensor, drawn: Tensor, mean: Tensor) -> tuple[Tensor, ...]:
-        kernel = _unrecorded("gap_moments", _site(keys, groups=len(keys), d=keys.shape[2], d_v=values.shape[2] - 1))
-        return tuple(kernel(namespace_of(keys), keys, values, drawn, mean))
+    def forward(keys: Tensor, values: Tensor, key_index: Tensor, share: Tensor, nodes: int) -> tuple[Tensor, ...]:
+        site = _site(keys, groups=len(keys), d=keys.shape[2], d_v=values.shape[2] - 1, nodes=nodes)
+        return tuple(_unrecorded("gap_moments", site)(namespace_of(keys), keys, values, key_index, share, nodes))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.nodes = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_products: Tensor, of_spreads: Tensor, of_sizes: Tensor) -> tuple[Tensor | None, ...]:
-        keys, values, drawn, mean = ctx.saved_tensors
+        keys, values, key_index, share = ctx.saved_tensors
+        drawn, mean = draw(namespace_of(share), key_index, share, ctx.nodes, keys.shape[1] - ctx.nodes)
         dtype, count = of_products.dtype, drawn.shape[2]
         of_keys, of_values = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
         # A block of a group after another: their gaps, made again, take less memory than those of all.
@@ -332,7 +339,7 @@ class _Gaps(torch.autograd.Function):
                 for target, change in ((of_keys, of_gap), (of_values, of_value_gap)):
                     add_rows(target[group], rows, change, 1.0 / count)
                     add_rows(target[group], means, change, -1.0 / count)
-        return *_in_dtypes_of((of_keys, of_values), (keys, values)), None, None
+        return *_in_dtypes_of((of_keys, of_values), (keys, values)), None, None, None
 
 
 class _Nodes(torch.autograd.Function):

@@ -21,6 +21,7 @@ from kdecore.kernels.simd import (
     exp2_columns,
     fourth_powers,
     inner_product,
+    multiply_spreads,
     multiply_tile,
     prefetch,
     scaled_squares,
@@ -39,12 +40,17 @@ class Work(NamedTuple):
 
     Attributes
     ----------
-    rows, queries, squares
-        A block's queries: their rows, (panels, d, lanes) scaled, and half their mean squared coordinates (p).
-    tile, bias, sigma, error
-        A level's nodes: their keys, log-weights, half variances times sizes, and errors.
+    rows, queries, squares, norm, ratios, own_squares
+        A block's queries: their rows, (panels, d, lanes) scaled, half their mean squared coordinates (p) and norm (1), and
+        what each norm is of the mean; where they are taken apart this is 1, and there are half the squared coordinates and
+        norm of each, (panels, p + 1, lanes).
+    tile, variances, bias, sizes, sigma, error
+        A level's nodes: their keys, log-weights, ln of their counts, what sums of shares have to be multiplied by, and these
+        in fourth powers; variances and spreads (p + 1) where queries are taken apart.
     logits, weights
         (panels, width, lanes) of a level's nodes.
+    halves
+        (width, lanes): half variances of a panel's logits, for queries that are taken apart.
     current, following
         Nodes of a level, numbered within it, and of the next one.
     tops, totals, closed_totals
@@ -60,12 +66,18 @@ class Work(NamedTuple):
     rows: Any
     queries: Any
     squares: Any
+    norm: Any
+    ratios: Any
+    own_squares: Any
     tile: Any
+    variances: Any
     bias: Any
+    sizes: Any
     sigma: Any
     error: Any
     logits: Any
     weights: Any
+    halves: Any
     current: Any
     following: Any
     tops: Any
@@ -87,12 +99,18 @@ def memory(filled, d, p, width, like):
         np.zeros(filled, np.int64),
         np.zeros(filled * d, dtype),
         np.zeros(round_up(p, lanes), dtype),
+        np.zeros(1, dtype),
+        np.zeros(filled, dtype),
+        np.zeros(filled * (p + 1), dtype),
         np.zeros(width * d, dtype),
+        np.zeros(width * (p + 1), dtype),
+        np.zeros(width, dtype),
         np.zeros(width, dtype),
         np.zeros(width, dtype),
         np.zeros(width, dtype),
         np.zeros(panel_sizes, dtype),
         np.zeros(panel_sizes, dtype),
+        np.zeros(width * lanes, dtype),
         np.zeros(width, np.int64),
         np.zeros(width, np.int64),
         np.zeros(filled, dtype),
@@ -108,8 +126,8 @@ def memory(filled, d, p, width, like):
 
 def host_queries(queries: BlockQueries) -> BlockQueries:
     """Return queries as `kdecore.namespaces.host_view` has them."""
-    q, scale, coordinates, index = queries
-    return BlockQueries(host_view(q), float(scale), host_view(coordinates), host_view(index))
+    q, scale, coordinates, index, apart = queries
+    return BlockQueries(host_view(q), float(scale), host_view(coordinates), host_view(index), apart)
 
 
 def host_tree(tree: Tree) -> Tree:
@@ -119,8 +137,8 @@ def host_tree(tree: Tree) -> Tree:
 
 @kernel()
 def load_block(block_queries, task, work):
-    """Load a block's queries, those that are not finite as 0; return mean ‖scale q‖² / 2d."""
-    q, scale, coordinates, query_index = block_queries
+    """Load a block's queries, those that are not finite as 0, and what half variances follow from."""
+    q, scale, coordinates, query_index, apart = block_queries
     _, blocks, b = query_index.shape
     n_q, d = q.shape[1:]
     p = coordinates.shape[2]
@@ -131,8 +149,8 @@ def load_block(block_queries, task, work):
         work.rows[r] = group * n_q + query_index[group, block, min(r, b - 1)]
     for lane in range(0, filled, lanes):
         load_queries(flat_q, work.rows, lane, d, q.dtype.type(scale / LN2), work.queries)
-    work.squares[:] = 0.0
-    norm = 0.0
+    work.squares[:], work.ratios[:], work.own_squares[:], norm = 0.0, 0.0, 0.0, 0.0
+    half, norm_half = q.dtype.type(ALONG * 0.5), scale * scale * 0.5 / d
     for r in range(filled):
         row_square = scaled_squares(flat_q, work.rows[r] * d, vectors, 1.0)
         for t in range(vectors * lanes, d):
@@ -144,14 +162,20 @@ def load_block(block_queries, task, work):
             continue
         if r < b:
             norm += row_square
-            at = work.rows[r] * p
+            work.ratios[r] = row_square
+            at, to = work.rows[r] * p, r // lanes * lanes * (p + 1) + r % lanes
             for t in range(p):
                 square = flat_coordinates[at + t] * flat_coordinates[at + t]
-                work.squares[t] += square if square < np.inf else 0.0
-    half = q.dtype.type(ALONG * 0.5 / b)
+                square = square if square < np.inf else 0.0
+                work.squares[t] += square
+                if apart:
+                    work.own_squares[to + t * lanes] = half * square
+            work.own_squares[to + p * lanes] = row_square * norm_half
     for t in range(p):
-        work.squares[t] *= half
-    return norm / b * scale * scale * 0.5 / d
+        work.squares[t] *= half / b
+    work.norm[0] = norm / b * norm_half
+    for r in range(filled):
+        work.ratios[r] = work.ratios[r] * b / norm if norm > 0 and not apart else 1.0
 
 
 @kernel()
@@ -163,7 +187,7 @@ def frozen(half_variance, log_count):
 
 
 @kernel()
-def weigh_level(tree, group, level, m, b, half_norm, work):
+def weigh_level(tree, group, level, m, b, apart, work):
     """Weigh the m current nodes of a level for a block's queries, and estimate the errors of leaving them closed."""
     keys, spread, variances, sizes = tree.keys, tree.spread, tree.variances, tree.sizes
     nodes, p = variances.shape[1:]
@@ -182,9 +206,13 @@ def weigh_level(tree, group, level, m, b, half_norm, work):
         sigma = np.float64(inner_product(flat_variances, at, work.squares, 0, vectors))
         for t in range(vectors * lanes, p):
             sigma += flat_variances[at + t] * work.squares[t]
-        sigma = frozen(sigma + spread[group, h] * half_norm, size)
-        work.sigma[c], work.bias[c] = sigma * sizes[group, h], (sigma + size) * (1.0 / LN2)
-    tiled = round_up(m, TILE_ROWS)
+        sigma = frozen(sigma + spread[group, h] * work.norm[0], size)
+        if apart:
+            copy_rows(flat_variances, at, work.variances, c * (p + 1), p)
+            work.variances[c * (p + 1) + p] = spread[group, h]
+        work.sizes[c], work.bias[c] = size, (sigma + size) * (1.0 / LN2)
+        work.sigma[c] = sizes[group, h] if apart else sigma * sizes[group, h]
+    tiled, none = round_up(m, TILE_ROWS), np.zeros(TILE_ROWS, keys.dtype)
     for lane in range(0, filled, lanes):
         at = lane * width
         for j in range(0, tiled, TILE_ROWS):
@@ -207,12 +235,22 @@ def weigh_level(tree, group, level, m, b, half_norm, work):
             copy_vector(work.closed_totals, lane, work.totals, lane)
             exp2_columns(work.weights, at, m, work.tops, lane, work.totals, lane)
         for i in range(lanes):
-            work.factors[i] = 1.0 / work.totals[lane + i] if lane + i < b else 0.0
-        fourth_powers(work.weights, at, m, work.factors, 0, work.error, lane == 0)
+            work.factors[i] = work.ratios[lane + i] / work.totals[lane + i] if lane + i < b else 0.0
+        if apart:
+            of_panel = lane * (p + 1)
+            for j in range(0, tiled, TILE_ROWS):
+                row, to = j * (p + 1), j * lanes
+                multiply_tile(
+                    work.variances, row, p + 1, 1, work.own_squares, of_panel, p + 1, none, 0, work.halves, to, True
+                )
+            multiply_spreads(work.weights, at, work.halves, 0, m, work.sizes)
+            fourth_powers(work.halves, 0, m, work.factors, 0, work.error, lane == 0)
+        else:
+            fourth_powers(work.weights, at, m, work.factors, 0, work.error, lane == 0)
 
 
 @kernel()
-def descend(tree, group, start, threshold, most, b, half_norm, work):
+def descend(tree, group, start, threshold, most, b, apart, work):
     """Open the tree for a block; return how many nodes stay closed, how many leaves are opened, and the slots that takes.
 
     Closed nodes are in ``work.node``, ``log_weight`` and ``kept``, leaves in ``work.leaves``. Where they would take more
@@ -230,7 +268,7 @@ def descend(tree, group, start, threshold, most, b, half_norm, work):
         for c in range(m):
             work.current[c] = first + c
         while m > 0 and slots <= most:
-            weigh_level(tree, group, level, m, b, half_norm, work)
+            weigh_level(tree, group, level, m, b, apart, work)
             base, step, found = (1 << level) - 1, STEP - (last - level) % STEP, 0
             for c in range(m):
                 square = np.float64(work.sigma[c]) * work.sigma[c]

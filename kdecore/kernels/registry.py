@@ -27,7 +27,6 @@ from kdecore.kernels import (
     gap_moments,
     hash_codes,
     node_summaries,
-    open_sweeps,
     open_tree,
     pick_threshold,
     project_rows,
@@ -244,11 +243,12 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "rank_codes": _implementations(rank_codes, others=("triton", "numba-cuda")),
     "tree_order": _implementations(tree_order),
     "node_summaries": _implementations(node_summaries, host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")),
-    "pick_threshold": _implementations(pick_threshold),
-    "open_tree": _implementations(open_tree),
-    "gap_moments": _implementations(gap_moments, host=_host_floats, others=("torch-autograd",)),
-    "attend_tree": _implementations(attend_tree, host=_host_floats, recorded=_recorded_on_host, others=("torch-autograd",)),
-    "open_sweeps": _implementations(open_sweeps, others=("triton", "numba-cuda")),
+    "pick_threshold": _implementations(pick_threshold, others=("triton", "numba-cuda")),
+    "open_tree": _implementations(open_tree, others=("triton", "numba-cuda")),
+    "gap_moments": _implementations(gap_moments, host=_host_floats, others=("triton", "torch-autograd")),
+    "attend_tree": _implementations(
+        attend_tree, host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
+    ),
     "attend_blocks": _implementations(attend_blocks, host=_host_floats, others=("triton", "torch-autograd")),
     "attend_dense": _implementations(attend_dense, host=_host_floats, others=("triton", "torch-autograd")),
 }

@@ -343,32 +343,6 @@ def add_squared_gaps(typingctx, a, a0, b, b0, c, c0, vectors):
 
 
 @intrinsic
-def add_spreads(typingctx, logits, logits0, spreads, spreads0, rows, sizes, sizes0):
-    """Add to each row of the panel of logits its spread and its size, after the spread has been frozen.
-
-    spread ← 2 √(spread · size) − size where spread > size, as `open_tree` has it. Sizes are logarithms, at least 0.
-    """
-
-    def codegen(context, builder, signature, args):
-        logits, logits0, spreads, spreads0, rows, sizes, sizes0 = args
-        simd = _Vectors(context, builder, signature.args[0])
-        targets = simd.pointer(signature.args[0], logits, logits0), simd.pointer(signature.args[2], spreads, spreads0)
-        first_size = simd.pointer(signature.args[5], sizes, sizes0)
-        with cgutils.for_range(builder, rows) as loop:
-            target, place = (simd.at(x, builder.mul(loop.index, simd.index(simd.lanes))) for x in targets)
-            size = simd.splat(builder.load(simd.at(first_size, loop.index)))
-            spread = simd.load(place)
-            root = simd.llvm("sqrt", builder.fmul(spread, size))
-            beyond = builder.fsub(builder.fadd(root, root), size)
-            spread = builder.select(builder.fcmp_ordered(">", spread, size), beyond, spread)
-            simd.store(spread, place)
-            simd.store(builder.fadd(builder.fadd(simd.load(target), spread), size), target)
-        return context.get_dummy_value()
-
-    return types.void(logits, logits0, spreads, spreads0, rows, sizes, sizes0), codegen
-
-
-@intrinsic
 def scale_columns(typingctx, a, a0, rows, factors, factors0, total, total0):
     """Multiply each column of the panel at a0 by its factor, and write the columns' sums to ``total[total0 : …]``."""
 
@@ -427,6 +401,30 @@ def fourth_powers(typingctx, a, a0, rows, factors, factors0, sums, fresh):
         return context.get_dummy_value()
 
     return types.void(a, a0, rows, factors, factors0, sums, fresh), codegen
+
+
+@intrinsic
+def multiply_spreads(typingctx, a, a0, spreads, spreads0, rows, sizes):
+    """Multiply spreads of rows, frozen, by those of a: spreads[r, j] ← σ · a[r, j].
+
+    σ is spreads[r, j], or 2 √(spreads · size) − size where that is larger than sizes[r], a logarithm of at least 0.
+    """
+
+    def codegen(context, builder, signature, args):
+        a, a0, spreads, spreads0, rows, sizes = args
+        simd = _Vectors(context, builder, signature.args[0])
+        panels = simd.pointer(signature.args[0], a, a0), simd.pointer(signature.args[2], spreads, spreads0)
+        size_of = simd.pointer(signature.args[5], sizes, simd.index(0))
+        with cgutils.for_range(builder, rows) as loop:
+            source, target = (simd.at(panel, builder.mul(loop.index, simd.index(simd.lanes))) for panel in panels)
+            size, spread = simd.splat(builder.load(simd.at(size_of, loop.index))), simd.load(target)
+            root = simd.llvm("sqrt", builder.fmul(spread, size))
+            beyond = builder.fsub(builder.fadd(root, root), size)
+            sigma = builder.select(builder.fcmp_ordered(">", spread, size), beyond, spread)
+            simd.store(builder.fmul(sigma, simd.load(source)), target)
+        return context.get_dummy_value()
+
+    return types.void(a, a0, spreads, spreads0, rows, sizes), codegen
 
 
 @intrinsic

@@ -21,8 +21,8 @@ class Largest:
         Coordinates by which trees are built and opened.
     leaf_size, nodes
         Keys in a leaf of a tree, and its nodes.
-    rows, slots
-        Queries of a block, and length of its list.
+    rows
+        Queries of a block.
     """
 
     groups: int = 1
@@ -35,7 +35,6 @@ class Largest:
     leaf_size: int = 1
     nodes: int = 1
     rows: int = 1
-    slots: int = 1
 
 
 @dataclass(frozen=True)

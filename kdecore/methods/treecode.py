@@ -15,14 +15,14 @@ Rows are compared by what the other side sees of them, in few coordinates whose 
 node is replaced by one of its keys, drawn at random, and the estimate is unbiased in numerator and denominator.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import BlockQueries, Tree, first_nodes
-from kdecore.methods.first_order import GOLDEN_RATIO, first_order
-from kdecore.methods.sweeps import first_order_of_leaves, open_in_sweeps, own_positions
+from kdecore.methods.first_order import first_order
 from kdecore.methods.view import View, balanced_view, query_moment, unseen_share
 from kdecore.namespaces import (
     Array,
@@ -32,18 +32,22 @@ from kdecore.namespaces import (
     from_host,
     host,
     invert_permutation,
-    searchsorted_rows,
+    on_accelerator,
     take_along_rows,
     take_columns,
     without_gradient,
 )
 from kdecore.options import Treecode
-from kdecore.planning import FEWEST_NODES, LONGEST, WIDEST, Plan, pilot_blocks
+from kdecore.planning import FEWEST_NODES, WIDEST, Plan, longest_list, pilot_blocks
 from kdecore.randomness import SAMPLES_STREAM
 from kdecore.selection import Blocks, Opening, Selected, Selection, equal_blocks, in_order_of_queries
 from kdecore.stretches import Described, Span, Stretch
 from kdecore.tree import node_bounds
 
+DEEPER = 0.15
+"""An error of a level counts so many octaves more than one of the level above: nodes of fewer keys take fewer slots until
+what they hide is found. 0 to 0.2: bench/NOTES.md."""
+GOLDEN_RATIO = (5.0**0.5 - 1.0) / 2.0
 CODE_BITS = 24
 """Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
 
@@ -61,8 +65,9 @@ class KeyTree:
     nodes
         Summaries of the tree's nodes, and the keys and values in its order.
     unseen
-        (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`),
-        but where trees are opened in sweeps.
+        (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`).
+    sizes
+        (G, N): sizes of the nodes' values, times 2^(`DEEPER` · level).
     limits
         (G, d_v) and (G, d_v): the least and the largest of each column of the values, beyond which no mean of them lies.
     """
@@ -71,28 +76,12 @@ class KeyTree:
     order: Array
     nodes: TreeNodes
     unseen: Array
+    sizes: Array
     limits: tuple[Array, Array]
 
     def without_gradient(self) -> "KeyTree":
         """Return the same tree, of whose nodes no gradients are recorded."""
         return replace(self, nodes=TreeNodes(*(without_gradient(x) for x in self.nodes)))
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """Some blocks of queries, evenly spaced among all.
-
-    Attributes
-    ----------
-    q, coordinates
-        (G, C · b, d) and (G, C · b, p) of their queries.
-    index
-        (G, C, b) int64: which of these each row of each block is.
-    """
-
-    q: Array
-    coordinates: Array
-    index: Array
 
 
 class Calibration(NamedTuple):
@@ -127,14 +116,11 @@ class Prepared:
     blocks
         That order in blocks of `Treecode.block_size` queries.
     pilot
-        Some of the blocks; None where trees are opened in sweeps, and where there is a calibration.
+        (G, C, b) int64: the queries of some of the blocks, evenly spaced; None where there is a calibration.
     calibration
         What a pilot of other queries found; None where this pilot is to find it.
     own
-        (G, n_q) int64: the position in the keys' tree of each query's own key, −1 for none; None where no query has one, and
-        where trees are opened in sweeps.
-    listed
-        (G, B, b) int64, ascending: positions of each block's own keys where trees are opened in sweeps; or None.
+        (G, n_q) int64: the position in the keys' tree of each query's own key, −1 for none; None where no query has one.
     seen
         (level, first, end): the queries see the nodes first … end − 1 of a level.
     """
@@ -143,9 +129,8 @@ class Prepared:
     coordinates: Array
     order: Array
     blocks: Blocks
-    pilot: Pilot | None
+    pilot: Array | None
     own: Array | None
-    listed: Array | None
     seen: tuple[int, int, int] = (0, 0, 1)
     calibration: Calibration | None = None
 
@@ -184,7 +169,7 @@ def prepare_in_order(problem: Problem, plan: Plan, level: int, described: Descri
     keys = grow(problem, plan, view, coordinates, sizes, moment, level)
     order = order_queries(problem, plan, of_queries, level)
     # Stretches have blocks, pilots and own keys of their own.
-    return Prepared(keys, of_queries, order, equal_blocks(problem.xp, order, problem.n_q), None, None, None)
+    return Prepared(keys, of_queries, order, equal_blocks(problem.xp, order, problem.n_q), None, None)
 
 
 def select_stretch(problem: Problem, plan: Plan, prepared: Prepared, level: int, number: int, keys: Stretch) -> Selected:
@@ -224,16 +209,11 @@ def grow(
         xp, problem.k, problem.v, coordinates, sizes, order, Treecode.LEAF_SIZE, view.half_norm
     )
     still = TreeNodes(*(without_gradient(x) for x in nodes))
-    unseen = still.spread
-    if not in_sweeps(plan):
-        unseen = unseen * unseen_share(problem, view, moment, still, kernels["second_moment"].function)[:, None]
+    unseen = still.spread * unseen_share(problem, view, moment, still, kernels["project_rows"].function)[:, None]
+    number = xp.arange(1, int(still.sizes.shape[1]) + 1, dtype=xp.float64, device=problem.device)
+    deeper = xp.astype(2.0 ** (DEEPER * xp.floor(xp.log2(number))), problem.dtype)
     values = xp.astype(without_gradient(problem.v), problem.dtype, copy=False)
-    return KeyTree(view, order, nodes, unseen, column_ranges(xp, values))
-
-
-def in_sweeps(plan: Plan) -> bool:
-    """Return whether trees are opened in sweeps."""
-    return isinstance(plan.options, Treecode) and plan.options.opening == "sweeps"
+    return KeyTree(view, order, nodes, unseen, still.sizes * deeper, column_ranges(xp, values))
 
 
 def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: int = 0) -> Array:
@@ -268,37 +248,51 @@ def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree, calibration: Ca
     assert isinstance(options, Treecode)
     coordinates = plan.kernels["project_rows"].function(xp, without_gradient(problem.q), keys.view.queries)
     order = order_queries(problem, plan, coordinates)
-    prepared = Prepared(keys, coordinates, order, equal_blocks(xp, order, options.rows), None, None, None)
-    prepared = replace(prepared, calibration=calibration)
+    prepared = Prepared(keys, coordinates, order, equal_blocks(xp, order, options.rows), None, None, calibration=calibration)
     return with_queries(problem, plan, prepared, (0, problem.n_q), (0, problem.n_k))
 
 
 def with_queries(problem: Problem, plan: Plan, prepared: Prepared, queries: Span, seen: Span) -> Prepared:
     """Find the pilot, and the own keys among those ``seen``, of blocks that hold some of the queries."""
-    xp, blocks, order = problem.xp, prepared.blocks, prepared.keys.order
-    assert isinstance(plan.options, Treecode)
-    if in_sweeps(plan):
-        return replace(prepared, listed=own_positions(problem, blocks, order, queries, seen))
-    own = None
-    if problem.own is not None:
-        there = (seen[0] <= problem.own) & (problem.own < seen[1])
-        there[:, : queries[0]], there[:, queries[1] :] = False, False
-        if bool(host.any(there)):
-            places = from_host(xp, host.where(there, problem.own, 0), dtype=None, device=problem.device)
-            found = take_along_rows(
-                xp, invert_permutation(xp, order), xp.broadcast_to(places, (problem.groups, problem.n_q))
-            )
-            own = xp.where(from_host(xp, there, dtype=None, device=problem.device), found, -1)
+    xp, blocks = problem.xp, prepared.blocks
+    own = own_on_device(problem, queries, seen)
+    if own is not None:
+        place = invert_permutation(xp, prepared.keys.order)
+        own = xp.broadcast_to(own, (problem.groups, problem.n_q))
+        own = xp.where(own < 0, -1, take_along_rows(xp, place, xp.clip(own, 0, None)))
     if prepared.calibration is not None:
         return replace(prepared, own=own)
-    groups, count, b = blocks.index.shape
+    groups, count, _ = blocks.index.shape
     some = pilot_blocks(groups, count)
     number = (2 * xp.arange(some, dtype=xp.int64, device=problem.device) + 1) * count // (2 * some)
-    rows = xp.reshape(take_columns(xp, blocks.index, number), (groups, -1))
-    index = xp.reshape(xp.arange(some * b, dtype=xp.int64, device=problem.device), (1, some, b))
-    q, coordinates = (take_along_rows(xp, x, rows) for x in (without_gradient(problem.q), prepared.coordinates))
-    pilot = Pilot(q, coordinates, xp.broadcast_to(index, (groups, some, b)))
-    return replace(prepared, pilot=pilot, own=own)
+    return replace(prepared, pilot=take_columns(xp, blocks.index, number), own=own)
+
+
+def own_on_device(problem: Problem, queries: Span, seen: Span) -> Array | None:
+    """Return `Problem.own` (1|G, n_q) of some queries, among the keys ``seen``, as an array of the problem's library.
+
+    −1 where there is none; None where no query has one. Own keys that follow one another are counted on the device: a CUDA
+    graph takes no copy from the host.
+    """
+    if problem.own is None:
+        return None
+    xp, repeats = problem.xp, problem.repeats
+
+    def if_seen(own: Array, query: Array, where: Callable[..., Array]) -> Array:
+        inside = (seen[0] <= own) & (own < seen[1]) & (queries[0] <= query) & (query < queries[1])
+        return where(inside, own, -1)
+
+    query = host.arange(problem.n_q, dtype=host.int64)[None, :]
+    own = if_seen(problem.own, query, host.where)
+    group, first = (int(x) for x in host.unravel_index(host.argmax(own >= 0), own.shape))
+    if own[group, first] < 0:
+        return None
+    offset = int(own[group, first]) - first // repeats
+    if bool(host.all(own == if_seen(query // repeats + offset, query, host.where))):
+        number = xp.arange(problem.n_q, dtype=xp.int64, device=problem.device)[None, :]
+        counted = (number if repeats == 1 else number // repeats) + offset
+        return counted if bool(host.all(own >= 0)) else if_seen(counted, number, xp.where)
+    return from_host(xp, own, dtype=None, device=problem.device)
 
 
 def restrict(problem: Problem, prepared: Prepared, numbers: Array) -> tuple[Problem, Prepared, Array]:
@@ -327,9 +321,17 @@ def restrict(problem: Problem, prepared: Prepared, numbers: Array) -> tuple[Prob
     place = xp.reshape(xp.arange(some * b, dtype=xp.int64, device=problem.device), (1, some, b))
     blocks = Blocks(xp.broadcast_to(place, (groups, some, b)), tuple(range(0, some * b + 1, b)))
     own = None if prepared.own is None else take_along_rows(xp, prepared.own, queries)
-    listed = None if prepared.listed is None else take_along_rows(xp, prepared.listed, block)
+    calibration = prepared.calibration
+    if calibration is not None and calibration.slope is not None and calibration.slope.shape[1] > 1:
+        # Each block has the matrix that it has among the others.
+        slope = calibration.slope
+        number, matrices = block * int(slope.shape[1]) // count, xp.reshape(slope, (*slope.shape[:2], -1))
+        mine = xp.reshape(take_along_rows(xp, matrices, number), (groups, some, *slope.shape[2:]))
+        calibration = calibration._replace(slope=mine)
     coordinates = take_along_rows(xp, prepared.coordinates, queries)
-    some_only = replace(prepared, coordinates=coordinates, order=queries, blocks=blocks, own=own, listed=listed)
+    some_only = replace(
+        prepared, coordinates=coordinates, order=queries, blocks=blocks, pilot=None, own=own, calibration=calibration
+    )
     return problem.with_queries(queries), some_only, rows
 
 
@@ -339,37 +341,38 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
     assert isinstance(options, Treecode)
     assert options.budget is not None
     sampled = options.far_field == "sample"
-    if in_sweeps(plan):
-        still = keys.without_gradient().nodes
-        key_index, log_weight = open_in_sweeps(
-            problem, plan, prepared.coordinates, blocks, still, prepared.listed, prepared.seen
-        )
-        if sampled:
-            return drawn(problem, plan, prepared, key_index, log_weight)
-        slope = first_order_of_leaves(xp, keys.nodes, problem.n_k)[:, None, ...]
-        return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=keys.limits))
     threshold, most, start, slope = prepared.calibration or calibrate(problem, plan, prepared)
     limits = None if slope is None else keys.limits
     if "attend_tree" in plan.kernels:
         tree, values = summaries(keys)._replace(keys=keys.nodes.keys), keys.nodes.values
-        return Opening(blocks, prepared.coordinates, tree, values, threshold, most, start, slope, limits, prepared.own)
-    queries = BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, blocks.index)
+        apart = taken_apart(options)
+        return Opening(
+            blocks, prepared.coordinates, apart, tree, values, threshold, most, start, slope, limits, prepared.own
+        )
+    queries = BlockQueries(
+        without_gradient(problem.q), problem.scale, prepared.coordinates, blocks.index, taken_apart(options)
+    )
     key_index, log_weight, _, _ = plan.kernels["open_tree"].function(xp, queries, summaries(keys), threshold, most, start)
     if sampled:
         return drawn(problem, plan, prepared, key_index, log_weight)
-    own = None if prepared.own is None else unlisted(problem, prepared, key_index)
+    own = None if prepared.own is None else unlisted(problem, prepared, key_index, log_weight)
     return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=limits, own=own))
+
+
+def taken_apart(options: Treecode) -> bool:
+    """Return whether the queries of a block differ so much that each one's own half variances count."""
+    return options.ordering == "sort"
 
 
 def summaries(keys: KeyTree) -> Tree:
     """Return what of a tree decides how it is opened."""
     still = keys.without_gradient().nodes
-    return Tree(still.keys, keys.unseen, still.variances, still.sizes)
+    return Tree(still.keys, keys.unseen, still.variances, keys.sizes)
 
 
 def calibrated(problem: Problem, plan: Plan, prepared: Prepared) -> Prepared:
     """Return the same with what the pilot finds for a plan's budget, so that any of its blocks can be opened."""
-    return prepared if in_sweeps(plan) else replace(prepared, calibration=calibrate(problem, plan, prepared))
+    return replace(prepared, calibration=calibrate(problem, plan, prepared))
 
 
 def calibrate(problem: Problem, plan: Plan, prepared: Prepared) -> Calibration:
@@ -379,8 +382,11 @@ def calibrate(problem: Problem, plan: Plan, prepared: Prepared) -> Calibration:
     # Without values there is nothing that a matrix could lead to.
     if sampled or problem.d_v == 0:
         return found
+    # From lists, queries would have to be gathered in the order of blocks for matrices of their own: not on accelerators.
+    apart = "attend_tree" in plan.kernels or not on_accelerator(problem.q)
     multiply = plan.kernels["gap_moments"].function
-    return found._replace(slope=first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply))
+    slope = first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply, apart)
+    return found._replace(slope=slope)
 
 
 def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> tuple[Calibration, Array, Array]:
@@ -397,8 +403,11 @@ def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> tuple[Calibr
     assert pilot is not None
     assert plan.options.budget is not None
     budget = plan.options.budget - (prepared.own is not None and plan.options.budget > 1)
-    most, start = LONGEST * budget, first_nodes(budget, int(prepared.keys.unseen.shape[1]), *prepared.seen)
-    given = xp, BlockQueries(pilot.q, problem.scale, pilot.coordinates, pilot.index), tree
+    start = first_nodes(budget, tree.nodes, *prepared.seen)
+    most = max(start[2] - start[1], longest_list(kernels, budget, problem.n_k))
+    assert isinstance(plan.options, Treecode)
+    apart = taken_apart(plan.options)
+    given = xp, BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, pilot, apart), tree
     threshold = kernels["pick_threshold"].function(*given, budget, max(WIDEST * budget, FEWEST_NODES), start)
     key_index, _, share, _ = kernels["open_tree"].function(*given, threshold, most, start)
     return Calibration(threshold, most, start), key_index, share
@@ -430,13 +439,15 @@ def of_nodes(problem: Problem, keys: KeyTree, selection: Selection) -> Selection
     return replace(selection, **dict(zip(("keys", "values"), rows, strict=True)))
 
 
-def unlisted(problem: Problem, prepared: Prepared, key_index: Array) -> Array:
+def unlisted(problem: Problem, prepared: Prepared, key_index: Array, log_weight: Array) -> Array:
     """Return each query's own key, int64 (G, n_q), −1 where its block lists it or there is none."""
     xp, own, index = problem.xp, prepared.own, prepared.blocks.index
     assert own is not None
     nodes = int(prepared.keys.unseen.shape[1])
     place = take_along_rows(xp, own, index)
-    again = among(xp, xp.sort(key_index, axis=-1), place + nodes, nodes + problem.n_k)
+    # Slots that a list does not have are its last, and no key
+    ascending = xp.where(log_weight == -xp.inf, nodes + problem.n_k, key_index)
+    again = among(xp, ascending, place + nodes, nodes + problem.n_k)
     mine = xp.where(
         again | (place < 0), -1, take_along_rows(xp, prepared.keys.order, xp.maximum(place, xp.zeros_like(place)))
     )
@@ -446,13 +457,12 @@ def unlisted(problem: Problem, prepared: Prepared, key_index: Array) -> Array:
 
 def among(xp: Namespace, ascending: Array, wanted: Array, n: int) -> Array:
     """Return which numbers below n, int64 (G, B, r), are among those of their block (G, B, s), ascending: bool (G, B, r)."""
-    groups, blocks, _ = ascending.shape
-    # Numbered through all blocks of a group they ascend, so that one search finds them.
-    first = xp.arange(blocks, dtype=xp.int64, device=ascending.device)[None, :, None] * n
-    every, wanted = xp.reshape(ascending + first, (groups, -1)), wanted + first
-    slot = xp.clip(searchsorted_rows(xp, every, wanted, side="left"), 0, int(every.shape[1]) - 1)
-    found: Array = take_along_rows(xp, every, slot) == wanted
-    return found
+    groups, blocks, slots = ascending.shape
+    # Numbered through all blocks they ascend, so that one search finds them.
+    first = xp.reshape(xp.arange(groups * blocks, dtype=xp.int64, device=ascending.device), (groups, blocks, 1)) * n
+    every = xp.reshape(ascending + first, (-1,))
+    slot = xp.clip(xp.searchsorted(every, xp.reshape(wanted + first, (-1,))), 0, groups * blocks * slots - 1)
+    return xp.reshape(xp.take(every, slot), wanted.shape) == wanted + first
 
 
 def drawn(problem: Problem, plan: Plan, prepared: Prepared, key_index: Array, log_weight: Array) -> Selection:
@@ -460,10 +470,9 @@ def drawn(problem: Problem, plan: Plan, prepared: Prepared, key_index: Array, lo
 
     The larger a node's part of the attention, the further it was opened: these are samples without replacement, one
     from each of many strata of about equal importance. A block's number is uniform in [0, 1); each node's number is its
-    block's plus a multiple of the golden ratio, modulo 1, and so uniform too. A key drawn that its block lists as its own,
-    where trees are opened in sweeps, does not count again.
+    block's plus a multiple of the golden ratio, modulo 1, and so uniform too.
     """
-    xp, n, blocks, own = problem.xp, problem.n_k, prepared.blocks, prepared.listed
+    xp, n, blocks = problem.xp, problem.n_k, prepared.blocks
     shape, nodes = (problem.groups, int(blocks.index.shape[1])), int(prepared.keys.nodes.spread.shape[1])
     starts = plan.kernels["draw_uniform"].function(xp, plan.draw_seed, SAMPLES_STREAM, shape, problem.device)
     closed = (key_index < nodes) & (log_weight > -xp.inf)
@@ -474,7 +483,5 @@ def drawn(problem: Problem, plan: Plan, prepared: Prepared, key_index: Array, lo
     place = xp.astype((number - xp.floor(number)) * count, xp.int64)
     position = xp.minimum(first + place, end - 1)
     weight = xp.astype(xp.log(count), log_weight.dtype)
-    if own is not None:
-        weight = xp.where(among(xp, own, position, n), -xp.inf, weight)
     position = xp.where(closed, position, xp.maximum(key_index - nodes, xp.zeros_like(key_index)))
     return Selection(blocks, take_along_rows(xp, prepared.keys.order, position), xp.where(closed, weight, log_weight))

@@ -68,27 +68,25 @@ def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
     return View(xp.astype(queries * scale, dtype), of_keys, of_centre, half_norm)
 
 
-def unseen_share(
-    problem: Problem, view: View, moment: Array, nodes: TreeNodes, measure: Callable[..., tuple[Array, Array]]
-) -> Array:
+def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, project: Callable[..., Array]) -> Array:
     """Return what spreads have to be multiplied by so that half variances are right in the mean over leaves: (G,) (derived).
 
-    The half variance of a leaf's logits, over queries of second moment C, is ½ ⟨C, S⟩ for keys of covariance S. `open_tree`
-    takes `ALONG` of what coordinates see of it, and the rest in proportion to the spread. ``measure`` is the kernel
-    `second_moment`. O(G `MOMENT_ROWS` · d²).
+    The half variance of a leaf's logits, over queries of second moment C, is the mean of ½ κᵀ C κ over the gaps κ between
+    keys and their mean. `open_tree` takes `ALONG` of what coordinates see of it, and the rest in proportion to the spread.
+    ``project`` is the kernel `project_rows`. O(G `MOMENT_ROWS` · d²).
     """
-    xp, rows = problem.xp, sampled_leaves(problem.xp, problem.n_k, problem.device)
-    leaf, gaps = rows[1], within_leaves(xp, nodes.keys, problem.d, rows, problem.dtype)
-    covariance = measure(xp, gaps, 1, False)[0]
-    whole = 0.5 * problem.scale**2 * xp.sum(moment * covariance, axis=(-2, -1))
-    queries = xp.astype(view.queries, xp.float64)
-    squares = xp.sum((moment @ queries) * queries, axis=-2)
-    along = xp.astype(xp.mean(take_columns(xp, nodes.variances, leaf), axis=1), xp.float64)
-    seen = 0.5 * ALONG * xp.sum(squares * along, axis=-1)
-    around = xp.astype(view.half_norm * xp.mean(take_columns(xp, nodes.spread, leaf), axis=1), xp.float64)
-    share = (whole - seen) / xp.where(around > 0, around, 1.0)
+    xp, dtype = problem.xp, problem.dtype
+    rows = sampled_leaves(xp, problem.n_k, problem.device)
+    leaf, gaps = rows[1], within_leaves(xp, nodes.keys, problem.d, rows, dtype)
+    moment = xp.astype(moment, dtype)
+    half = 0.5 * problem.scale**2 / int(gaps.shape[1])
+    whole = xp.sum(project(xp, gaps, moment) * gaps, axis=(-2, -1)) * half
+    squares = xp.sum((moment @ view.queries) * view.queries, axis=-2)
+    along = xp.mean(take_columns(xp, nodes.variances, leaf), axis=1)
+    seen = xp.sum(squares * along, axis=-1) * (0.5 * ALONG)
+    around = view.half_norm * xp.mean(take_columns(xp, nodes.spread, leaf), axis=1)
     # No more than all of it, if it were as wide along all directions as along one.
-    return xp.astype(xp.clip(share, 0.0, float(problem.d)), problem.dtype)
+    return xp.clip((whole - seen) / xp.where(around > 0, around, 1.0), 0.0, float(problem.d))
 
 
 def sampled_leaves(xp: Namespace, n: int, device: object) -> tuple[slice, Array]:

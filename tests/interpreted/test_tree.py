@@ -5,6 +5,8 @@ import pytest
 import torch
 import triton.language as tl
 
+from kdecore.kernels.gap_moments import reference as gaps_reference
+from kdecore.kernels.gap_moments import triton as gaps
 from kdecore.kernels.node_summaries import reference as summaries_reference
 from kdecore.kernels.node_summaries import triton as summaries
 from kdecore.kernels.project_rows import reference as project_reference
@@ -13,6 +15,7 @@ from kdecore.kernels.rank_codes import reference as codes_reference
 from kdecore.kernels.rank_codes import triton as codes
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
+from kdecore.tree import node_count
 from tests.interpreted.problems import DTYPES, rows
 from tests.tolerances import EPS, assert_close
 
@@ -186,3 +189,20 @@ def test_project_rows(rng, dtype, n, d, p):
     assert found[0, n // 2].isnan().all()
     found[0, n // 2] = truth[0, n // 2] = 0.0
     assert_close(found, truth, dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "d_v", "slots"), [(40, 3, 1, 7), (500, 17, 33, 130), (90, 64, 64, 31), (5, 1, 20, 1)])
+def test_gaps(rng, dtype, n, d, d_v, slots):
+    """Against the reference, of the same numbers in float64; float32 searches for shares at most a rounding apart."""
+    nodes = node_count(n, 4)
+    stored = "float32" if dtype == "float16" else dtype
+    keys, values = rows(rng, stored, (2, nodes + n, d), (2, nodes + n, d_v + 1))
+    key_index = torch.from_numpy(rng.integers(0, nodes + n, (2, 3, slots)))
+    share = torch.from_numpy(rng.random((2, 3, slots))).float() * (key_index < nodes)
+    key_index[..., 0], share[..., 0] = 0, 0.5
+    found = gaps.gap_moments(xp, keys, values, key_index, share, nodes)
+    truth = gaps_reference.gap_moments(xp, keys.double(), values.double(), key_index, share.double(), nodes)
+    for one, other in zip(found, truth, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))

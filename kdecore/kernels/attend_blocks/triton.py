@@ -32,6 +32,8 @@ from kdecore.namespaces import Array, Namespace
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
+SCANNED = tl.constexpr(256)
+"""Slots whose log-weights are looked at together."""
 PRECISION = tl.constexpr("tf32x3")
 """Of products in float32: three of tf32 make one whose errors are nearly float32's, at a third of the rate. One alone would
 leave errors of 5e-4. Half precision is multiplied as it is."""
@@ -171,6 +173,19 @@ def add_rows(weights, rows, rest, sums, sums_rest, REST: tl.constexpr):
 
 
 @triton.jit
+def slots_used(log_weight, block, slots, STEP: tl.constexpr):
+    """Return how many slots a block's list has up to the last that counts: of lists of one length, many end early."""
+    used = slots
+    if log_weight is not None:
+        used = 0 * slots
+        for first in range(0, slots, STEP):
+            slot = first + tl.arange(0, STEP)
+            added = tl.load(log_weight + block.to(tl.int64) * slots + slot, mask=slot < slots, other=float("-inf"))
+            used = tl.maximum(used, tl.max(tl.where(added > float("-inf"), slot + 1, 0), 0))
+    return used
+
+
+@triton.jit
 def added_to_slots(log_weight, block, slot, inside, slots):
     """Return what is added to all logits of each slot, in units of log 2; −∞ beyond the list."""
     added = tl.where(inside, 0.0, float("-inf"))
@@ -233,9 +248,10 @@ def attend_tile(
     queries, queries_rest = load_parts(q, query, q_stride, counts, D_MAIN, D_REST, D)
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums, sums_rest = no_sums(ROWS, D_V_MAIN, D_V_REST)
-    for first in range(0, slots, SLOTS):
+    used = slots_used(log_weight, block, slots, SCANNED)
+    for first in range(0, used, SLOTS):
         slot = first + tl.arange(0, SLOTS)
-        inside = slot < slots
+        inside = slot < used
         key = numbers(key_index, block, slot, inside, slots)
         keys, keys_rest = load_parts(k, key, k_stride, inside, D_MAIN, D_REST, D)
         found = products(queries, queries_rest, keys, keys_rest, D_REST)

@@ -25,6 +25,7 @@ from kdecore.kernels.attend_blocks.contract import backward_limit
 from kdecore.kernels.attend_blocks.triton import (
     LN2,
     LOG2E,
+    SCANNED,
     Limits,
     add_rows,
     added_to_slots,
@@ -35,6 +36,7 @@ from kdecore.kernels.attend_blocks.triton import (
     numbers,
     plain_rows,
     products,
+    slots_used,
     store_parts,
     tile_logits,
     tiling,
@@ -105,13 +107,14 @@ def gradient_of_queries(
     queries, queries_rest = load_parts(q, query, q_stride, learns, D_MAIN, D_REST, D)
     grads, grads_rest = load_parts(grad_out, query, grad_stride, learns, D_V_MAIN, D_V_REST, D_V)
     grads, grads_rest = grads.to(q.dtype.element_ty), grads_rest.to(q.dtype.element_ty)
+    used = slots_used(log_weight, block, slots, SCANNED)
     if grad_lse is None:
         slope = tl.load(slopes + query, mask=learns, other=0.0)
     else:
         slope = -tl.load(grad_lse + query, mask=learns, other=0.0)
-        for first in range(0, slots, SLOTS):
+        for first in range(0, used, SLOTS):
             slot = first + tl.arange(0, SLOTS)
-            inside = slot < slots
+            inside = slot < used
             key = numbers(key_index, block, slot, inside, slots)
             keys, keys_rest = load_parts(k, key, k_stride, inside, D_MAIN, D_REST, D)
             found = products(queries, queries_rest, keys, keys_rest, D_REST)
@@ -122,9 +125,12 @@ def gradient_of_queries(
             slope += tl.sum(tl.exp2(logits - own_lse[:, None]) * of_weights, 1)
         tl.store(slopes + query, slope, mask=mine)
     sums, sums_rest = no_sums(ROWS, D_MAIN, D_REST)
-    for first in range(0, slots, SLOTS):
+    if of_bias is not None:
+        # Every slot's is written.
+        used = slots
+    for first in range(0, used, SLOTS):
         slot = first + tl.arange(0, SLOTS)
-        inside = slot < slots
+        inside = slot < used
         key = numbers(key_index, block, slot, inside, slots)
         keys, keys_rest = load_parts(k, key, k_stride, inside, D_MAIN, D_REST, D)
         found = products(queries, queries_rest, keys, keys_rest, D_REST)
@@ -184,6 +190,11 @@ def gradient_of_keys(
     block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     slot = tile * SLOTS + tl.arange(0, SLOTS)
     inside = slot < slots
+    if log_weight is not None:
+        # A slot that doesn't count teaches its key nothing, and a tile of such reads no queries.
+        added = tl.load(log_weight + block.to(tl.int64) * slots + slot, mask=inside, other=float("-inf"))
+        inside = added > float("-inf")
+        rows = tl.where(tl.max(inside.to(tl.int32), 0) > 0, rows, 0)
     key = numbers(key_index, block, slot, inside, slots)
     keys, keys_rest = load_parts(k, key, k_stride, inside, D_MAIN, D_REST, D)
     values, values_rest = load_parts(v, key, v_stride, inside, D_V_MAIN, D_V_REST, D_V)

@@ -1,10 +1,28 @@
 """What every implementation of `attend_tree` promises."""
 
+from dataclasses import replace
 from typing import Protocol
 
+from kdecore.kernels.attend_blocks.contract import backward_limit
 from kdecore.kernels.open_tree.contract import BlockQueries, Tree
+from kdecore.kernels.open_tree.contract import triton_limit as opening_limit
+from kdecore.kernels.site import Largest
 from kdecore.merge import Part
 from kdecore.namespaces import Array, Namespace
+
+AT_ONCE = 2**24
+"""Slots of lists that are in memory together, at most, but for one block's, where they are made in memory."""
+
+
+def triton_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Triton doesn't take so much, or None where it does.
+
+    As with gradients, tiles of wider rows do not fit the registers beside what changes results at the end.
+    """
+    return opening_limit(largest) or backward_limit(replace(largest, d_v=largest.d_v + 1))
+
+
+LIMITS = {"triton": triton_limit}
 
 
 class AttendTree(Protocol):

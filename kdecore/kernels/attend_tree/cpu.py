@@ -101,8 +101,8 @@ def attend_some(queries, tree, values, more, opening, merging, results, first, l
     writing = (np.empty(lanes, q.dtype), np.empty(lanes * d_v, q.dtype), np.empty(filled, q.dtype), np.arange(lanes))
     for task in range(first, last):
         group, block = task // blocks, task % blocks
-        half_norm = load_block(queries, task, work)
-        closed, opened, slots = descend(tree, group, start, threshold, most, b, half_norm, work)
+        load_block(queries, task, work)
+        closed, opened, slots = descend(tree, group, start, threshold, most, b, queries.apart, work)
         counts[group, block] = slots
         list_leaves(n, last_level, nodes, closed, opened, work)
         single, top_row = slots - closed, group * rows

@@ -178,8 +178,8 @@ def add_gradients(queries, tree, values, more, opening, back, found, first, last
         group, part = task // parts, task % parts
         top_row, added_row = group * rows, (part * keys.shape[0] + group) * rows
         for block in range(part * blocks // parts, (part + 1) * blocks // parts):
-            half_norm = load_block(queries, group * blocks + block, work)
-            closed, opened, slots = descend(tree, group, start, threshold, most, b, half_norm, work)
+            load_block(queries, group * blocks + block, work)
+            closed, opened, slots = descend(tree, group, start, threshold, most, b, queries.apart, work)
             list_leaves(n, last_level, nodes, closed, opened, work)
             for j in range(slots):
                 prefetch(flat_keys, (top_row + work.node[min(j + AHEAD, slots - 1)]) * d, d)

@@ -20,7 +20,7 @@ def attend_tree(
     before: Part | None = None,
 ) -> tuple[Part, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
-    q, scale, coordinates, query_index = queries
+    q, scale, coordinates, query_index, _ = queries
     key_index, log_weight, _, counts = open_tree(xp, queries, tree, threshold, most, start)
     groups, blocks, b = query_index.shape
     n_q, nodes = int(q.shape[1]), tree.nodes

@@ -2,27 +2,52 @@
 
 from typing import Protocol
 
+from kdecore.kernels.site import Largest, beyond
 from kdecore.namespaces import Array, Namespace
+
+DRAWS = 512
+"""Keys drawn for each block."""
+TURN = round((5**0.5 - 1.0) / 2.0 * 2**32)
+"""Of 2**32: the golden ratio, whose multiples fall evenly."""
+WIDEST, MOST_NODES = 128, 2**24 - 1
+"""Columns of keys and of values, and nodes, at most, in Triton."""
+
+
+def triton_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Triton doesn't take so much, or None where it does."""
+    sizes = ("d", WIDEST, largest.d), ("d_v", WIDEST, largest.d_v), ("nodes", MOST_NODES, largest.nodes)
+    return next((said for size in sizes if (said := beyond(*size))), None)
+
+
+LIMITS = {"triton": triton_limit}
 
 
 class GapMoments(Protocol):
-    """Average products of what keys and their values differ by from means."""
+    """Average products of what keys and their values differ by from means, where attention meets closed nodes."""
 
-    def __call__(self, xp: Namespace, keys: Array, values: Array, drawn: Array, mean: Array) -> tuple[Array, Array, Array]:
+    def __call__(
+        self, xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int
+    ) -> tuple[Array, Array, Array]:
         """Return the means of κ νᵀ, ‖κ‖² and ‖κ‖² ‖ν‖², where κ and ν are the gaps of a key drawn and of its value.
+
+        The i-th of `DRAWS` keys is drawn from the first node of a list at which the sum of shares reaches (i + ½) / `DRAWS`
+        of all; of its c keys it is number ⌊c · ((i + 1) `TURN` mod 2³²) / 2³²⌋. Gaps are to the node's means. Of a block
+        without shares, any nodes are drawn from.
 
         Parameters
         ----------
         xp
             Array namespace of the arrays.
         keys, values
-            (G, R, d) and (G, R, d_v + 1), as `kdecore.kernels.node_summaries.contract.TreeNodes` has them; the last column
-            of values is left out.
-        drawn, mean
-            (G, C, D) int64: rows of the keys drawn for each block, and of the means that they are compared with.
+            (G, N + n, d) and (G, N + n, d_v + 1), as `kdecore.kernels.node_summaries.contract.TreeNodes` has them; the last
+            column of values is left out.
+        key_index, share
+            (G, C, s): lists of C blocks and the shares of their closed nodes, as `kdecore.kernels.open_tree` returns them.
+        nodes
+            N.
 
         Returns
         -------
         products, spreads, sizes
-            (G, C, d, d_v), (G, C) and (G, C), of the dtype of keys, float32 for half precision. O(G C D d d_v).
+            (G, C, d, d_v), (G, C) and (G, C), of the dtype of keys, float32 for half precision. O(G C `DRAWS` d d_v).
         """

@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from kdecore.kernels.gap_moments.reference import draw
 from kdecore.kernels.jit import kernel
 from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile, prefetch
 from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.namespaces import Array, Namespace, from_host_like, host, host_view
 
 DEPTH = 64
 """Keys that are multiplied together: their gaps stay in the first-level cache."""
@@ -13,9 +14,12 @@ AHEAD = 4
 """Keys that are asked for before they are read."""
 
 
-def gap_moments(xp: Namespace, keys: Array, values: Array, drawn: Array, mean: Array) -> tuple[Array, Array, Array]:
+def gap_moments(
+    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int
+) -> tuple[Array, Array, Array]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`."""
-    inputs = tuple(host_view(x) for x in (keys, values, drawn, mean))
+    drawn = draw(host, host_view(key_index), host_view(share), nodes, int(keys.shape[1]) - nodes)
+    inputs = host_view(keys), host_view(values), *drawn
     (groups, blocks, _), d, d_v = inputs[2].shape, inputs[0].shape[2], inputs[1].shape[2] - 1
     products = np.zeros((groups, blocks, d, d_v), inputs[0].dtype)
     spreads, sizes = np.zeros((2, groups, blocks), inputs[0].dtype)

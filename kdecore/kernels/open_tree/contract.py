@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+from kdecore.kernels.site import Largest, beyond
 from kdecore.namespaces import Array, Namespace
 from kdecore.tree import depth_of
 
@@ -16,6 +17,30 @@ ALONG = 0.5
 
 Nodes stay closed where their variances happen to be small, so that these are less than the truth (docs/treecode.md).
 """
+
+
+MOST_ROWS, WIDEST, MOST_BYTES = 128, 128, 2**15
+"""Queries of a block, columns of a key, and bytes of all a block's queries, at most, in Triton: of more, registers are
+spilled on sm_80 or sm_90 (tests/triton_compile.py)."""
+RESIDENT = 264
+"""Blocks of queries that are worked on at once, where they need memory of their own: two on each of 132 multiprocessors."""
+MOST_NODES = 2**24 - 1
+"""Of a tree, in Triton: float32 holds their numbers."""
+
+
+def triton_limit(largest: Largest) -> str | None:
+    """Return why the kernel in Triton doesn't take so much, or None where it does."""
+    sizes = (
+        ("d", WIDEST, largest.d),
+        ("directions", WIDEST, largest.directions),
+        ("queries of a block", MOST_ROWS, largest.rows),
+        ("bytes of a block's queries", MOST_BYTES, largest.rows * largest.d * largest.item_bytes),
+        ("nodes", MOST_NODES, largest.nodes),
+    )
+    return next((said for size in sizes if (said := beyond(*size))), None)
+
+
+LIMITS = {"triton": triton_limit}
 
 
 class BlockQueries(NamedTuple):
@@ -33,12 +58,16 @@ class BlockQueries(NamedTuple):
         (G, n_q, p) of the queries, times scale. One whose square is not finite counts as 0.
     index
         (G, B, b) int64: the queries of each block.
+    apart
+        Whether half variances are each query's own where errors are estimated, as blocks of queries that are less alike
+        need; or the block's, in proportion to the query's squared norm, which takes less time.
     """
 
     q: Array
     scale: float
     coordinates: Array
     index: Array
+    apart: bool = False
 
 
 class Tree(NamedTuple):
@@ -87,7 +116,8 @@ class OpenTree(Protocol):
         block's queries of coordinates_t², and m their mean ‖scale q‖² / 2d. Where σ_h > ln c, c draws reach no such mean,
         and 2 √(σ_h ln c) − ln c takes its place (the random energy model's frozen phase; derived). The estimated error of
         leaving it closed is the fourth root of the sum, over the block's queries, of (its weight over the sum of all
-        weights)⁴, times σ_h times its size: what one query needs is not averaged away.
+        weights, times σ_hi)⁴, times its size: what one query needs is not averaged away. σ_hi is σ_h ‖qᵢ‖² over the mean of
+        ‖q‖², or σ_h where that is 0; where queries are taken apart, it is what σ_h would be of query i alone.
 
         A block goes down the tree once. Of the nodes of a level, at first those of ``start``, those whose error is at most
         the threshold are closed. The descendants of the others, two levels further down, or one where that leaves an even
@@ -112,7 +142,8 @@ class OpenTree(Protocol):
         Returns
         -------
         key_index
-            (G, B, s) int64, rows of the tree's keys, s as long as the longest list: closed nodes, then single keys.
+            (G, B, s) int64, rows of the tree's keys, ascending: closed nodes, then single keys; s as long as the longest
+            list, or ``most``, so that accelerators read nothing back. 0 in slots that a list doesn't have.
         log_weight
             (G, B, s): σ_h + ln c; 0 for single keys; −inf for slots that a list doesn't have.
         share

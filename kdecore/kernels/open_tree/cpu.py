@@ -52,8 +52,8 @@ def open_blocks(queries, tree, threshold, most, start, lists, first, last):
     work = memory(filled, queries.q.shape[2], tree.variances.shape[2], width, queries.q)
     for task in range(first, last):
         group, block = task // blocks, task % blocks
-        half_norm = load_block(queries, task, work)
-        closed, opened, slots = descend(tree, group, start, threshold, most, b, half_norm, work)
+        load_block(queries, task, work)
+        closed, opened, slots = descend(tree, group, start, threshold, most, b, queries.apart, work)
         list_leaves(n, leaf_level(nodes), nodes, closed, opened, work)
         counts[group, block] = slots
         for c in range(slots):

@@ -8,11 +8,22 @@ from kdecore.tree import depth_of
 
 
 class Loaded(NamedTuple):
-    """Queries of blocks: (G, B, b, d), scaled; (G, B, p), `ALONG` / 2 mean squared coordinates; (G, B), mean ‖q‖² / 2d."""
+    """Queries of blocks.
+
+    Attributes
+    ----------
+    scaled
+        (G, B, b, d).
+    squares, half_norms
+        (G, B, b, p), `ALONG` / 2 of their squared coordinates; (G, B, b), ‖q‖² / 2d.
+    apart
+        As in `BlockQueries`.
+    """
 
     scaled: Array
     squares: Array
-    half_norm: Array
+    half_norms: Array
+    apart: bool
 
 
 class Sums(NamedTuple):
@@ -77,20 +88,19 @@ def open_tree(
 
 def load(xp: Namespace, queries: BlockQueries) -> Loaded:
     """Gather the queries of blocks."""
-    q, scale, coordinates, query_index = queries
+    q, scale, coordinates, query_index, apart = queries
     q = xp.astype(q, coordinates.dtype, copy=False)
     finite = xp.all(xp.isfinite(q), axis=-1, keepdims=True)
     scaled = gather(xp, xp.where(finite, q, 0.0) * scale, query_index)
     squares = coordinates * coordinates
     squares = gather(xp, xp.where(xp.isfinite(squares) & finite, squares, 0.0), query_index)
-    norms = xp.mean(xp.sum(scaled * scaled, axis=-1), axis=-1)
-    return Loaded(scaled, 0.5 * ALONG * xp.mean(squares, axis=2), norms * (0.5 / int(q.shape[2])))
+    return Loaded(scaled, 0.5 * ALONG * squares, xp.sum(scaled * scaled, axis=-1) * (0.5 / int(q.shape[2])), apart)
 
 
 def first_level(xp: Namespace, start: tuple[int, int, int], queries: Loaded) -> tuple[Array, Sums]:
     """Return the nodes that all blocks begin with, numbered within their level, (G, B, m), and sums of nothing."""
     _, first, end = start
-    shape, like = queries.scaled.shape[:3], queries.half_norm
+    shape, like = queries.scaled.shape[:3], queries.half_norms
     node = xp.arange(first, end, dtype=xp.int64, device=like.device)
     top = xp.full(shape, -1e30, dtype=like.dtype, device=like.device)
     return xp.broadcast_to(node, (*shape[:2], end - first)), Sums(top, xp.zeros_like(top))
@@ -104,10 +114,18 @@ def weigh(
     begin, end = (at * tree.n) >> level, ((at + 1) * tree.n) >> level
     node = at + ((1 << level) - 1)
     log_count = xp.log(xp.astype(end - begin, queries.scaled.dtype))
-    along = gather(xp, tree.variances, node) @ queries.squares[..., None]
-    around = gather(xp, tree.spread[:, :, None], node)[..., 0] * queries.half_norm[..., None]
-    sigma = frozen(xp, along[..., 0] + around, log_count)
+    variances, spread = gather(xp, tree.variances, node), gather(xp, tree.spread[:, :, None], node)[..., 0]
+    norm = xp.mean(queries.half_norms, axis=-1, keepdims=True)
+    along = xp.mean(queries.squares, axis=2)[:, :, None, :] @ xp.matrix_transpose(variances)
+    sigma = frozen(xp, along[:, :, 0, :] + spread * norm, log_count)
     log_weight = sigma + log_count
+    if queries.apart:
+        along = queries.squares @ xp.matrix_transpose(variances)
+        half = along + spread[:, :, None, :] * queries.half_norms[..., None]
+        sigmas = frozen(xp, half, log_count[:, :, None, :])
+    else:
+        ratio = xp.where(norm > 0, queries.half_norms / xp.where(norm > 0, norm, 1.0), 1.0)
+        sigmas = sigma[:, :, None, :] * ratio[..., None]
     logits = queries.scaled @ xp.matrix_transpose(gather(xp, tree.keys, node)) + log_weight[:, :, None, :]
     logits = xp.where((current < 0)[:, :, None, :], -xp.inf, logits)
     largest = xp.max(logits, axis=-1)
@@ -119,7 +137,7 @@ def weigh(
     weights = xp.exp(logits - top[..., None])
     total = closed + xp.sum(weights, axis=-1)
     shares = weights / xp.where(total > 0, total, 1.0)[..., None]
-    error = xp.sum(shares**4, axis=2) ** 0.25 * sigma * gather(xp, tree.sizes[:, :, None], node)[..., 0]
+    error = xp.sum((shares * sigmas) ** 4, axis=2) ** 0.25 * gather(xp, tree.sizes[:, :, None], node)[..., 0]
     return Sums(top, closed), logits, log_weight, xp.where(current < 0, 0.0, error)
 
 

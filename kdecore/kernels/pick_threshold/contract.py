@@ -2,11 +2,15 @@
 
 from typing import Protocol
 
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
+from kdecore.kernels.open_tree.contract import BlockQueries, Tree, triton_limit
 from kdecore.namespaces import Array, Namespace
 
 ABOVE = 1.0 + 2.0**-18
 """The threshold is so much above the bound of a node that is to stay closed, so that rounding doesn't open it."""
+STEPS, OCTAVES, TOP_OCTAVE = 32, 64, 5
+"""Of the bins that accelerators count bounds in: steps to an octave, octaves, and the exponent that they end at."""
+BINS = STEPS * OCTAVES
+LIMITS = {"triton": triton_limit}
 
 
 class PickThreshold(Protocol):
@@ -30,6 +34,10 @@ class PickThreshold(Protocol):
         The first bound for which there is no room is the threshold for this level, 0 if there is none; nodes of larger
         bounds are opened, but for those of a block that would then have more than ``most`` nodes in a level. The threshold
         of the last level, times `ABOVE`, is the result.
+
+        On accelerators, bounds are sorted no finer than by `STEPS` to an octave: bound x counts in bin
+        ⌊(log₂ x + `OCTAVES` − `TOP_OCTAVE`) `STEPS`⌋ of `BINS`, or the nearest, and where there is no room for all of a bin,
+        where it ends is the threshold. Counts are integers, which threads may add in any order.
 
         Parameters
         ----------

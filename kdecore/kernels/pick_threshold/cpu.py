@@ -69,11 +69,11 @@ def weigh(queries, tree, level, state, first, last):
     work, flat_weights = memory(filled, q.shape[2], tree.variances.shape[2], width, q), weights.reshape(-1)
     lanes = VECTOR_BYTES // q.itemsize
     for task in range(first, last):
-        half_norm = load_block(queries, task, work)
+        load_block(queries, task, work)
         m = held[task]
         work.current[:m] = current[task, :m]
         work.tops[:], work.closed_totals[:] = tops[task], closed_totals[task]
-        weigh_level(tree, task // blocks, level, m, b, half_norm, work)
+        weigh_level(tree, task // blocks, level, m, b, queries.apart, work)
         tops[task], closed_totals[task] = work.tops, work.closed_totals
         for lane in range(0, filled, lanes):
             copy_rows(work.weights, lane * width, flat_weights, (task * filled + lane) * width, m * lanes)

@@ -1,0 +1,102 @@
+"""`gap_moments` in Triton for NVIDIA devices: a program for each block, which keeps the sum of products in registers.
+
+On paper, for 64 blocks and d = d_v = 64: each searches its list for 512 nodes, 32 at a time, in a dozen loads one after
+another, and reads and multiplies as many keys; 30 µs, which only other launches could hide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kdecore.kernels.gap_moments import contract
+from kdecore.kernels.gap_moments.contract import triton_limit
+from kdecore.kernels.grids import flat_grid
+from kdecore.kernels.site import Largest
+from kdecore.namespaces import Array, Namespace
+
+COUNT, TURN = (tl.constexpr(x) for x in (contract.DRAWS, contract.TURN))
+ROWS = tl.constexpr(32)
+"""Keys that are multiplied together."""
+
+
+@triton.jit
+def gaps(rows, stride, position, node, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return what rows differ by from others."""
+    column = tl.arange(0, COLUMNS)
+    there = (column < WIDTH)[None, :]
+    found = tl.load(rows + position[:, None] * stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+    return found - tl.load(rows + node[:, None] * stride + column[None, :], mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def draw(key_index, sums, first, slots, n, nodes, SEARCH: tl.constexpr):
+    """Return the rows of some of the keys drawn from a block's list, and the nodes that they are drawn from."""
+    number = first + tl.arange(0, ROWS)
+    wanted = (number.to(tl.float32) + 0.5) * (tl.load(sums + slots - 1) / COUNT)
+    low = tl.zeros([ROWS], tl.int32)
+    high = low + slots - 1
+    for _ in tl.static_range(SEARCH):
+        middle = (low + high) // 2
+        below = (low < high) & (tl.load(sums + middle) < wanted)
+        low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
+    # What has no share may be no node.
+    node = tl.minimum(tl.load(key_index + low), nodes - 1)
+    # The exponent of a float32, which holds these numbers exactly.
+    level = ((node + 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    place = node + 1 - (1 << level)
+    begin, end = (place * n) >> level, ((place + 1) * n) >> level
+    turn = ((number.to(tl.int64) + 1) * TURN) & 0xFFFFFFFF
+    return nodes + begin + (((end - begin) * turn) >> 32), node
+
+
+@triton.jit(do_not_specialize=["slots", "n", "nodes", "blocks"])
+def measure_gaps(
+    keys, values, key_index, sums, products, spreads, sizes, slots, n, nodes, blocks, key_stride, value_stride,
+    D: tl.constexpr, COLUMNS: tl.constexpr, D_V: tl.constexpr, VALUE_COLUMNS: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """Write the moments of one block."""
+    block = tl.program_id(0).to(tl.int64)
+    group = block // blocks
+    keys, values = keys + group * (nodes + n) * key_stride, values + group * (nodes + n) * value_stride
+    key_index, sums = key_index + block * slots, sums + block * slots
+    found = tl.zeros([COLUMNS, VALUE_COLUMNS], tl.float32)
+    spread, size = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for first in range(0, COUNT, ROWS):
+        position, node = draw(key_index, sums, first, slots, n, nodes, SEARCH)
+        of_keys = gaps(keys, key_stride, position, node, D, COLUMNS)
+        of_values = gaps(values, value_stride, position, node, D_V, VALUE_COLUMNS)
+        squares = tl.sum(of_keys * of_keys, 1)
+        spread += squares
+        size += squares * tl.sum(of_values * of_values, 1)
+        found = tl.dot(tl.trans(of_keys), of_values, found, input_precision="tf32")
+    row, column = tl.arange(0, COLUMNS), tl.arange(0, VALUE_COLUMNS)
+    places = products + block * (D * D_V) + row[:, None] * D_V + column[None, :]
+    tl.store(places, found / COUNT, mask=(row < D)[:, None] & (column < D_V)[None, :])
+    tl.store(spreads + block, tl.sum(spread, 0) / COUNT)
+    tl.store(sizes + block, tl.sum(size, 0) / COUNT)
+
+
+def gap_moments(
+    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int
+) -> tuple[Array, Array, Array]:
+    """Follow `kdecore.kernels.gap_moments.contract.GapMoments`, within its `triton_limit`; products are rounded to tf32."""
+    (groups, blocks, slots), d, d_v = key_index.shape, int(keys.shape[2]), int(values.shape[2]) - 1
+    assert triton_limit(Largest(d=d, d_v=d_v, nodes=nodes)) is None
+    key_index = key_index.contiguous()
+    keys, values = (x if is_one_run(x) else x.contiguous() for x in (keys, values))
+    with torch.cuda.device_of(keys):
+        sums = torch.cumsum(share, dim=-1)
+        products = torch.empty((groups, blocks, d, d_v), dtype=torch.float32, device=keys.device)
+        spreads, sizes = (torch.empty((groups, blocks), dtype=torch.float32, device=keys.device) for _ in range(2))
+        measure_gaps[flat_grid("measure_gaps", groups * blocks)](
+            keys, values, key_index, sums, products, spreads, sizes, slots, int(keys.shape[1]) - nodes, nodes, blocks,
+            keys.stride(1), values.stride(1), D=d, COLUMNS=triton.next_power_of_2(max(16, d)), D_V=d_v,
+            VALUE_COLUMNS=triton.next_power_of_2(max(16, d_v)), SEARCH=slots.bit_length(),
+            num_warps=8 if d * d_v > 2**13 else 4,
+        )  # fmt: skip
+    return products, spreads, sizes
+
+
+def is_one_run(x: Array) -> bool:
+    """Return whether the rows of all groups follow one another, at whatever distance."""
+    return bool(x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1))
