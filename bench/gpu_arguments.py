@@ -207,7 +207,7 @@ def gap_moments(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments: lists of nodes only."""
     nodes = node_count(n, LEAF_SIZE)
     keys, values = (Numbers(rng.standard_normal((2, nodes + n, columns))) for columns in (width(n), width(n) + 1))
-    return keys, values, rng.integers(0, nodes, (2, 3, 200)), Numbers(rng.random((2, 3, 200))), nodes
+    return keys, values, rng.integers(0, nodes, (2, 3, 200)), Numbers(rng.random((2, 3, 200))), nodes, 512
 
 
 def attend_blocks(rng: np.random.Generator, n: int) -> tuple[Any, ...]:

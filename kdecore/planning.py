@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from kdecore.errors import OptionError, did_you_mean
 from kdecore.inputs import Problem
 from kdecore.kernels.attend_tree.contract import AT_ONCE
-from kdecore.kernels.gap_moments.contract import DRAWS
 from kdecore.kernels.open_tree.contract import RESIDENT
 from kdecore.kernels.pick_threshold.contract import BINS
 from kdecore.kernels.registry import Choice, check_target, choose
@@ -72,6 +71,9 @@ class CostModel:
 
 PILOT_BLOCKS = 64
 """Of the treecode: blocks of all groups that the threshold and first-order matrices come from."""
+ALL_DRAWS, DRAWS, FEWEST_DRAWS = 2**15, 512, 64
+"""Keys that the matrices of all blocks are measured with, and of one block, at most and at least: stretches of causal
+attention have a pilot each."""
 PILOT_SHARE = 8
 """The pilot has at most one in so many of a group's blocks."""
 WIDEST, FEWEST_NODES = 2, 64
@@ -656,6 +658,11 @@ def longest_list(kernels: dict[str, Choice], budget: int, n_k: int) -> int:
     """Return how long a list of the treecode may be."""
     every = kernels["open_tree"].computed_by == "numba-cuda"
     return min(n_k, (LONGEST_EVALUATED if every else LONGEST) * budget)
+
+
+def key_draws(blocks: int) -> int:
+    """Return how many keys the first-order matrices of so many blocks are measured with, each."""
+    return max(FEWEST_DRAWS, min(DRAWS, ALL_DRAWS // blocks // 32 * 32))
 
 
 def pilot_blocks(groups: int, blocks: int) -> int:

@@ -426,6 +426,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             rng.integers(0, node_count(n, 4), (2, 3, 200)),
             rng.random((2, 3, 200)).astype(dtype),
             node_count(n, 4),
+            128,
         ),
     }[kernel]
     found = run(implementation, backend, *arguments, dtype=dtype)

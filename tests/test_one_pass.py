@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdecore
-from kdecore.kernels.gap_moments.contract import DRAWS, TURN
+from kdecore.kernels.gap_moments.contract import TURN
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
@@ -213,18 +213,20 @@ def test_gap_moments(backend, rng, implementation, n, d, d_v, slots, dtype):
     key_index = rng.integers(0, nodes + n, (2, 3, slots))
     share = np.where((rng.random((2, 3, slots)) < 0.7) & (key_index < nodes), rng.random((2, 3, slots)), 0.0)
     key_index[..., 0], share[..., 0] = 0, 0.5
-    products, spreads, sizes = run(implementation, backend, keys, values, key_index, share.astype(dtype), nodes, dtype=dtype)
+    products, spreads, sizes = run(
+        implementation, backend, keys, values, key_index, share.astype(dtype), nodes, 96, dtype=dtype
+    )
     for g, c in np.ndindex(2, 3):
         rows, means, sums = [], [], np.cumsum(share[g, c].astype(dtype).astype(float))
-        for i in range(DRAWS):
-            node = key_index[g, c, np.argmax(sums >= (i + 0.5) / DRAWS * sums[-1])]
+        for i in range(96):
+            node = key_index[g, c, np.argmax(sums >= (i + 0.5) / 96 * sums[-1])]
             begin, end = edges[node]
             means.append(node)
             rows.append(nodes + begin + int((end - begin) * ((i + 1) * TURN % 2**32 / 2**32)))
         gap = (keys[g, rows] - keys[g, means]).astype(np.float64)
         value = (values[g, rows, :-1] - values[g, means, :-1]).astype(np.float64)
         assert_close(spreads[g, c], (gap**2).sum(axis=1).mean(), dtype=dtype)
-        assert_close(products[g, c], gap.T @ value / DRAWS, dtype=dtype)
+        assert_close(products[g, c], gap.T @ value / 96, dtype=dtype)
         assert_close(sizes[g, c], ((gap**2).sum(axis=1) * (value**2).sum(axis=1)).mean(), dtype=dtype, ulps=512)
 
 

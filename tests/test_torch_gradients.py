@@ -187,7 +187,7 @@ def test_gradcheck_of_gaps(rng):
     xp = kdecore.namespaces.namespace_of(torch.ones(1))
     keys, values = tensors((2, 12, 3), (2, 12, 4))
     lists = torch.tensor(rng.integers(0, 3, (2, 2, 5))), torch.tensor(rng.random((2, 2, 5)))
-    assert torch.autograd.gradcheck(lambda *x: torch_gradients.gap_moments(xp, *x, *lists, 3), (keys, values))
+    assert torch.autograd.gradcheck(lambda *x: torch_gradients.gap_moments(xp, *x, *lists, 3, 32), (keys, values))
 
 
 @pytest.mark.parametrize("method", METHODS)

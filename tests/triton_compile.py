@@ -141,7 +141,7 @@ def build_tree(dtype: torch.dtype, d: int, d_v: int) -> None:
         if sizes.triton_limit(largest) is None:
             opened = torch.tensor(0.1), 2048, (6, 0, 64)
             key_index, _, share, _ = opening.open_tree(torch, queries, tree, *opened)
-            gaps.gap_moments(torch, nodes.keys, nodes.values, key_index, share, tree.nodes)
+            gaps.gap_moments(torch, nodes.keys, nodes.values, key_index, share, tree.nodes, 512)
             own, slope = torch.zeros(groups, n, dtype=torch.int64), torch.zeros(groups, 2, d, d_v)
             limits, before = torch.zeros(2, groups, d_v), Part(torch.zeros(groups, n, d_v), torch.zeros(groups, n))
             if attending_sizes.triton_limit(replace(largest, d_v=d_v)) is None:

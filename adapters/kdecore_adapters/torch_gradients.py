@@ -81,10 +81,10 @@ def attend_tree(
 
 
 def gap_moments(
-    xp: Namespace, keys: Tensor, values: Tensor, key_index: Tensor, share: Tensor, nodes: int
+    xp: Namespace, keys: Tensor, values: Tensor, key_index: Tensor, share: Tensor, nodes: int, draws: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`, recorded for gradients in keys and values."""
-    products, spreads, sizes = _Gaps.apply(keys, values, key_index, share, nodes)
+    products, spreads, sizes = _Gaps.apply(keys, values, key_index, share, nodes, draws)
     return products, spreads, sizes
 
 
@@ -310,20 +310,22 @@ class _Tree(torch.autograd.Function):
 
 class _Gaps(torch.autograd.Function):
     @staticmethod
-    def forward(keys: Tensor, values: Tensor, key_index: Tensor, share: Tensor, nodes: int) -> tuple[Tensor, ...]:
+    def forward(
+        keys: Tensor, values: Tensor, key_index: Tensor, share: Tensor, nodes: int, draws: int
+    ) -> tuple[Tensor, ...]:
         site = _site(keys, groups=len(keys), d=keys.shape[2], d_v=values.shape[2] - 1, nodes=nodes)
-        return tuple(_unrecorded("gap_moments", site)(namespace_of(keys), keys, values, key_index, share, nodes))
+        return tuple(_unrecorded("gap_moments", site)(namespace_of(keys), keys, values, key_index, share, nodes, draws))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.nodes = inputs
+        *tensors, ctx.nodes, ctx.draws = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_products: Tensor, of_spreads: Tensor, of_sizes: Tensor) -> tuple[Tensor | None, ...]:
         keys, values, key_index, share = ctx.saved_tensors
-        drawn, mean = draw(namespace_of(share), key_index, share, ctx.nodes, keys.shape[1] - ctx.nodes)
+        drawn, mean = draw(namespace_of(share), key_index, share, ctx.nodes, keys.shape[1] - ctx.nodes, ctx.draws)
         dtype, count = of_products.dtype, drawn.shape[2]
         of_keys, of_values = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
         # A block of a group after another: their gaps, made again, take less memory than those of all.
@@ -339,7 +341,7 @@ class _Gaps(torch.autograd.Function):
                 for target, change in ((of_keys, of_gap), (of_values, of_value_gap)):
                     add_rows(target[group], rows, change, 1.0 / count)
                     add_rows(target[group], means, change, -1.0 / count)
-        return *_in_dtypes_of((of_keys, of_values), (keys, values)), None, None, None
+        return *_in_dtypes_of((of_keys, of_values), (keys, values)), *(None,) * 4
 
 
 class _Nodes(torch.autograd.Function):

@@ -8,9 +8,9 @@ measured where it is used: where the attention of some blocks meets closed nodes
 from collections.abc import Callable
 from typing import Any
 
-from kdecore.kernels.gap_moments.contract import DRAWS
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.namespaces import Array, Namespace
+from kdecore.planning import key_draws
 
 DAMPING = 0.85
 """Of the term, since nodes open along the directions that matter most, which leaves less of them within (bench/NOTES.md)."""
@@ -41,15 +41,16 @@ def first_order(
     Returns
     -------
     Array
-        (G, C, d, d_v), or (G, 1, d, d_v). O(G C `DRAWS` d d_v).
+        (G, C, d, d_v), or (G, 1, d, d_v). O(G C draws d d_v).
     """
-    products, spread, sizes = multiply(xp, nodes.keys, nodes.values, key_index, share, int(nodes.spread.shape[1]))
-    blocks = int(key_index.shape[1])
+    groups, blocks, _ = key_index.shape
+    draws = key_draws(groups * blocks)
+    products, spread, sizes = multiply(xp, nodes.keys, nodes.values, key_index, share, int(nodes.spread.shape[1]), draws)
     spread, sizes = spread[..., None, None], sizes[..., None, None]
     unit = 1.0 / xp.where(spread > 0, spread, 1.0)
     matrix = products * unit
     # Of rows that have nothing to do with each other, so much is left by chance.
-    chance = sizes * unit**2 / DRAWS
+    chance = sizes * unit**2 / draws
     common = certain(xp, xp.mean(matrix, axis=1, keepdims=True), xp.mean(chance, axis=1, keepdims=True) / blocks)
     return DAMPING * (common + certain(xp, matrix - common, chance) if apart else common)
 

@@ -11,6 +11,9 @@ from kdecore.options import Treecode
 from kdecore.planning import Plan
 from kdecore.tree import depth, node_count
 
+LEAF_ROWS, FEWEST_LEAF_ROWS = 8192, 64
+"""Rows of all groups that spreads within leaves are taken from, and of each group at least; no more than `MOMENT_ROWS` of
+one: stretches of causal attention are many groups."""
 MOMENT_ROWS = 1024
 """Rows, evenly spaced, that moments are taken from, at least."""
 
@@ -76,7 +79,8 @@ def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, 
     ``project`` is the kernel `project_rows`. O(G `MOMENT_ROWS` · d²).
     """
     xp, dtype = problem.xp, problem.dtype
-    rows = sampled_leaves(xp, problem.n_k, problem.device)
+    count = max(FEWEST_LEAF_ROWS, min(MOMENT_ROWS, LEAF_ROWS // problem.groups))
+    rows = sampled_leaves(xp, problem.n_k, count, problem.device)
     leaf, gaps = rows[1], within_leaves(xp, nodes.keys, problem.d, rows, dtype)
     moment = xp.astype(moment, dtype)
     half = 0.5 * problem.scale**2 / int(gaps.shape[1])
@@ -89,8 +93,8 @@ def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, 
     return xp.clip((whole - seen) / xp.where(around > 0, around, 1.0), 0.0, float(problem.d))
 
 
-def sampled_leaves(xp: Namespace, n: int, device: object) -> tuple[slice, Array]:
-    """Return at least `MOMENT_ROWS` positions of a tree over n keys, or all, and their leaves.
+def sampled_leaves(xp: Namespace, n: int, rows: int, device: object) -> tuple[slice, Array]:
+    """Return at least so many rows of a tree over n keys, by their positions, or all, and their leaves.
 
     Returns
     -------
@@ -101,7 +105,7 @@ def sampled_leaves(xp: Namespace, n: int, device: object) -> tuple[slice, Array]
     """
     count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
     # An odd step meets all places of a leaf.
-    step = max(1, n // MOMENT_ROWS) | 1
+    step = max(1, n // rows) | 1
     # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.
     first = ((n + 1) << last) - n - 1
     leaf = xp.arange(first, first + (n << last), step << last, dtype=xp.int64, device=device) // n

@@ -201,8 +201,8 @@ def test_gaps(rng, dtype, n, d, d_v, slots):
     key_index = torch.from_numpy(rng.integers(0, nodes + n, (2, 3, slots)))
     share = torch.from_numpy(rng.random((2, 3, slots))).float() * (key_index < nodes)
     key_index[..., 0], share[..., 0] = 0, 0.5
-    found = gaps.gap_moments(xp, keys, values, key_index, share, nodes)
-    truth = gaps_reference.gap_moments(xp, keys.double(), values.double(), key_index, share.double(), nodes)
+    found = gaps.gap_moments(xp, keys, values, key_index, share, nodes, 96)
+    truth = gaps_reference.gap_moments(xp, keys.double(), values.double(), key_index, share.double(), nodes, 96)
     for one, other in zip(found, truth, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))

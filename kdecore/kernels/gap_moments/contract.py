@@ -5,8 +5,6 @@ from typing import Protocol
 from kdecore.kernels.site import Largest, beyond
 from kdecore.namespaces import Array, Namespace
 
-DRAWS = 512
-"""Keys drawn for each block."""
 TURN = round((5**0.5 - 1.0) / 2.0 * 2**32)
 """Of 2**32: the golden ratio, whose multiples fall evenly."""
 WIDEST, MOST_NODES = 128, 2**24 - 1
@@ -26,12 +24,12 @@ class GapMoments(Protocol):
     """Average products of what keys and their values differ by from means, where attention meets closed nodes."""
 
     def __call__(
-        self, xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int
+        self, xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
     ) -> tuple[Array, Array, Array]:
         """Return the means of κ νᵀ, ‖κ‖² and ‖κ‖² ‖ν‖², where κ and ν are the gaps of a key drawn and of its value.
 
-        The i-th of `DRAWS` keys is drawn from the first node of a list at which the sum of shares reaches (i + ½) / `DRAWS`
-        of all; of its c keys it is number ⌊c · ((i + 1) `TURN` mod 2³²) / 2³²⌋. Gaps are to the node's means. Of a block
+        The i-th of the keys is drawn from the first node of a list at which the sum of shares reaches (i + ½) / ``draws`` of
+        all; of its c keys it is number ⌊c · ((i + 1) `TURN` mod 2³²) / 2³²⌋. Gaps are to the node's means. Of a block
         without shares, any nodes are drawn from.
 
         Parameters
@@ -45,9 +43,11 @@ class GapMoments(Protocol):
             (G, C, s): lists of C blocks and the shares of their closed nodes, as `kdecore.kernels.open_tree` returns them.
         nodes
             N.
+        draws
+            Keys drawn for each block, a multiple of 32.
 
         Returns
         -------
         products, spreads, sizes
-            (G, C, d, d_v), (G, C) and (G, C), of the dtype of keys, float32 for half precision. O(G C `DRAWS` d d_v).
+            (G, C, d, d_v), (G, C) and (G, C), of the dtype of keys, float32 for half precision. O(G C draws d d_v).
         """

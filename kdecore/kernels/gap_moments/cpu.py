@@ -15,10 +15,10 @@ AHEAD = 4
 
 
 def gap_moments(
-    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int
+    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
 ) -> tuple[Array, Array, Array]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`."""
-    drawn = draw(host, host_view(key_index), host_view(share), nodes, int(keys.shape[1]) - nodes)
+    drawn = draw(host, host_view(key_index), host_view(share), nodes, int(keys.shape[1]) - nodes, draws)
     inputs = host_view(keys), host_view(values), *drawn
     (groups, blocks, _), d, d_v = inputs[2].shape, inputs[0].shape[2], inputs[1].shape[2] - 1
     products = np.zeros((groups, blocks, d, d_v), inputs[0].dtype)

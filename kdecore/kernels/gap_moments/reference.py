@@ -1,15 +1,15 @@
 """`gap_moments` in the array API."""
 
-from kdecore.kernels.gap_moments.contract import DRAWS, TURN
+from kdecore.kernels.gap_moments.contract import TURN
 from kdecore.namespaces import Array, Namespace, accumulation_dtype, dtype_name, take_along_rows
 from kdecore.tree import node_bounds
 
 
 def gap_moments(
-    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int
+    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
 ) -> tuple[Array, Array, Array]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`."""
-    drawn, mean = draw(xp, key_index, share, nodes, int(keys.shape[1]) - nodes)
+    drawn, mean = draw(xp, key_index, share, nodes, int(keys.shape[1]) - nodes, draws)
     dtype = accumulation_dtype(xp, dtype_name(keys))
 
     def gaps(rows: Array) -> Array:
@@ -18,22 +18,22 @@ def gap_moments(
 
     of_keys, of_values = gaps(keys), gaps(values)[..., :-1]
     spreads, sizes = xp.sum(of_keys * of_keys, axis=-1), xp.sum(of_values * of_values, axis=-1)
-    products = xp.matrix_transpose(of_keys) @ of_values / DRAWS
+    products = xp.matrix_transpose(of_keys) @ of_values / draws
     return products, xp.mean(spreads, axis=-1), xp.mean(spreads * sizes, axis=-1)
 
 
-def draw(xp: Namespace, key_index: Array, share: Array, nodes: int, n: int) -> tuple[Array, Array]:
-    """Return the rows of the keys drawn, and the nodes that they are drawn from: int64 (G, C, `DRAWS`)."""
+def draw(xp: Namespace, key_index: Array, share: Array, nodes: int, n: int, draws: int) -> tuple[Array, Array]:
+    """Return the rows of the keys drawn, and the nodes that they are drawn from: int64 (G, C, draws)."""
     groups, blocks, _ = key_index.shape
     device = share.device
     sums = xp.cumulative_sum(share, axis=-1, dtype=xp.float64)
-    total, number = sums[..., -1:], xp.arange(DRAWS, dtype=xp.int64, device=device)
+    total, number = sums[..., -1:], xp.arange(draws, dtype=xp.int64, device=device)
     # Numbered through all blocks they ascend, so that one search finds them.
     block = xp.reshape(xp.arange(groups * blocks, dtype=xp.float64, device=device), (groups, blocks, 1))
     ascending = xp.reshape(sums / xp.where(total > 0, total, 1.0) + block, (-1,))
-    wanted = xp.reshape((xp.astype(number, xp.float64) + 0.5) / DRAWS + block, (-1,))
+    wanted = xp.reshape((xp.astype(number, xp.float64) + 0.5) / draws + block, (-1,))
     slot = xp.searchsorted(ascending[:-1], wanted)
     # What has no share may be no node.
-    node = xp.clip(xp.reshape(xp.take(xp.reshape(key_index, (-1,)), slot), (groups, blocks, DRAWS)), 0, nodes - 1)
+    node = xp.clip(xp.reshape(xp.take(xp.reshape(key_index, (-1,)), slot), (groups, blocks, draws)), 0, nodes - 1)
     begin, end = node_bounds(xp, node, n)
     return nodes + begin + (((end - begin) * ((number + 1) * TURN % 2**32)) >> 32), node

@@ -14,7 +14,7 @@ from kdecore.kernels.grids import flat_grid
 from kdecore.kernels.site import Largest
 from kdecore.namespaces import Array, Namespace
 
-COUNT, TURN = (tl.constexpr(x) for x in (contract.DRAWS, contract.TURN))
+TURN = tl.constexpr(contract.TURN)
 ROWS = tl.constexpr(32)
 """Keys that are multiplied together."""
 
@@ -29,10 +29,10 @@ def gaps(rows, stride, position, node, WIDTH: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def draw(key_index, sums, first, slots, n, nodes, SEARCH: tl.constexpr):
+def draw(key_index, sums, first, draws, slots, n, nodes, SEARCH: tl.constexpr):
     """Return the rows of some of the keys drawn from a block's list, and the nodes that they are drawn from."""
     number = first + tl.arange(0, ROWS)
-    wanted = (number.to(tl.float32) + 0.5) * (tl.load(sums + slots - 1) / COUNT)
+    wanted = (number.to(tl.float32) + 0.5) * (tl.load(sums + slots - 1) / draws)
     low = tl.zeros([ROWS], tl.int32)
     high = low + slots - 1
     for _ in tl.static_range(SEARCH):
@@ -49,9 +49,9 @@ def draw(key_index, sums, first, slots, n, nodes, SEARCH: tl.constexpr):
     return nodes + begin + (((end - begin) * turn) >> 32), node
 
 
-@triton.jit(do_not_specialize=["slots", "n", "nodes", "blocks"])
+@triton.jit(do_not_specialize=["draws", "slots", "n", "nodes", "blocks"])
 def measure_gaps(
-    keys, values, key_index, sums, products, spreads, sizes, slots, n, nodes, blocks, key_stride, value_stride,
+    keys, values, key_index, sums, products, spreads, sizes, draws, slots, n, nodes, blocks, key_stride, value_stride,
     D: tl.constexpr, COLUMNS: tl.constexpr, D_V: tl.constexpr, VALUE_COLUMNS: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """Write the moments of one block."""
@@ -61,8 +61,8 @@ def measure_gaps(
     key_index, sums = key_index + block * slots, sums + block * slots
     found = tl.zeros([COLUMNS, VALUE_COLUMNS], tl.float32)
     spread, size = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for first in range(0, COUNT, ROWS):
-        position, node = draw(key_index, sums, first, slots, n, nodes, SEARCH)
+    for first in range(0, draws, ROWS):
+        position, node = draw(key_index, sums, first, draws, slots, n, nodes, SEARCH)
         of_keys = gaps(keys, key_stride, position, node, D, COLUMNS)
         of_values = gaps(values, value_stride, position, node, D_V, VALUE_COLUMNS)
         squares = tl.sum(of_keys * of_keys, 1)
@@ -71,13 +71,13 @@ def measure_gaps(
         found = tl.dot(tl.trans(of_keys), of_values, found, input_precision="tf32")
     row, column = tl.arange(0, COLUMNS), tl.arange(0, VALUE_COLUMNS)
     places = products + block * (D * D_V) + row[:, None] * D_V + column[None, :]
-    tl.store(places, found / COUNT, mask=(row < D)[:, None] & (column < D_V)[None, :])
-    tl.store(spreads + block, tl.sum(spread, 0) / COUNT)
-    tl.store(sizes + block, tl.sum(size, 0) / COUNT)
+    tl.store(places, found / draws, mask=(row < D)[:, None] & (column < D_V)[None, :])
+    tl.store(spreads + block, tl.sum(spread, 0) / draws)
+    tl.store(sizes + block, tl.sum(size, 0) / draws)
 
 
 def gap_moments(
-    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int
+    xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
 ) -> tuple[Array, Array, Array]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`, within its `triton_limit`; products are rounded to tf32."""
     (groups, blocks, slots), d, d_v = key_index.shape, int(keys.shape[2]), int(values.shape[2]) - 1
@@ -89,8 +89,8 @@ def gap_moments(
         products = torch.empty((groups, blocks, d, d_v), dtype=torch.float32, device=keys.device)
         spreads, sizes = (torch.empty((groups, blocks), dtype=torch.float32, device=keys.device) for _ in range(2))
         measure_gaps[flat_grid("measure_gaps", groups * blocks)](
-            keys, values, key_index, sums, products, spreads, sizes, slots, int(keys.shape[1]) - nodes, nodes, blocks,
-            keys.stride(1), values.stride(1), D=d, COLUMNS=triton.next_power_of_2(max(16, d)), D_V=d_v,
+            keys, values, key_index, sums, products, spreads, sizes, draws, slots, int(keys.shape[1]) - nodes, nodes,
+            blocks, keys.stride(1), values.stride(1), D=d, COLUMNS=triton.next_power_of_2(max(16, d)), D_V=d_v,
             VALUE_COLUMNS=triton.next_power_of_2(max(16, d_v)), SEARCH=slots.bit_length(),
             num_warps=8 if d * d_v > 2**13 else 4,
         )  # fmt: skip
