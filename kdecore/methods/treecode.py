@@ -46,7 +46,7 @@ from kdecore.tree import node_bounds
 
 DEEPER = 0.15
 """An error of a level counts so many octaves more than one of the level above: nodes of fewer keys take fewer slots until
-what they hide is found. 0 to 0.2: bench/NOTES.md."""
+what they hide is found. 0 to 0.2: bench/NOTES.md. Not in trees whose first levels are stretches, where it errs more."""
 GOLDEN_RATIO = (5.0**0.5 - 1.0) / 2.0
 CODE_BITS = 24
 """Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
@@ -211,7 +211,7 @@ def grow(
     still = TreeNodes(*(without_gradient(x) for x in nodes))
     unseen = still.spread * unseen_share(problem, view, moment, still, kernels["project_rows"].function)[:, None]
     number = xp.arange(1, int(still.sizes.shape[1]) + 1, dtype=xp.float64, device=problem.device)
-    deeper = xp.astype(2.0 ** (DEEPER * xp.floor(xp.log2(number))), problem.dtype)
+    deeper = xp.astype(2.0 ** ((0.0 if in_order else DEEPER) * xp.floor(xp.log2(number))), problem.dtype)
     values = xp.astype(without_gradient(problem.v), problem.dtype, copy=False)
     return KeyTree(view, order, nodes, unseen, still.sizes * deeper, column_ranges(xp, values))
 
