@@ -64,9 +64,9 @@ def test_codes_of_one_coordinate_are_its_quantiles(backend, rng, implementation)
     assert counts.max() - counts.min() <= 1
 
 
-@pytest.mark.parametrize("scale", [1.0, 10**-0.5])
-def test_one_sort_errs_little_more_than_a_tree(scale):
-    """1.4 times as much at most."""
+@pytest.mark.parametrize(("scale", "most"), [(1.0, 0.29), (10**-0.5, 0.115)])
+def test_one_sort_errs_little_more_than_a_tree(scale, most):
+    """0.95 and 1.36 times as much: .271 and .107, by a tree .286 and .078."""
     words = glove_case(2048)
     exact = kdecore.attention(words.q, words.k, words.v, method="exact", scale=scale)
     found = {
@@ -79,7 +79,8 @@ def test_one_sort_errs_little_more_than_a_tree(scale):
         ).frobenius
         for ordering in ("tree", "sort")
     }
-    assert found["sort"] < 1.5 * found["tree"]
+    assert found["sort"] < most
+    assert found["tree"] < most
 
 
 def test_the_report_says_which_ordering_ran():
@@ -94,7 +95,7 @@ def test_the_report_says_which_ordering_ran():
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 100}], ids=str)
 def test_one_sort_under_restrictions(backend, rng, options):
-    """Of rows alike in all directions, 1.4 times as much as a tree."""
+    """Of rows alike in all directions, 1.26 times as much as a tree at most."""
     q, k, v = rng.standard_normal((3, 2, 500, 6))
     arrays = backend.arrays(q, k, v)
     exact = backend.numpy(kdecore.attention(*arrays, method="exact", **options))
@@ -102,7 +103,7 @@ def test_one_sort_under_restrictions(backend, rng, options):
     for ordering in ("tree", "sort"):
         out = kdecore.attention(*arrays, method=Treecode(ordering=ordering, block_size=16), budget=200, **options)
         off[ordering] = np.linalg.norm(backend.numpy(out) - exact) / np.linalg.norm(exact)
-    assert off["sort"] < 1.5 * off["tree"] + 1e-12
+    assert off["sort"] < 1.3 * off["tree"] + 1e-12
 
 
 def test_unknown_ordering():
