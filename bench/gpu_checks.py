@@ -32,9 +32,9 @@ ROUNDED_ROWS = {
     "node_summaries": ("keys", "values"),
 }
 """Results that are as accurate as the dtype that rows are stored in; the others are as accurate as the one computed in."""
-ROUNDED = {"hash_codes": 1e-4, "tree_order": 2e-2, "open_tree": 5e-2, "draw_indices": 1e-4}
-ROUNDED |= {"attend_tree": 5e-2}
-"""Part of a kernel's integers that rounding may change: where a number is next to a plane, two projections are alike, …"""
+ROUNDED = {"hash_codes": 1e-4, "tree_order": 2e-2, "open_tree": 5e-2, "attend_tree": 5e-2, "draw_indices": 1e-4}
+"""Part of a kernel's integers that rounding may change: where a number is next to a plane, two projections are alike, …; of
+`attend_tree`, of its results, since lists are made in it."""
 DEVICE_TARGETS = ("numba-cuda", "triton")
 LISTS = frozenset(["open_tree"])
 """Kernels that return lists, which may end with empty slots."""

@@ -199,7 +199,7 @@ def attention(
     tried = None if call.rtol is None else to_try(call.method, call.budget, problem, call.kernels)
     plan_for: Callable[..., Plan] = partial(make_plan, method=call.method, budget=call.budget, **settings)
     with team(settings["threads"]), device_context(problem.q):
-        problem, bad = finite_queries(problem.standing_at(restrictions.diagonal), call.kernels)
+        problem, finite = finite_queries(problem.standing_at(restrictions.diagonal), call.kernels)
         whole = shares(problem, restrictions)
         held = held_bytes(problem, restrictions, whole)
         outcomes: list[Outcome] = []
@@ -210,7 +210,7 @@ def attention(
                 outcomes += run(one, plan_for, call.limit, count=return_report, held=held)
             else:
                 outcomes += find(one, settings, tried, float(call.rtol), call.rtol_norm, call.limit)
-        part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
+        part = spoilt(problem.xp, assembled(problem, outcomes, finite=False), finite)
         found, seconds = None, 0.0
         if return_report and call.certificate > 0 and call.rtol is None:
             found, seconds = certify_all(problem, whole, outcomes, float(call.certificate), settings["seed"])

@@ -52,26 +52,26 @@ def not_finite_keys(problem: Problem) -> Array | None:
 
 
 def finite_queries(problem: Problem, target: str) -> tuple[Problem, Array | None]:
-    """Return a problem with 0 for queries that are not finite, and which these are, bool (G, n_q); None for none.
+    """Return a problem with 0 for queries that are not finite, and which are, bool (G, n_q); None for all.
 
     On accelerators by the kernel that ``target``, `kdecore.attention`'s ``kernels``, means.
     """
     xp = problem.xp
     if on_accelerator(problem.q):
-        bad = ~choose("finite_rows", site_of(problem), target).function(xp, problem.q)
+        finite = choose("finite_rows", site_of(problem), target).function(xp, problem.q)
     elif surely_finite(xp, problem.q):
         return problem, None
     else:
-        bad = ~xp.all(xp.isfinite(problem.q), axis=-1)
-    return replace(problem, q=xp.where(bad[..., None], 0.0, problem.q)), bad
+        finite = xp.all(xp.isfinite(problem.q), axis=-1)
+    return replace(problem, q=xp.where(finite[..., None], problem.q, 0.0)), finite
 
 
-def spoilt(xp: Namespace, part: Part, bad: Array | None) -> Part:
-    """Return a result that is NaN for ``bad`` queries (G, n_q) which see a key, and where lse is NaN."""
-    if bad is None:
+def spoilt(xp: Namespace, part: Part, finite: Array | None) -> Part:
+    """Return a result that is NaN for queries (G, n_q) which are not ``finite`` and see a key, and where lse is NaN."""
+    if finite is None:
         return part
-    rows = (bad & (part.lse != -xp.inf)) | xp.isnan(part.lse)
-    return Part(xp.where(rows[..., None], xp.nan, part.out), xp.where(rows, xp.nan, part.lse))
+    lse = xp.where(finite | (part.lse == -xp.inf), part.lse, xp.nan)
+    return Part(xp.where(xp.isnan(lse)[..., None], xp.nan, part.out), lse)
 
 
 def spoilt_by_keys(problem: Problem, plan: Plan, part: Part) -> Part:
@@ -83,8 +83,8 @@ def spoilt_by_keys(problem: Problem, plan: Plan, part: Part) -> Part:
         return part
     xp = problem.xp
     k, v = (plan.kernels["finite_rows"].function(xp, x) for x in (problem.k, problem.v))
-    lost = ~xp.all(k & v, axis=1, keepdims=True) & (part.lse != -xp.inf)
-    return Part(part.out, xp.where(lost, xp.nan, part.lse))
+    kept = xp.all(k & v, axis=1, keepdims=True) | (part.lse == -xp.inf)
+    return Part(part.out, xp.where(kept, part.lse, xp.nan))
 
 
 def not_finite_part(problem: Problem) -> Part:

@@ -250,7 +250,7 @@ class Treecode:
     ----------
     num_slots
         Keys and nodes that a query sees in the mean; the budget if None. Blocks that need more see more, at most four times
-        as many, on accelerators twice.
+        as many, twice where Numba opens trees on a device.
     block_size
         Queries that share a list; if None 64, and 16 on the CPU where there are fewer than 1,024 queries, which are less
         alike. Fewer err less and take longer (docs/treecode.md).
@@ -286,9 +286,8 @@ class Treecode:
             "node_summaries",
             "pick_threshold",
             "open_tree",
-            *(("draw_uniform",) if self.far_field == "sample" else ()),
+            *(("gap_moments", "attend_tree") if self.far_field == "mean" else ("draw_uniform",)),
             "attend_blocks",
-            *(("gap_moments", "attend_tree") if self.far_field == "mean" else ()),
         )
 
     def __post_init__(self) -> None:
@@ -301,6 +300,11 @@ class Treecode:
         """Queries of a block, of options that nothing is left open in."""
         assert self.block_size is not None
         return self.block_size
+
+    @property
+    def apart(self) -> bool:
+        """Whether a block's queries differ so much that each one's own half variances count (`BlockQueries.apart`)."""
+        return self.ordering == "sort"
 
     def at(self, accelerator: bool, n_q: int = MANY_QUERIES) -> Self:
         """Return these options with what is left open as suits so many queries on an accelerator, or on the CPU."""

@@ -98,7 +98,7 @@ def run(share: Share, plan_for: Callable[..., Plan], limit: float, *, count: boo
 
 def run_all(problem: Problem, restrictions: Restrictions, options: Options, settings: dict[str, Any]) -> Part:
     """Evaluate a problem whose keys are restricted, the numbers that are not finite among them."""
-    problem, bad = finite_queries(problem.standing_at(restrictions.diagonal), settings["kernels"])
+    problem, finite = finite_queries(problem.standing_at(restrictions.diagonal), settings["kernels"])
     plan_for: Callable[..., Plan] = partial(make_plan, method=options, **settings)
     outcomes: list[Outcome] = []
     for one in shares(problem, restrictions):
@@ -106,7 +106,7 @@ def run_all(problem: Problem, restrictions: Restrictions, options: Options, sett
             outcomes.append(unseen(problem, one, settings))
         else:
             outcomes += run(one, plan_for, math.inf, count=False)
-    return spoilt(problem.xp, assembled(problem, outcomes, finite=False), bad)
+    return spoilt(problem.xp, assembled(problem, outcomes, finite=False), finite)
 
 
 def find(

@@ -394,16 +394,17 @@ def _choices(problem: Problem, options: Options, site: Site, kernels: str) -> di
     needed = dict.fromkeys(options.kernels)
     if on_accelerator(problem.q):
         needed |= dict.fromkeys(("finite_rows",))
-    if problem.visible is not None or problem.mask is not None:
+    restricted = problem.visible is not None or problem.mask is not None
+    if restricted:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))
     chosen: dict[str, Choice] = {}
     for name in needed:
         place = replace(site, largest=_largest(problem, options, name, chosen))
         if name == "attend_tree" and not _fused(problem, place, kernels):
             continue
+        if name == "attend_blocks" and "attend_tree" in chosen and not restricted:
+            continue
         chosen[name] = choose(name, place, kernels)
-    if "attend_tree" in chosen and problem.visible is None and problem.mask is None:
-        del chosen["attend_blocks"]
     return chosen
 
 
@@ -532,7 +533,7 @@ def _temporary_bytes(
     if on_accelerator(problem.q):
         total += _unread_bytes(problem, kernels, size)
     if problem.visible is not None or problem.mask is not None:
-        total += _restricted_bytes(problem, options, cuts, size)
+        total += _restricted_bytes(problem, options, cuts, kernels, size)
     if options.name == "exact":
         if problem.visible is not None and problem.mask is None and kernels["attend_blocks"].computed_by == "array-api":
             # Keys and values are gathered for each stretch.
@@ -576,15 +577,19 @@ def _unread_bytes(problem: Problem, kernels: dict[str, Choice], size: int) -> in
     return total
 
 
-def _restricted_bytes(problem: Problem, options: Options, levels: tuple[Step, ...], size: int) -> int:
+def _restricted_bytes(
+    problem: Problem, options: Options, levels: tuple[Step, ...], kernels: dict[str, Choice], size: int
+) -> int:
     """Bound what intervals and masks take: rows stacked again for each level, results merged, lists kept, and biases."""
     rows_q, rows_k = problem.groups * problem.n_q, problem.groups * problem.n_k
     width = problem.d + problem.d_v
     visible = problem.visible
     if problem.mask is not None or visible is None:
         tile = min(MASK_TILE, problem.groups * problem.n_q * problem.n_k)
-        slots = 0 if isinstance(options, Exact) else problem.n_q * problem.groups * min(options.budget or 0, problem.n_k)
-        return max(tile, slots) * (3 * 8 + 3 * size) + size * rows_q * (problem.d_v + 1)
+        listed = 0 if isinstance(options, Exact) else min(options.budget or 0, problem.n_k)
+        if isinstance(options, Treecode):
+            listed = longest_list(kernels, listed, problem.n_k)
+        return max(tile, problem.n_q * problem.groups * listed) * (3 * 8 + 3 * size) + size * rows_q * (problem.d_v + 1)
     cuts = 1 << sum(step.level for step in levels)
     alike = problem.n_q == problem.n_k and problem.n_q % cuts == 0 and int(host.max(visible.first)) == 0
     # Stretches that are alike and cover everything are stacked without a copy.

@@ -231,8 +231,8 @@ def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     if count * longest == n:
         return Blocks(xp.reshape(order, (-1, count, longest)), starts)
     # Which ordered query each row holds: the same in every group. On the order's device, so that nothing is copied there.
-    number, row = (xp.arange(size, dtype=xp.int64, device=order.device) for size in (count, longest))
-    last = ((number + 1) * n // count - 1)[:, None]
-    position = xp.minimum((number * n // count)[:, None] + row[None, :], last)
+    edges = xp.arange(0, (count + 1) * n, n, dtype=xp.int64, device=order.device) // count
+    row = xp.arange(longest, dtype=xp.int64, device=order.device)
+    position = xp.minimum(edges[:-1, None] + row, edges[1:, None] - 1)
     held = take_columns(xp, order, xp.reshape(position, (-1,)))
     return Blocks(xp.reshape(held, (-1, count, longest)), starts)

@@ -23,8 +23,16 @@ VIEWS = frozenset(
     ["view", "_unsafe_view", "alias", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "detach"]
 ) | {"empty", "scalar_tensor"}
 """Operations that launch nothing on a device."""
-LAUNCHES = {"hash_codes": 3, "bucket_order": 3, "row_norms": 3, "node_summaries": 7, "draw_indices": 2, "rank_codes": 3}
-LAUNCHES |= {"pick_threshold": 7, "attend_tree": 2}
+LAUNCHES = {
+    "hash_codes": 3,
+    "bucket_order": 3,
+    "row_norms": 3,
+    "node_summaries": 7,
+    "draw_indices": 2,
+    "rank_codes": 3,
+    "pick_threshold": 7,
+    "attend_tree": 2,
+}
 """Of a kernel's version for CUDA, and of what it is called with; 1 for the others."""
 
 
@@ -98,7 +106,7 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
 
 @pytest.mark.parametrize(
     ("method", "most", "diagonal"),
-    [("exact", 25, None), ("sortlsh", 85, None), ("hyper", 75, None), ("treecode", 175, None), ("treecode", 185, 0)],
+    [("exact", 25, None), ("sortlsh", 85, None), ("hyper", 75, None), ("treecode", 140, None), ("treecode", 150, 0)],
 )
 def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method, most, diagonal):
     """References stand for the kernels that a CUDA device would run, and count as so many launches as these have."""
@@ -116,8 +124,9 @@ def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method
         return replace(implementation, function=call)
 
     for kernel, every in registry.KERNELS.items():
-        for target in {"numba-cuda", "triton"} & {one.target for one in every}:
-            monkeypatch.setitem(registry.KERNELS, kernel, (counted(kernel, replace(every[-1], target=target)),))
+        if every[0].target in ("triton", "numba-cuda"):
+            stand_in = counted(kernel, replace(every[-1], target=every[0].target))
+            monkeypatch.setitem(registry.KERNELS, kernel, (stand_in,))
     q, k, v = inputs("bfloat16")
     kdecore.attention(q, k, v, method=method, budget=256, diagonal=diagonal)
     operations.launches = 0

@@ -55,8 +55,10 @@ KERNELS = [
     (gaps, "measure_gaps"),
 ]
 """Every kernel, as its module names it."""
-MULTIPLYING = ("attend_tile", "gradient_of_queries", "gradient_of_keys", "project_tile")
-MULTIPLYING += ("open_blocks", "meet_level", "attend_opened", "measure_gaps")
+MULTIPLYING = (
+    *("attend_tile", "gradient_of_queries", "gradient_of_keys", "project_tile"),
+    *("open_blocks", "meet_level", "attend_opened", "measure_gaps"),
+)
 """Those that are meant for tensor cores."""
 
 

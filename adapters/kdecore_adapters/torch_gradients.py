@@ -82,10 +82,10 @@ def attend_tree(
 
 def gap_moments(
     xp: Namespace, keys: Tensor, values: Tensor, key_index: Tensor, share: Tensor, nodes: int, draws: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`, recorded for gradients in keys and values."""
-    products, spreads, sizes = _Gaps.apply(keys, values, key_index, share, nodes, draws)
-    return products, spreads, sizes
+    matrices, chances = _Gaps.apply(keys, values, key_index, share, nodes, draws)
+    return matrices, chances
 
 
 def node_summaries(
@@ -323,24 +323,29 @@ class _Gaps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_products: Tensor, of_spreads: Tensor, of_sizes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_matrices: Tensor, of_chances: Tensor) -> tuple[Tensor | None, ...]:
         keys, values, key_index, share = ctx.saved_tensors
         drawn, mean = draw(namespace_of(share), key_index, share, ctx.nodes, keys.shape[1] - ctx.nodes, ctx.draws)
-        dtype, count = of_products.dtype, drawn.shape[2]
-        of_keys, of_values = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
+        of_keys, of_values = (torch.zeros_like(x, dtype=of_matrices.dtype) for x in (keys, values))
         # A block of a group after another: their gaps, made again, take less memory than those of all.
         for group in range(len(keys)):
             for block in range(drawn.shape[1]):
                 rows, means = drawn[group, block], mean[group, block]
-                gap, value_gap = (x[group, rows].to(dtype) - x[group, means].to(dtype) for x in (keys, values[..., :-1]))
+                gap, value_gap = (
+                    x[group, rows].to(of_keys.dtype) - x[group, means].to(of_keys.dtype) for x in (keys, values[..., :-1])
+                )
                 square, value_square = (x.square().sum(-1, keepdim=True) for x in (gap, value_gap))
-                spread, size = of_spreads[group, block], of_sizes[group, block]
-                of_gap = value_gap @ of_products[group, block].T + 2.0 * gap * (spread + size * value_square)
-                of_value_gap = gap @ of_products[group, block] + 2.0 * value_gap * size * square
+                spread = square.sum()
+                unit = torch.where(spread > 0, 1.0 / spread, 0.0)
+                # Of Σ κ νᵀ and of Σ ‖κ‖² ‖ν‖², by which both results are in proportion; and of Σ ‖κ‖², which divides them.
+                of_products, of_sizes = of_matrices[group, block] * unit, of_chances[group, block] * unit**2
+                of_spread = (of_products * (gap.T @ value_gap)).sum() + 2.0 * of_sizes * (square * value_square).sum()
+                of_gap = value_gap @ of_products.T + 2.0 * gap * (of_sizes * value_square - of_spread * unit)
+                of_value_gap = gap @ of_products + 2.0 * value_gap * of_sizes * square
                 of_value_gap = torch.nn.functional.pad(of_value_gap, (0, 1))
                 for target, change in ((of_keys, of_gap), (of_values, of_value_gap)):
-                    add_rows(target[group], rows, change, 1.0 / count)
-                    add_rows(target[group], means, change, -1.0 / count)
+                    add_rows(target[group], rows, change)
+                    add_rows(target[group], means, change, -1.0)
         return *_in_dtypes_of((of_keys, of_values), (keys, values)), *(None,) * 4
 
 

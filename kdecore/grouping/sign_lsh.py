@@ -1,10 +1,18 @@
 """Order by centred sign-LSH in Gray order (KDEformer, Algorithm 3, steps 1 and 2)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from kdecore.inputs import Problem
-from kdecore.namespaces import Array, Namespace, device_name, from_host, outside_inference_mode, take_along_rows
+from kdecore.namespaces import (
+    Array,
+    NamedDevice,
+    Namespace,
+    from_host,
+    named_device,
+    outside_inference_mode,
+    take_along_rows,
+)
 from kdecore.options import SortLSH
 from kdecore.planning import Plan
 from kdecore.randomness import normal
@@ -37,22 +45,14 @@ def hash_codes(problem: Problem, plan: Plan, rows: Array) -> Array:
     """
     assert isinstance(plan.options, SortLSH)
     xp, shape = problem.xp, (problem.d, int(plan.options.num_hashes or 0))
-    planes = _planes(xp, plan.seed, shape, problem.dtype, _Device(device_name(rows), problem.device))
+    planes = _planes(xp, plan.seed, shape, problem.dtype, named_device(rows))
     codes: Array = plan.kernels["hash_codes"].function(xp, rows, planes)
     return codes
 
 
-@dataclass(frozen=True)
-class _Device:
-    """A device that can be looked up by its name: CuPy's have no hash."""
-
-    name: str
-    device: object = field(compare=False)
-
-
 @lru_cache(maxsize=64)
 @outside_inference_mode()
-def _planes(xp: Namespace, seed: int, shape: tuple[int, int], dtype: object, on: _Device) -> Array:
+def _planes(xp: Namespace, seed: int, shape: tuple[int, int], dtype: object, on: NamedDevice) -> Array:
     """Return hyperplanes on a device. The last few are kept: making them there takes a copy that waits for it."""
     return from_host(xp, normal(seed, PLANES_STREAM, shape), dtype=dtype, device=on.device)
 

@@ -17,7 +17,7 @@ DAMPING = 0.85
 
 
 def first_order(
-    xp: Namespace, nodes: TreeNodes, key_index: Array, share: Array, multiply: Callable[..., Any], apart: bool = True
+    xp: Namespace, nodes: TreeNodes, key_index: Array, share: Array, multiply: Callable[..., Any], each_block: bool = True
 ) -> Array:
     """Return for each of C blocks `DAMPING` times what the mean value of a node of unit spread gains for a unit of a query.
 
@@ -35,7 +35,7 @@ def first_order(
         (G, C, s), as `kdecore.kernels.open_tree` returns them.
     multiply
         The kernel `gap_moments`.
-    apart
+    each_block
         Whether each block has a matrix of its own, or what they have in common is that of all.
 
     Returns
@@ -45,18 +45,16 @@ def first_order(
     """
     groups, blocks, _ = key_index.shape
     draws = key_draws(groups * blocks)
-    products, spread, sizes = multiply(xp, nodes.keys, nodes.values, key_index, share, int(nodes.spread.shape[1]), draws)
-    spread, sizes = spread[..., None, None], sizes[..., None, None]
-    unit = 1.0 / xp.where(spread > 0, spread, 1.0)
-    matrix = products * unit
-    # Of rows that have nothing to do with each other, so much is left by chance.
-    chance = sizes * unit**2 / draws
-    common = certain(xp, xp.mean(matrix, axis=1, keepdims=True), xp.mean(chance, axis=1, keepdims=True) / blocks)
-    return DAMPING * (common + certain(xp, matrix - common, chance) if apart else common)
+    matrices, chances = multiply(xp, nodes.keys, nodes.values, key_index, share, int(nodes.spread.shape[1]), draws)
+    # Neither 0, nor a mean of them, nor infinite: all of a matrix of nothing is nothing.
+    numbers = xp.finfo(chances.dtype)
+    chances = xp.clip(chances[..., None, None], 2.0**20 * float(numbers.smallest_normal), float(numbers.max))
+    of_common = xp.mean(chances, axis=1, keepdims=True) / blocks
+    common = certain(xp, xp.mean(matrices, axis=1, keepdims=True), of_common)
+    return DAMPING * (common + certain(xp, matrices - common, chances) if each_block else common)
 
 
-def certain(xp: Namespace, matrix: Array, chance: Array) -> Array:
-    """Return what of matrices (…, d, d_v) is more than chance, the expected sum of its squares, leaves."""
-    signal = xp.sum(matrix * matrix, axis=(-2, -1), keepdims=True)
-    above = signal > chance
-    return matrix * (xp.where(above, signal - chance, 0.0) / xp.where(above, signal, 1.0))
+def certain(xp: Namespace, matrices: Array, chances: Array) -> Array:
+    """Return what of matrices (…, d, d_v) is more than chance, the expected sum of its squares (> 0), leaves."""
+    signal = xp.sum(matrices * matrices, axis=(-2, -1), keepdims=True)
+    return matrices * (1.0 - chances / xp.maximum(signal, chances))

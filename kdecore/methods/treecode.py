@@ -17,7 +17,8 @@ node is replaced by one of its keys, drawn at random, and the estimate is unbias
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from kdecore.inputs import Problem
 from kdecore.kernels.node_summaries.contract import TreeNodes
@@ -26,13 +27,16 @@ from kdecore.methods.first_order import first_order
 from kdecore.methods.view import View, balanced_view, query_moment, unseen_share
 from kdecore.namespaces import (
     Array,
+    NamedDevice,
     Namespace,
     column_ranges,
     contiguous,
     from_host,
     host,
     invert_permutation,
+    named_device,
     on_accelerator,
+    outside_inference_mode,
     take_along_rows,
     take_columns,
     without_gradient,
@@ -46,7 +50,7 @@ from kdecore.tree import node_bounds
 
 DEEPER = 0.15
 """An error of a level counts so many octaves more than one of the level above: nodes of fewer keys take fewer slots until
-what they hide is found. 0 to 0.2: bench/NOTES.md. Not in trees whose first levels are stretches, where it errs more."""
+what they hide is found. 0 to 0.2: bench/NOTES.md. Not in trees whose first levels are stretches."""
 GOLDEN_RATIO = (5.0**0.5 - 1.0) / 2.0
 CODE_BITS = 24
 """Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
@@ -69,7 +73,8 @@ class KeyTree:
     sizes
         (G, N): sizes of the nodes' values, times 2^(`DEEPER` · level).
     limits
-        (G, d_v) and (G, d_v): the least and the largest of each column of the values, beyond which no mean of them lies.
+        (G, d_v) and (G, d_v), of the values' dtype: the least and the largest of each of their columns, beyond which no mean
+        of them lies.
     """
 
     view: View
@@ -196,7 +201,7 @@ def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, A
     coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
     norms = kernels["row_norms"].function(xp, v)
     top = xp.max(norms, axis=1, keepdims=True)
-    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), problem.dtype)
+    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), problem.dtype, copy=False)
 
 
 def grow(
@@ -210,10 +215,19 @@ def grow(
     )
     still = TreeNodes(*(without_gradient(x) for x in nodes))
     unseen = still.spread * unseen_share(problem, view, moment, still, kernels["project_rows"].function)[:, None]
-    number = xp.arange(1, int(still.sizes.shape[1]) + 1, dtype=xp.float64, device=problem.device)
-    deeper = xp.astype(2.0 ** ((0.0 if in_order else DEEPER) * xp.floor(xp.log2(number))), problem.dtype)
-    values = xp.astype(without_gradient(problem.v), problem.dtype, copy=False)
-    return KeyTree(view, order, nodes, unseen, still.sizes * deeper, column_ranges(xp, values))
+    # Stretches, whose nodes are the first levels, err more with it.
+    sizes = (
+        still.sizes if in_order else still.sizes * deeper(xp, still.sizes.shape[1], problem.dtype, named_device(problem.k))
+    )
+    return KeyTree(view, order, nodes, unseen, sizes, column_ranges(xp, without_gradient(problem.v)))
+
+
+@lru_cache(maxsize=16)
+@outside_inference_mode()
+def deeper(xp: Namespace, nodes: int, dtype: Any, on: NamedDevice) -> Array:
+    """Return 2^(`DEEPER` · level) for each of so many nodes: (nodes,). The last few are kept, as many steps make them."""
+    number = xp.arange(1, nodes + 1, dtype=xp.float64, device=on.device)
+    return xp.astype(2.0 ** (DEEPER * xp.floor(xp.log2(number))), dtype)
 
 
 def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: int = 0) -> Array:
@@ -264,7 +278,7 @@ def with_queries(problem: Problem, plan: Plan, prepared: Prepared, queries: Span
         return replace(prepared, own=own)
     groups, count, _ = blocks.index.shape
     some = pilot_blocks(groups, count)
-    number = (2 * xp.arange(some, dtype=xp.int64, device=problem.device) + 1) * count // (2 * some)
+    number = xp.arange(count, 2 * some * count, 2 * count, dtype=xp.int64, device=problem.device) // (2 * some)
     return replace(prepared, pilot=take_columns(xp, blocks.index, number), own=own)
 
 
@@ -345,13 +359,9 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
     limits = None if slope is None else keys.limits
     if "attend_tree" in plan.kernels:
         tree, values = summaries(keys)._replace(keys=keys.nodes.keys), keys.nodes.values
-        apart = taken_apart(options)
-        return Opening(
-            blocks, prepared.coordinates, apart, tree, values, threshold, most, start, slope, limits, prepared.own
-        )
-    queries = BlockQueries(
-        without_gradient(problem.q), problem.scale, prepared.coordinates, blocks.index, taken_apart(options)
-    )
+        how = prepared.coordinates, options.apart, tree, values, threshold, most, start
+        return Opening(blocks, *how, slope, limits, prepared.own)
+    queries = asking(problem, plan, prepared, blocks.index)
     key_index, log_weight, _, _ = plan.kernels["open_tree"].function(xp, queries, summaries(keys), threshold, most, start)
     if sampled:
         return drawn(problem, plan, prepared, key_index, log_weight)
@@ -359,9 +369,10 @@ def open_for(problem: Problem, plan: Plan, prepared: Prepared) -> Selected:
     return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=limits, own=own))
 
 
-def taken_apart(options: Treecode) -> bool:
-    """Return whether the queries of a block differ so much that each one's own half variances count."""
-    return options.ordering == "sort"
+def asking(problem: Problem, plan: Plan, prepared: Prepared, index: Array) -> BlockQueries:
+    """Return blocks of a problem's queries as kernels take them."""
+    assert isinstance(plan.options, Treecode)
+    return BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, index, plan.options.apart)
 
 
 def summaries(keys: KeyTree) -> Tree:
@@ -383,9 +394,9 @@ def calibrate(problem: Problem, plan: Plan, prepared: Prepared) -> Calibration:
     if sampled or problem.d_v == 0:
         return found
     # From lists, queries would have to be gathered in the order of blocks for matrices of their own: not on accelerators.
-    apart = "attend_tree" in plan.kernels or not on_accelerator(problem.q)
+    each_block = "attend_tree" in plan.kernels or not on_accelerator(problem.q)
     multiply = plan.kernels["gap_moments"].function
-    slope = first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply, apart)
+    slope = first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply, each_block)
     return found._replace(slope=slope)
 
 
@@ -405,9 +416,7 @@ def open_pilot(problem: Problem, plan: Plan, prepared: Prepared) -> tuple[Calibr
     budget = plan.options.budget - (prepared.own is not None and plan.options.budget > 1)
     start = first_nodes(budget, tree.nodes, *prepared.seen)
     most = max(start[2] - start[1], longest_list(kernels, budget, problem.n_k))
-    assert isinstance(plan.options, Treecode)
-    apart = taken_apart(plan.options)
-    given = xp, BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, pilot, apart), tree
+    given = xp, asking(problem, plan, prepared, pilot), tree
     threshold = kernels["pick_threshold"].function(*given, budget, max(WIDEST * budget, FEWEST_NODES), start)
     key_index, _, share, _ = kernels["open_tree"].function(*given, threshold, most, start)
     return Calibration(threshold, most, start), key_index, share

@@ -323,6 +323,11 @@ def plain_rows(x: Any) -> Any:
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
+def one_run(x: Any) -> Any:
+    """Return rows (G, n, w) that follow one another through all groups, however far one is from the next."""
+    return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+
+
 def attend_lists(
     q: Any,
     k: Any,

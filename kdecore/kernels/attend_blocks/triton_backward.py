@@ -190,15 +190,14 @@ def gradient_of_keys(
     block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     slot = tile * SLOTS + tl.arange(0, SLOTS)
     inside = slot < slots
-    if log_weight is not None:
-        # A slot that doesn't count teaches its key nothing, and a tile of such reads no queries.
-        added = tl.load(log_weight + block.to(tl.int64) * slots + slot, mask=inside, other=float("-inf"))
-        inside = added > float("-inf")
-        rows = tl.where(tl.max(inside.to(tl.int32), 0) > 0, rows, 0)
+    added = added_to_slots(log_weight, block, slot, inside, slots)
+    # A slot that doesn't count teaches its key nothing, and a tile of such reads no queries.
+    inside = added > float("-inf")
+    rows = tl.where(tl.max(inside.to(tl.int32), 0) > 0, rows, 0)
     key = numbers(key_index, block, slot, inside, slots)
     keys, keys_rest = load_parts(k, key, k_stride, inside, D_MAIN, D_REST, D)
     values, values_rest = load_parts(v, key, v_stride, inside, D_V_MAIN, D_V_REST, D_V)
-    added = added_to_slots(log_weight, block, slot, inside, slots)[:, None]
+    added = added[:, None]
     of_keys, of_keys_rest = no_sums(SLOTS, D_MAIN, D_REST)
     of_values, of_values_rest = no_sums(SLOTS, D_V_MAIN, D_V_REST)
     for first in range(0, rows, ROWS):

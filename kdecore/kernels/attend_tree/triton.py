@@ -25,6 +25,7 @@ from kdecore.kernels.attend_blocks.triton import (
     load_parts,
     load_rows,
     no_sums,
+    one_run,
     products,
     store_rows,
     tiling,
@@ -215,9 +216,7 @@ def attend_tree(
 ) -> tuple[Part, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`, within its `triton_limit`."""
     queries, tree = stored(queries, tree)
-    values = (
-        values if values.stride(2) == 1 and values.stride(0) == values.shape[1] * values.stride(1) else values.contiguous()
-    )
+    values = one_run(values)
     q, scale, coordinates, index, _ = queries
     (groups, blocks, rows), n_q, d_v = index.shape, int(q.shape[1]), int(values.shape[2])
     (level, first, end), last, count = start, depth_of(tree.nodes), groups * blocks

@@ -25,8 +25,8 @@ class GapMoments(Protocol):
 
     def __call__(
         self, xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
-    ) -> tuple[Array, Array, Array]:
-        """Return the means of κ νᵀ, ‖κ‖² and ‖κ‖² ‖ν‖², where κ and ν are the gaps of a key drawn and of its value.
+    ) -> tuple[Array, Array]:
+        """Return Σ κ νᵀ / Σ ‖κ‖², where κ and ν are the gaps of a key drawn and of its value, and what chance leaves of it.
 
         The i-th of the keys is drawn from the first node of a list at which the sum of shares reaches (i + ½) / ``draws`` of
         all; of its c keys it is number ⌊c · ((i + 1) `TURN` mod 2³²) / 2³²⌋. Gaps are to the node's means. Of a block
@@ -48,6 +48,9 @@ class GapMoments(Protocol):
 
         Returns
         -------
-        products, spreads, sizes
-            (G, C, d, d_v), (G, C) and (G, C), of the dtype of keys, float32 for half precision. O(G C draws d d_v).
+        matrices
+            (G, C, d, d_v), of the dtype of keys, float32 for half precision; 0 where no key drawn has a gap.
+        chances
+            (G, C), of that dtype: Σ ‖κ‖² ‖ν‖² / (Σ ‖κ‖²)², the expected sum of a matrix's squares where gaps of keys and of
+            values have nothing to do with each other; 0 where no key drawn has a gap. O(G C draws d d_v).
         """

@@ -16,22 +16,20 @@ AHEAD = 4
 
 def gap_moments(
     xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`."""
     drawn = draw(host, host_view(key_index), host_view(share), nodes, int(keys.shape[1]) - nodes, draws)
     inputs = host_view(keys), host_view(values), *drawn
     (groups, blocks, _), d, d_v = inputs[2].shape, inputs[0].shape[2], inputs[1].shape[2] - 1
-    products = np.zeros((groups, blocks, d, d_v), inputs[0].dtype)
-    spreads, sizes = np.zeros((2, groups, blocks), inputs[0].dtype)
-    found = products, spreads, sizes
+    found = np.zeros((groups, blocks, d, d_v), inputs[0].dtype), np.zeros((groups, blocks), inputs[0].dtype)
     run_tasks(lambda first, last: multiply(*inputs, *found, first, last), groups * blocks, chunk=1)
-    products, spreads, sizes = (from_host_like(xp, x, keys) for x in found)
-    return products, spreads, sizes
+    matrices, chances = (from_host_like(xp, x, keys) for x in found)
+    return matrices, chances
 
 
 @kernel()
-def multiply(keys, values, drawn, mean, products, spreads, sizes, first, last):
-    """Write the moments of blocks first … last − 1, counted through all groups."""
+def multiply(keys, values, drawn, mean, matrices, chances, first, last):
+    """Write the matrices and chances of blocks first … last − 1, counted through all groups."""
     _, blocks, count = drawn.shape
     rows, d, d_v = keys.shape[1], keys.shape[2], values.shape[2] - 1
     lanes = VECTOR_BYTES // keys.itemsize
@@ -68,8 +66,8 @@ def multiply(keys, values, drawn, mean, products, spreads, sizes, first, last):
                 for i in range(0, height, TILE_ROWS):
                     to, begin = (panel * height + i) * lanes, panel * DEPTH * lanes
                     multiply_tile(of_keys, i, 1, height, of_values, begin, depth, zeros, 0, found, to, at == 0)
-        spreads[group, block], sizes[group, block] = spread / count, total / count
-        share = keys.dtype.type(1.0 / count)
+        unit = keys.dtype.type(1.0 / spread if spread > 0 else 0.0)
+        chances[group, block] = total * unit * unit
         for i in range(d):
             for j in range(d_v):
-                products[group, block, i, j] = found[(j // lanes * height + i) * lanes + j % lanes] * share
+                matrices[group, block, i, j] = found[(j // lanes * height + i) * lanes + j % lanes] * unit

@@ -7,7 +7,7 @@ from kdecore.tree import node_bounds
 
 def gap_moments(
     xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`."""
     drawn, mean = draw(xp, key_index, share, nodes, int(keys.shape[1]) - nodes, draws)
     dtype = accumulation_dtype(xp, dtype_name(keys))
@@ -18,8 +18,10 @@ def gap_moments(
 
     of_keys, of_values = gaps(keys), gaps(values)[..., :-1]
     spreads, sizes = xp.sum(of_keys * of_keys, axis=-1), xp.sum(of_values * of_values, axis=-1)
-    products = xp.matrix_transpose(of_keys) @ of_values / draws
-    return products, xp.mean(spreads, axis=-1), xp.mean(spreads * sizes, axis=-1)
+    spread = xp.sum(spreads, axis=-1)
+    unit = xp.where(spread > 0, 1.0 / xp.where(spread > 0, spread, 1.0), 0.0)
+    matrices = xp.matrix_transpose(of_keys) @ of_values * unit[..., None, None]
+    return matrices, xp.sum(spreads * sizes, axis=-1) * unit * unit
 
 
 def draw(xp: Namespace, key_index: Array, share: Array, nodes: int, n: int, draws: int) -> tuple[Array, Array]:

@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.kernels.attend_blocks.triton import one_run
 from kdecore.kernels.gap_moments import contract
 from kdecore.kernels.gap_moments.contract import triton_limit
 from kdecore.kernels.grids import flat_grid
+from kdecore.kernels.open_tree.triton import bounds_of, level_of
 from kdecore.kernels.site import Largest
 from kdecore.namespaces import Array, Namespace
 
@@ -41,62 +43,56 @@ def draw(key_index, sums, first, draws, slots, n, nodes, SEARCH: tl.constexpr):
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     # What has no share may be no node.
     node = tl.minimum(tl.load(key_index + low), nodes - 1)
-    # The exponent of a float32, which holds these numbers exactly.
-    level = ((node + 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    place = node + 1 - (1 << level)
-    begin, end = (place * n) >> level, ((place + 1) * n) >> level
+    level = level_of(node)
+    begin, end = bounds_of(node + 1 - (1 << level), level, n)
     turn = ((number.to(tl.int64) + 1) * TURN) & 0xFFFFFFFF
     return nodes + begin + (((end - begin) * turn) >> 32), node
 
 
 @triton.jit(do_not_specialize=["draws", "slots", "n", "nodes", "blocks"])
 def measure_gaps(
-    keys, values, key_index, sums, products, spreads, sizes, draws, slots, n, nodes, blocks, key_stride, value_stride,
+    keys, values, key_index, sums, matrices, chances, draws, slots, n, nodes, blocks, key_stride, value_stride,
     D: tl.constexpr, COLUMNS: tl.constexpr, D_V: tl.constexpr, VALUE_COLUMNS: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
-    """Write the moments of one block."""
+    """Write the matrix of one block, and what chance leaves of it."""
     block = tl.program_id(0).to(tl.int64)
     group = block // blocks
     keys, values = keys + group * (nodes + n) * key_stride, values + group * (nodes + n) * value_stride
     key_index, sums = key_index + block * slots, sums + block * slots
     found = tl.zeros([COLUMNS, VALUE_COLUMNS], tl.float32)
-    spread, size = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    spreads, sizes = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for first in range(0, draws, ROWS):
         position, node = draw(key_index, sums, first, draws, slots, n, nodes, SEARCH)
         of_keys = gaps(keys, key_stride, position, node, D, COLUMNS)
         of_values = gaps(values, value_stride, position, node, D_V, VALUE_COLUMNS)
         squares = tl.sum(of_keys * of_keys, 1)
-        spread += squares
-        size += squares * tl.sum(of_values * of_values, 1)
+        spreads += squares
+        sizes += squares * tl.sum(of_values * of_values, 1)
         found = tl.dot(tl.trans(of_keys), of_values, found, input_precision="tf32")
+    spread = tl.sum(spreads, 0)
+    unit = tl.where(spread > 0, 1.0 / spread, 0.0)
     row, column = tl.arange(0, COLUMNS), tl.arange(0, VALUE_COLUMNS)
-    places = products + block * (D * D_V) + row[:, None] * D_V + column[None, :]
-    tl.store(places, found / draws, mask=(row < D)[:, None] & (column < D_V)[None, :])
-    tl.store(spreads + block, tl.sum(spread, 0) / draws)
-    tl.store(sizes + block, tl.sum(size, 0) / draws)
+    places = matrices + block * (D * D_V) + row[:, None] * D_V + column[None, :]
+    tl.store(places, found * unit, mask=(row < D)[:, None] & (column < D_V)[None, :])
+    tl.store(chances + block, tl.sum(sizes, 0) * unit * unit)
 
 
 def gap_moments(
     xp: Namespace, keys: Array, values: Array, key_index: Array, share: Array, nodes: int, draws: int
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.gap_moments.contract.GapMoments`, within its `triton_limit`; products are rounded to tf32."""
     (groups, blocks, slots), d, d_v = key_index.shape, int(keys.shape[2]), int(values.shape[2]) - 1
     assert triton_limit(Largest(d=d, d_v=d_v, nodes=nodes)) is None
     key_index = key_index.contiguous()
-    keys, values = (x if is_one_run(x) else x.contiguous() for x in (keys, values))
+    keys, values = one_run(keys), one_run(values)
     with torch.cuda.device_of(keys):
         sums = torch.cumsum(share, dim=-1)
-        products = torch.empty((groups, blocks, d, d_v), dtype=torch.float32, device=keys.device)
-        spreads, sizes = (torch.empty((groups, blocks), dtype=torch.float32, device=keys.device) for _ in range(2))
+        matrices = torch.empty((groups, blocks, d, d_v), dtype=torch.float32, device=keys.device)
+        chances = torch.empty((groups, blocks), dtype=torch.float32, device=keys.device)
         measure_gaps[flat_grid("measure_gaps", groups * blocks)](
-            keys, values, key_index, sums, products, spreads, sizes, draws, slots, int(keys.shape[1]) - nodes, nodes,
+            keys, values, key_index, sums, matrices, chances, draws, slots, int(keys.shape[1]) - nodes, nodes,
             blocks, keys.stride(1), values.stride(1), D=d, COLUMNS=triton.next_power_of_2(max(16, d)), D_V=d_v,
             VALUE_COLUMNS=triton.next_power_of_2(max(16, d_v)), SEARCH=slots.bit_length(),
             num_warps=8 if d * d_v > 2**13 else 4,
         )  # fmt: skip
-    return products, spreads, sizes
-
-
-def is_one_run(x: Array) -> bool:
-    """Return whether the rows of all groups follow one another, at whatever distance."""
-    return bool(x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1))
+    return matrices, chances

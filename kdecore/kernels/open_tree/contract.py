@@ -155,12 +155,11 @@ class OpenTree(Protocol):
         """
 
 
-def first_nodes(
-    slots: int, nodes: int, level: int = 0, first: int = 0, end: int = 1, share: int = START_SHARE
-) -> tuple[int, int, int]:
+def first_nodes(slots: int, nodes: int, level: int = 0, first: int = 0, end: int = 1) -> tuple[int, int, int]:
     """Return ``start`` of lists that see the nodes first … end − 1 of a level only, in a tree of so many nodes.
 
-    That is, what lies under them at the last level that has no more than one in ``share`` of the slots, or they themselves.
+    That is, what lies under them at the last level that has no more than one in `START_SHARE` of the slots, or they
+    themselves.
     """
-    more = max(0, min((slots // share // (end - first)).bit_length() - 1, depth_of(nodes) - level))
+    more = max(0, min((slots // START_SHARE // (end - first)).bit_length() - 1, depth_of(nodes) - level))
     return level + more, first << more, end << more

@@ -9,7 +9,9 @@ On paper, for 131,072 queries of 16 heads in blocks of 64, d = 64, 512 slots in 
 closed and 130 are opened; weighed twice, and the closed ones once more, that is 1,300 · 64 · 2 · 64 operations for each of
 32,768 blocks, 0.35 TFLOP, 0.4 ms at an H100's 798 TFLOP/s; beside them 2.7 · 10⁹ exp, 0.7 ms at 16 for each of 132
 multiprocessors and cycle, and some ten other instructions for each, 1.7 ms. Means and variances are read from the
-second-level cache, 192 bytes each, 8.2 GB, 1.5 ms at 5.5 TB/s. A program meets some six levels one after another.
+second-level cache, 192 bytes each, 8.2 GB, 1.5 ms at 5.5 TB/s. Queries that are taken apart add a product of 16 columns and
+a square root for each and each node in the second meeting, 1.0 · 10⁹ of each. A program meets some six levels one after
+another.
 """
 
 import math
@@ -18,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.kernels.attend_blocks.triton import one_run
 from kdecore.kernels.grids import flat_grid
 from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, BlockQueries, Tree, triton_limit
 from kdecore.kernels.site import Largest
@@ -76,19 +79,17 @@ def frozen(half_variance, log_count):
 
 
 @triton.jit
-def own_sigmas(
-    own_squares, half_norms, spread, variances, level, place, there, n, P: tl.constexpr, DIRECTIONS: tl.constexpr
-):  # fmt: skip
-    """Return each query's own half variances of nodes, (queries, nodes)."""
-    direction, row = tl.arange(0, DIRECTIONS), ((1 << level) - 1 + place).to(tl.int64)
-    begin, end = (place.to(tl.int64) * n) >> level, ((place.to(tl.int64) + 1) * n) >> level
-    log_count = tl.log(tl.where(there, end - begin, 1).to(tl.float32))
-    along = tl.load(
-        variances + row[:, None] * P + direction[None, :], mask=there[:, None] & (direction < P)[None, :], other=0.0
-    )
-    around = tl.load(spread + row, mask=there, other=0.0)
-    half = tl.dot(own_squares, tl.trans(along), input_precision="tf32") + half_norms[:, None] * around[None, :]
-    return frozen(half, log_count[None, :])
+def level_of(node):
+    """Return the levels of nodes, which are numbered through all of them."""
+    # The exponent of a float32, which holds these numbers exactly.
+    return ((node + 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def bounds_of(place, level, n):
+    """Return where the keys of nodes, numbered within their level, begin and end, in 64 bits."""
+    wide = place.to(tl.int64)
+    return (wide * n) >> level, ((wide + 1) * n) >> level
 
 
 @triton.jit
@@ -96,10 +97,13 @@ def weigh(
     queries, squares, half_norm, keys, spread, variances, level, place, there, n, factor, key_stride,
     D: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, DIRECTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Return log₂ of the weights of nodes for every query, (queries, nodes), their half variances and log-weights."""
+    """Return log₂ of the weights of nodes for every query, (queries, nodes), and their half variances for the block.
+
+    Returns also ln of their counts, variances (nodes, directions) and spreads.
+    """
     column, direction = tl.arange(0, COLUMNS), tl.arange(0, DIRECTIONS)
     row = ((1 << level) - 1 + place).to(tl.int64)
-    begin, end = (place.to(tl.int64) * n) >> level, ((place.to(tl.int64) + 1) * n) >> level
+    begin, end = bounds_of(place, level, n)
     log_count = tl.log(tl.where(there, end - begin, 1).to(tl.float32))
     means = tl.load(
         keys + row[:, None] * key_stride + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0.0
@@ -107,10 +111,34 @@ def weigh(
     along = tl.load(
         variances + row[:, None] * P + direction[None, :], mask=there[:, None] & (direction < P)[None, :], other=0.0
     )
-    sigma = frozen(tl.sum(along * squares[None, :], 1) + tl.load(spread + row, mask=there, other=0.0) * half_norm, log_count)
+    around = tl.load(spread + row, mask=there, other=0.0)
+    sigma = frozen(tl.sum(along * squares[None, :], 1) + around * half_norm, log_count)
     logits = tl.dot(queries, tl.trans(means.to(queries.dtype)), input_precision="tf32") * factor
     logits += ((sigma + log_count) * LOG2E)[None, :]
-    return tl.where(there[None, :], logits, float("-inf")), sigma, sigma + log_count
+    return tl.where(there[None, :], logits, float("-inf")), sigma, log_count, along, around
+
+
+@triton.jit
+def estimate(
+    queries, squares, half_norm, own_squares, half_norms, ratios, counts, keys, spread, variances, sizes, level, place,
+    there, top, total, n, factor, key_stride,
+    D: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, DIRECTIONS: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Return weights of nodes, the errors that they are estimated to make if they stay closed, and their log-weights."""
+    logits, sigma, log_count, along, around = weigh(
+        queries, squares, half_norm, keys, spread, variances, level, place, there, n, factor, key_stride,
+        D, COLUMNS, P, DIRECTIONS,
+    )  # fmt: skip
+    size = tl.load(sizes + ((1 << level) - 1 + place).to(tl.int64), mask=there, other=0.0)
+    weights = tl.exp2(logits - top[:, None])
+    share = tl.where(counts[:, None], weights * (ratios / total)[:, None], 0.0)
+    if APART:
+        half = tl.dot(own_squares, tl.trans(along), input_precision="tf32") + half_norms[:, None] * around[None, :]
+        share *= frozen(half, log_count[None, :])
+    else:
+        size *= sigma
+    share *= share
+    return weights, tl.sqrt(tl.sqrt(tl.sum(share * share, 0))) * size, sigma + log_count
 
 
 @triton.jit
@@ -124,7 +152,7 @@ def sum_level(
     for begin in range(0, m, NODES):
         at = begin + tl.arange(0, NODES)
         place = tl.load(current + at, mask=at < m, other=0)
-        logits, _, _ = weigh(
+        logits, _, _, _, _ = weigh(
             queries, squares, half_norm, keys, spread, variances, level, place, at < m, n, factor, key_stride,
             D, COLUMNS, P, DIRECTIONS,
         )  # fmt: skip
@@ -138,23 +166,6 @@ def sum_level(
     lost = total == 0.0
     new_top, closed = tl.where(lost, most, new_top), tl.where(lost, 0.0, closed)
     return new_top, closed, tl.where(lost, level_sum, total)
-
-
-@triton.jit
-def errors_of(
-    logits, sigma, sizes, own_squares, half_norms, ratios, spread, variances, level, place, there, top, total, counts, n,
-    P: tl.constexpr, DIRECTIONS: tl.constexpr, APART: tl.constexpr,
-):  # fmt: skip
-    """Return weights of nodes, and the errors that they are estimated to make if they stay closed."""
-    size = tl.load(sizes + ((1 << level) - 1 + place).to(tl.int64), mask=there, other=0.0)
-    weights = tl.exp2(logits - top[:, None])
-    share = tl.where(counts[:, None], weights * (ratios / total)[:, None], 0.0)
-    if APART:
-        share *= own_sigmas(own_squares, half_norms, spread, variances, level, place, there, n, P, DIRECTIONS)
-    else:
-        size *= sigma
-    share *= share
-    return weights, tl.sqrt(tl.sqrt(tl.sum(share * share, 0))) * size
 
 
 @triton.jit
@@ -175,13 +186,9 @@ def open_level(
         at = begin + tl.arange(0, NODES)
         there = at < m
         place = tl.load(current + at, mask=there, other=0)
-        logits, sigma, weight = weigh(
-            queries, squares, half_norm, keys, spread, variances, level, place, there, n, factor, key_stride,
-            D, COLUMNS, P, DIRECTIONS,
-        )  # fmt: skip
-        weights, error = errors_of(
-            logits, sigma, sizes, own_squares, half_norms, ratios, spread, variances, level, place, there, top, total,
-            counts, n, P, DIRECTIONS, APART,
+        weights, error, weight = estimate(
+            queries, squares, half_norm, own_squares, half_norms, ratios, counts, keys, spread, variances, sizes, level,
+            place, there, top, total, n, factor, key_stride, D, COLUMNS, P, DIRECTIONS, APART,
         )  # fmt: skip
         opened = there & (error > limit)
         shut = there & (error <= limit)
@@ -195,9 +202,8 @@ def open_level(
         for j in tl.static_range(BELOW):
             there_too = (children > j) & (below + j < most)
             tl.store(listed + most - 1 - below - j, ((place << step) + j).to(tl.int64), mask=there_too)
-        wide = place.to(tl.int64)
-        keys_held = ((((wide + 1) * n) >> level) - ((wide * n) >> level)).to(tl.int32)
-        more = tl.where(level == last, keys_held, 1 << step) - 1
+        start, end = bounds_of(place, level, n)
+        more = tl.where(level == last, (end - start).to(tl.int32), 1 << step) - 1
         held += tl.sum(shut.to(tl.int32), 0)
         found += tl.sum(children, 0)
         slots += tl.sum(tl.where(opened, more, 0), 0)
@@ -220,8 +226,7 @@ def list_keys(listed, weight_of, current, held, leaves, last, nodes, n, NODES: t
     for begin in range(0, leaves, NODES):
         at = begin + tl.arange(0, NODES)
         there = at < leaves
-        leaf = tl.load(current + at, mask=there, other=0).to(tl.int64)
-        start, end = (leaf * n) >> last, ((leaf + 1) * n) >> last
+        start, end = bounds_of(tl.load(current + at, mask=there, other=0), last, n)
         count = tl.where(there, end - start, 0).to(tl.int32)
         slot = place + tl.cumsum(count, 0) - count
         for j in tl.static_range(LEAF):
@@ -241,9 +246,8 @@ def list_shares(
         at = begin + tl.arange(0, NODES)
         is_closed = at < held
         node = tl.load(listed + at, mask=is_closed, other=0).to(tl.int32)
-        # The exponent of a float32, which holds these numbers exactly.
-        level = ((node + 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        logits, _, _ = weigh(
+        level = level_of(node)
+        logits, _, _, _, _ = weigh(
             queries, squares, half_norm, keys, spread, variances, level, node + 1 - (1 << level), is_closed, n, factor,
             key_stride, D, COLUMNS, P, DIRECTIONS,
         )  # fmt: skip
@@ -333,11 +337,9 @@ def is_wide(rows: int, d: int, itemsize: int) -> bool:
 def stored(queries: BlockQueries, tree: Tree) -> tuple[BlockQueries, Tree]:
     """Return both as kernels read them: rows one after another, those of keys at any distance."""
     q, scale, coordinates, index, apart = queries
-    keys = tree.keys
-    keys = keys if keys.stride(2) == 1 and keys.stride(0) == keys.shape[1] * keys.stride(1) else keys.contiguous()
     return (
         BlockQueries(q.contiguous(), scale, coordinates.contiguous(), index.contiguous(), apart),
-        Tree(keys, tree.spread.contiguous(), tree.variances.contiguous(), tree.sizes.contiguous()),
+        Tree(one_run(tree.keys), tree.spread.contiguous(), tree.variances.contiguous(), tree.sizes.contiguous()),
     )
 
 

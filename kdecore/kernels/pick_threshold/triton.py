@@ -15,10 +15,12 @@ from kdecore.kernels.grids import flat_grid
 from kdecore.kernels.open_tree.contract import STEP, BlockQueries, Tree
 from kdecore.kernels.open_tree.triton import (
     BELOW,
+    LEVELS,
     LOWEST,
     MOST_REGISTERS,
+    bounds_of,
     compiled_for,
-    errors_of,
+    estimate,
     load_block,
     ratios_of,
     stored,
@@ -36,6 +38,7 @@ LOWER_OCTAVES = tl.constexpr(contract.OCTAVES - contract.TOP_OCTAVE)
 @triton.jit
 def find_threshold(gains, levels, room):
     """Return where the first bin ends, from the largest on, that there is no room for; 0 if there is for all."""
+    # A tensor comes first: the interpreter makes no tensor of a constant less one.
     place = tl.arange(0, BINS) * -1 + (BINS - 1)
     total = tl.zeros([BINS], tl.int32)
     for number in range(levels):
@@ -68,7 +71,7 @@ def open_above(
         children = tl.where(there & (bound > limit), 1 << step, 0)
         below = found + tl.cumsum(children, 0) - children
         children = tl.where(below + children <= most, children, 0)
-        logits, _, _ = weigh(
+        logits, _, _, _, _ = weigh(
             queries, squares, half_norm, keys, spread, variances, before, place, there, n, factor, key_stride,
             D, COLUMNS, P, DIRECTIONS,
         )  # fmt: skip
@@ -105,7 +108,7 @@ def meet_level(
     )
     squares, half_norm = tl.sum(own_squares, 0) / rows, tl.sum(half_norms, 0) / rows
     ratios = ratios_of(half_norms, half_norm, APART)
-    top, closed, m = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), 0 * used + used
+    top, closed, m = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32), used
     if FIRST:
         for begin in range(0, used, NODES):
             at = begin + tl.arange(0, NODES)
@@ -128,19 +131,15 @@ def meet_level(
         at = begin + tl.arange(0, NODES)
         there = at < m
         place = tl.load(following + at, mask=there, other=0)
-        logits, sigma, _ = weigh(
-            queries, squares, half_norm, keys, spread, variances, level, place, there, n, factor, key_stride,
-            D, COLUMNS, P, DIRECTIONS,
-        )  # fmt: skip
-        _, error = errors_of(
-            logits, sigma, sizes, own_squares, half_norms, ratios, spread, variances, level, place, there, top, total,
-            counts, n, P, DIRECTIONS, APART,
+        _, error, _ = estimate(
+            queries, squares, half_norm, own_squares, half_norms, ratios, counts, keys, spread, variances, sizes, level,
+            place, there, top, total, n, factor, key_stride, D, COLUMNS, P, DIRECTIONS, APART,
         )  # fmt: skip
         bound = tl.minimum(error, tl.load(above + at, mask=there, other=0.0))
         tl.store(above + at, bound, mask=there)
-        wide = place.to(tl.int64)
-        held = ((((wide + 1) * n) >> level) - ((wide * n) >> level)).to(tl.int32)
-        gain = tl.where(level == last, held, 1 << (2 - (last - level) % 2)) - 1
+        start, end = bounds_of(place, level, n)
+        step = tl.where(level == last, 0, LEVELS - (last - level) % LEVELS)
+        gain = tl.where(level == last, (end - start).to(tl.int32), 1 << step) - 1
         count_bounds(gains, levels * BINS, bound, gain, there)
     tl.store(tops + row, top)
     tl.store(sums + row, closed)
@@ -167,9 +166,9 @@ def pick_threshold(
     groups, blocks, rows = index.shape
     (level, first, end), last, count = start, depth_of(tree.nodes), groups * blocks
     room, width, known = (budget - (end - first)) * count, max(most, end - first), compiled_for(queries, tree)
-    padded = triton.next_power_of_2(max(16, rows))
     # Few programs run, with all registers that there are.
-    known["maxnreg"] = MOST_REGISTERS
+    known |= {"maxnreg": MOST_REGISTERS}
+    padded = triton.next_power_of_2(max(16, rows))
     levels = (level, *range(level + STEP - (last - level) % STEP, last + 1, STEP)) if level < last else (level,)
     with torch.cuda.device_of(q):
         some, others = (
