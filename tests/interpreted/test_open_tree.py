@@ -153,6 +153,14 @@ def test_a_level_of_the_pilot_has_no_more_nodes_than_it_may(rng):
     assert truth * 0.97 <= found <= truth * 2.0 ** (1 / STEPS) * 1.03
 
 
+def well_liked(rng, queries, tree):
+    """Return for each query one of the twenty keys that it attends to most, −1 for some: in a list, and beside it."""
+    logits = queries.q @ np.swapaxes(tree.keys[:, tree.nodes :], 1, 2)
+    best = np.argsort(logits, axis=-1)[..., -20:]
+    own = np.take_along_axis(best, rng.integers(0, 20, (*best.shape[:2], 1)), axis=-1)[..., 0]
+    return np.where(rng.random(own.shape) < 0.1, -1, own)
+
+
 @pytest.mark.parametrize(
     ("given", "d_v", "dtype"),
     [
@@ -172,7 +180,7 @@ def test_attention(rng, monkeypatch, request, given, d_v, dtype):
         return torch.tensor(rng.standard_normal(shape)).float()
 
     values = random(groups, rows, d_v + 1).to(numbers[1].keys.dtype)
-    own = torch.tensor(rng.integers(-1, 300, (groups, 70))) if "own" in given else None
+    own = torch.tensor(well_liked(rng, *arguments)) if "own" in given else None
     slope = random(groups, 3, 17, d_v) if "slope" in given else None
     limits = tuple(torch.sort(random(2, groups, d_v), dim=0).values) if "limits" in given else None
     before = Part(random(groups, 70, d_v), random(groups, 70)) if "before" in given else None
