@@ -12,6 +12,7 @@ with a mask. The parts are merged by log-sum-exp. For causal attention:
       ███▒
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -35,7 +36,7 @@ def evaluate(problem: Problem, plan: Plan, watch: Watch | None = None) -> Part:
     """Return attention as planned: out (G, n_q, d_v) and lse (G, n_q), 0 and −inf where a query sees no key."""
     if problem.visible is not None and problem.mask is None:
         method = STRETCHES.get(plan.method)
-        described = method.describe(replace(problem, visible=None), plan) if method else Described((), ())
+        described = cache(lambda: method.describe(replace(problem, visible=None), plan) if method else Described((), ()))
         return by_stretches(problem, plan, plan.steps, described, nothing(problem), watch)
     part = attend(problem, plan, SELECT[plan.method](problem, plan), watch=watch)
     return part if problem.mask is None or plan.method == "exact" else rescued(problem, plan, part)
@@ -67,15 +68,19 @@ def by_stretches(
     problem: Problem,
     plan: Plan,
     levels: tuple[Step, ...],
-    described: Described,
+    described: Callable[[], Described],
     before: Part,
     watch: Watch | None,
 ) -> Part:
     """Evaluate a problem whose queries see intervals of its keys by the first of ``levels``, the rest of it by the others.
 
-    The result is merged with ``before``.
+    The result is merged with ``before``. Levels whose keys are all evaluated don't ask for what is ``described``.
     """
     xp = problem.xp
+
+    def described_part(queries: list[Span], keys: list[Span], parts: int) -> Callable[[], Described]:
+        return cache(lambda: described().stacked(xp, queries, keys, parts))
+
     if not levels:
         selections: list[Selected] = [*tiles(problem)]
         remainders: list[Remainder] = []
@@ -95,7 +100,7 @@ def by_stretches(
             replace(problem, q=q, k=k, v=v, visible=some[0].visible, own=own_of_remainders(problem, some)),
             plan.part(number),
             levels[1:],
-            described.stacked(xp, queries, keys, len(some)),
+            described_part(queries, keys, len(some)),
             Part(out, lse),
             watch,
         )
@@ -120,7 +125,9 @@ def own_of_remainders(problem: Problem, some: list[Remainder]) -> Array | None:
     return found if bool(host.any(found >= 0)) else None
 
 
-def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> tuple[list[Selected], list[Remainder]]:
+def of_level(
+    problem: Problem, plan: Plan, step: Step, described: Callable[[], Described]
+) -> tuple[list[Selected], list[Remainder]]:
     """Select, for each stretch of queries, from the keys that all of them see; and return what is left."""
     assert problem.visible is not None
     level = step.level
@@ -133,7 +140,7 @@ def of_level(problem: Problem, plan: Plan, step: Step, described: Described) -> 
 
     @cache
     def prepared() -> Any:
-        return STRETCHES[plan.method].prepare(replace(problem, visible=None), plan, level, described)
+        return STRETCHES[plan.method].prepare(replace(problem, visible=None), plan, level, described())
 
     apart: list[Selected] = []
     chosen: list[Selected] = []
