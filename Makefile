@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz lint bench clean
+.PHONY: demo test quick fuzz lint bench clean
 
 demo: $(READY)
 	$(BIN)/kdecore compare --out demo
@@ -12,6 +12,10 @@ demo: $(READY)
 # Tests in processes of their own run beside the others: libraries that start a thread for each core would wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# Every tenth test of each file, in little more than a minute.
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quick
 
 fuzz: $(READY)
 	$(BIN)/pytest tests/test_fuzz.py --hypothesis-profile=fuzz

@@ -14,10 +14,11 @@ import numpy as np
 
 import kdecore
 from bench.study import run_study
-from kdecore.loading import Case, glove_case
-from kdecore.metrics import errors
-from kdecore.namespaces import host
-from kdecore.options import KDEformer, Options
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.namespace import host
+from kdecore.compare.cases import Case, glove_case
+from kdecore.core.options import Options
+from kdecore.methods.kdeformer import KDEformer
 
 BUDGETS = (128, 256, 384, 768, 1536)
 SEEDS = range(5)
@@ -81,7 +82,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    from kdecore.plots import COLOURS, MARKERS
+    from kdecore.compare.plots import COLOURS, MARKERS
 
     methods: dict[str, dict[str, Any]] = {
         method: {"color": colour, "marker": marker, "markersize": size, "linewidth": 1.8}

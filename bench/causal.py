@@ -9,10 +9,10 @@ import numpy as np
 import kdecore
 from bench.figures import Figure, Figures
 from bench.timing import interleaved
-from kdecore.loading import glove_case
-from kdecore.machine import load_adapter
-from kdecore.metrics import errors
-from kdecore.namespaces import host
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.backend import backend_named
+from kdecore.arrays.namespace import host
+from kdecore.compare.cases import glove_case
 
 SEEDS = 6
 
@@ -43,8 +43,8 @@ def causal_sdpa(q: Any, k: Any, v: Any) -> Any:
     """Causal attention by torch's fused kernel, on NumPy arrays without a copy."""
     import torch
 
-    adapter = load_adapter("torch")
-    query, key, value = (adapter.from_numpy(x) for x in (q, k, v))
+    library = backend_named("torch")
+    query, key, value = (library.from_numpy(x) for x in (q, k, v))
     with torch.no_grad():
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 

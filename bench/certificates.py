@@ -16,9 +16,9 @@ import kdecore
 from bench import vit
 from bench.measures import many_words
 from bench.study import run_study
-from kdecore.loading import glove_case
-from kdecore.metrics import Errors, errors
-from kdecore.namespaces import host
+from kdecore.accuracy.metrics import Errors, errors
+from kdecore.arrays.namespace import host
+from kdecore.compare.cases import glove_case
 
 RUNS = 200
 SETTINGS = [(method, budget) for budget in (96, 384, 1024) for method in ("treecode", "sortlsh")]

@@ -14,7 +14,7 @@ import torch
 
 import kdecore
 from bench.figures import Figure, Figures
-from kdecore.machine import load_adapter
+from kdecore.arrays.backend import backend_named
 
 LOADS = {
     "torch attention": "import torch\nq = torch.randn(1, 8, 2048, 64)\n"
@@ -31,8 +31,8 @@ STARTING = 3.0
 def contention() -> Figures:
     """Slow-down beside one busy process over torch SDPA's, n = 4,097, 3 heads, 256 keys: medians, and longest calls."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 3, 4097, 64), dtype=np.float32)
-    tensors = [torch.from_numpy(x) for x in (q, k, v)]
-    calls: dict[str, Callable[[], Any]] = {"SDPA": partial(load_adapter("torch").exact_attention, *tensors, 0.125)}
+    query, key, value = tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    calls: dict[str, Callable[[], Any]] = {"SDPA": partial(backend_named("torch").exact_attention, query, key, value, 0.125)}
     for method in ("treecode", "sortlsh", "exact"):
         calls[method] = partial(kdecore.attention, q, k, v, method=method, budget=256)
         calls[f"{method}, tensors"] = partial(kdecore.attention, *tensors, method=method, budget=256)

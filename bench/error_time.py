@@ -15,9 +15,9 @@ import numpy as np
 import kdecore
 from bench.study import run_study
 from bench.timing import interleaved
-from kdecore.loading import Case, glove_case
-from kdecore.metrics import errors
-from kdecore.namespaces import host
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.namespace import host
+from kdecore.compare.cases import Case, glove_case
 
 BUDGETS = {
     "treecode": (64, 128, 192, 256, 384, 512, 768),
@@ -88,7 +88,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    from kdecore.plots import COLOURS, MARKERS
+    from kdecore.compare.plots import COLOURS, MARKERS
 
     figure, panels = plt.subplots(3, 3, figsize=(13, 12), layout="constrained")
     for panel, (name, found) in zip(panels.flat, results.items(), strict=True):

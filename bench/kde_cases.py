@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-GLOVE = Path(__file__).parent.parent / "kdecore" / "data" / "glove_6b_100d_sample.npz"
+GLOVE = Path(__file__).parent.parent / "kdecore" / "compare" / "data" / "glove_6b_100d_sample.npz"
 GLOVE_SCALE = 10**-0.25
 """The released code's: divides both the words that act as keys and those that act as queries."""
 

@@ -13,24 +13,26 @@ from bench.contention import contention
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
-from kdecore.inputs import Problem, canonicalise
-from kdecore.kernels import attend_blocks
-from kdecore.kernels.threads import team
-from kdecore.loading import GLOVE, glove_case
-from kdecore.machine import load_adapter, peak_memory
-from kdecore.methods import SELECT
-from kdecore.metrics import Errors, errors
-from kdecore.namespaces import host
-from kdecore.options import Treecode
-from kdecore.planning import Plan, make_plan
-from kdecore_adapters import numpy_adapter
+from kdecore.accuracy.metrics import Errors, errors
+from kdecore.arrays import files
+from kdecore.arrays.backend import backend_named
+from kdecore.arrays.namespace import host
+from kdecore.compare.cases import GLOVE, glove_case
+from kdecore.compare.machine import peak_memory
+from kdecore.core.problem import Problem, canonicalise
+from kdecore.kernels.attend_blocks import cpu as attending
+from kdecore.kernels.runtime.threads import team
+from kdecore.methods import METHODS
+from kdecore.methods.base import Plan
+from kdecore.methods.plan import make_plan
+from kdecore.methods.treecode import Treecode
 
 GIB = 2**30
 
 
 def sdpa(q: Any, k: Any, v: Any, scale: float) -> Any:
     """Exact attention by torch's fused kernel, on NumPy arrays without a copy."""
-    return load_adapter("torch").exact_attention(q, k, v, scale)
+    return backend_named("torch").exact_attention(q, k, v, scale)
 
 
 def glove_error() -> Figures:
@@ -127,7 +129,7 @@ def treecode_speed() -> Figures:
 def prepared(problem: Problem, plan: Plan) -> object:
     """Do what the treecode does before attention."""
     with team():
-        return SELECT["treecode"](problem, plan)
+        return METHODS["treecode"].select(problem, plan)
 
 
 def speed_16k() -> Figures:
@@ -170,7 +172,7 @@ def speed_heads() -> Figures:
 
     def select() -> None:
         with team():
-            SELECT["sortlsh"](problem, plan)
+            METHODS["sortlsh"].select(problem, plan)
 
     seconds = interleaved({"grouping": select, "sortlsh": calls["sortlsh"]}, repeats=5)
     share = 100 * seconds["grouping"] / seconds["sortlsh"]
@@ -193,7 +195,7 @@ def block_rate() -> Figures:
 
     def attend() -> None:
         with team():
-            attend_blocks.cpu.attend_blocks(host, q, k, v, query_index, key_index, log_weight, 0.125)
+            attending.attend_blocks(host, q, k, v, query_index, key_index, log_weight, 0.125)
 
     seconds = interleaved(
         {"attend_blocks": attend, "SDPA": partial(sdpa, *gathered, 0.125), "GEMM": lambda: square[0] @ square[1]}, repeats=5
@@ -209,7 +211,7 @@ def block_rate() -> Figures:
 def many_words(n: int) -> list[np.ndarray[Any, Any]]:
     """Return q, k and v, each (n, 64) float32: words with a little noise, real directions and norms in any number."""
     rng = np.random.default_rng(0)
-    (words,) = numpy_adapter.load(GLOVE, ("vectors",))
+    (words,) = files.load(GLOVE, ("vectors",))
     base = words[:, :64].astype(np.float32)
     return [base[rng.integers(0, len(base), n)] + 0.1 * rng.standard_normal((n, 64), dtype=np.float32) for _ in range(3)]
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 import kdecore
 from bench.figures import Figure, Figures
 from bench.timing import interleaved
-from kdecore.machine import peak_memory
+from kdecore.compare.machine import peak_memory
 from kdecore_adapters.torch_adapter import scaled_dot_product_attention as estimated
 
 MIB = 2**20

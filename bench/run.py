@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.figures import Figure
 from bench.measures import MEASURES
 from bench.verify import verify
-from kdecore.machine import this_machine
+from kdecore.compare.machine import this_machine
 
 
 def main() -> int:

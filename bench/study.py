@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdecore.machine import this_machine
+from kdecore.compare.machine import this_machine
 
 
 def run_study(name: str, text: str | None, measure: Callable[[], Any], plot: Callable[[Any, Path], None]) -> None:

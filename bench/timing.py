@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kdecore.comparison import time_calls
+from kdecore.compare.timing import time_calls
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int, rounds: int = 3) -> dict[str, float]:

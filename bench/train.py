@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from bench.figures import Figure, Figures
 from bench.run import verdict
-from kdecore.machine import this_machine
+from kdecore.compare.machine import this_machine
 from kdecore_adapters import torch_adapter
 
 SIDE, CLASSES = 28, 10

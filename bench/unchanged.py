@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 import kdecore
+from kdecore.compare.machine import this_machine
 from kdecore.kde import log_weighted_exponential_kde
 from kdecore.kde.wexpkde import PRIMITIVES
-from kdecore.machine import this_machine
-from kdecore.options import Treecode
+from kdecore.methods.treecode import Treecode
 from kdecore_adapters.torch_adapter import scaled_dot_product_attention
 from tests import features
 

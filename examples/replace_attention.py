@@ -6,7 +6,7 @@ The model is PyTorch's own encoder with random weights, its input 6,000 word vec
 import torch
 from torch import nn
 
-from kdecore.loading import glove_case
+from kdecore.compare.cases import glove_case
 from kdecore_adapters.torch_adapter import collect_reports
 from kdecore_adapters.torch_modules import replace_attention
 

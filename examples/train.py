@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdecore_adapters.torch_modules import KDEAttention
+from kdecore_adapters.torch_encoder import KDEAttention
 
 TOKENS, WIDTH, MARKS, VALUES, STEPS = 1024, 64, 4, 4, 50
 

@@ -4,9 +4,12 @@ Call `attention` on NumPy, CuPy or PyTorch arrays; `kdecore.kde` has the density
 Importing kdecore imports neither PyTorch nor CuPy.
 """
 
-from kdecore.attention import attention
-from kdecore.certificate import Certificate
-from kdecore.errors import (
+from kdecore.accuracy.certificate import Certificate
+from kdecore.api.attention import attention
+from kdecore.api.key_index import KeyIndex
+from kdecore.api.packed import packed_attention
+from kdecore.api.report import Report
+from kdecore.arrays.errors import (
     DeviceError,
     DTypeError,
     InputFileError,
@@ -16,10 +19,11 @@ from kdecore.errors import (
     OptionError,
     ShapeError,
 )
-from kdecore.key_index import KeyIndex
-from kdecore.options import Exact, Hyper, KDEformer, SortLSH, Treecode
-from kdecore.packed import packed_attention
-from kdecore.report import Report
+from kdecore.core.options import Exact
+from kdecore.methods.hyper import Hyper
+from kdecore.methods.kdeformer import KDEformer
+from kdecore.methods.sortlsh import SortLSH
+from kdecore.methods.treecode import Treecode
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from kdecore.cli import main
+from kdecore.compare.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """The `backend` fixture: every test that takes it runs on each array library that is here."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from kdecore import inputs
+from kdecore.arrays import backend as backends
+from kdecore.core import problem as problems
+from kdecore_adapters import register_backends
 from tests import processes
+
+# A device runs these where kdecore is not installed.
+register_backends()
 
 # What needs an environment of its own: tests/test_cuda.py and tests/test_triton.py start it.
 collect_ignore = [
@@ -35,8 +41,19 @@ def _command(item: pytest.Item) -> Any:
     return getattr(item, "callspec", None) and item.callspec.params.get("command")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="every tenth test of each file, and none with processes of its own"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _command(item) is not None)
+    if config.getoption("quick"):
+        few = [item for item in items if _command(item) is None]
+        kept = {item for path in {item.path for item in few} for item in [one for one in few if one.path == path][::10]}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in few if item in kept]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -141,10 +158,17 @@ def pytest_report_header() -> str:
 @pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if request.param.name == "torch-operations":
-        monkeypatch.setattr(inputs, "host_views", lambda *arrays, **more: None)
+        monkeypatch.setattr(problems, "host_views", lambda *arrays, **more: None)
     return request.param
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20230702)
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+    """Let PyTorch's backend not import, as where PyTorch isn't installed."""
+    monkeypatch.delitem(backends._BY_NAME, "torch", raising=False)
+    monkeypatch.setitem(sys.modules, "kdecore_adapters.torch_backend", None)

@@ -6,11 +6,10 @@ computes in float64 though its arguments are in float32, is an error.
 """
 
 import importlib
-import pkgutil
 import re
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 from cuda.core import Linker, LinkerOptions, ObjectCode
@@ -18,7 +17,7 @@ from numba import cuda, types
 from numba.cuda import dispatcher
 
 from kdecore import kernels
-from kdecore.kernels.cuda_jit import DECLARED, CudaKernel
+from kdecore.kernels.runtime.cuda_jit import DECLARED, CudaKernel
 
 ARCHITECTURES = ("sm_80", "sm_90")
 SHARED_BYTES, REGISTERS = 48 * 1024, 65536
@@ -48,9 +47,8 @@ class Compiled:
 
 def declared() -> list[CudaKernel]:
     """Import all kernels."""
-    for folder in pkgutil.iter_modules(kernels.__path__, "kdecore.kernels."):
-        if folder.ispkg and find_spec(f"{folder.name}.cuda"):
-            importlib.import_module(f"{folder.name}.cuda")
+    for path in sorted(Path(kernels.__path__[0]).glob("*/cuda.py")):
+        importlib.import_module(f"kdecore.kernels.{path.parent.name}.cuda")
     return DECLARED
 
 

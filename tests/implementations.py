@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import device_name, namespace_name
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
-from kdecore.namespaces import device_name, namespace_name
 from tests.conftest import BACKENDS
 
 

@@ -12,11 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdecore
-from kdecore.grouping import sign_lsh
-from kdecore.inputs import canonicalise
+from kdecore.core.problem import canonicalise
+from kdecore.core.state import AttentionState
 from kdecore.kernels import registry
-from kdecore.merge import Part
-from kdecore.planning import make_plan
+from kdecore.methods import sortlsh
+from kdecore.methods.plan import make_plan
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 VIEWS = frozenset(
@@ -52,7 +52,7 @@ def any_attention(xp, queries, tree, values, threshold, most, start, *rest):
     """Stand for `attend_tree`, whose reference makes lists."""
     out = torch.empty(*queries.q.shape[:2], values.shape[2] - 1, dtype=tree.spread.dtype, device="meta")
     counts = torch.empty(queries.index.shape[:2], dtype=torch.int64, device="meta")
-    return rest[-1] or Part(out, torch.empty_like(out[..., 0])), counts
+    return rest[-1] or AttentionState(out, torch.empty_like(out[..., 0])), counts
 
 
 STAND_INS = {"pick_threshold": any_threshold, "open_tree": any_lists, "attend_tree": any_attention}
@@ -81,9 +81,9 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def no_planes_kept():
-    sign_lsh._planes.cache_clear()
+    sortlsh._planes.cache_clear()
     yield
-    sign_lsh._planes.cache_clear()
+    sortlsh._planes.cache_clear()
 
 
 def inputs(dtype, n=2100, d=32, d_v=24):
@@ -182,7 +182,7 @@ def on_cuda(memory, kernel, implementation, reference):
 
     def attend(xp, q, k, v, *rest, before=None, **more):
         out = torch.empty(*q.shape[:-1], v.shape[-1], device="meta", dtype=torch.float32)
-        return before or Part(out, torch.empty_like(out[..., 0]))
+        return before or AttentionState(out, torch.empty_like(out[..., 0]))
 
     def call(*given, **more):
         if kernel in ("attend_blocks", "attend_dense"):

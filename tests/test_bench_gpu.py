@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu, gpu_suite, gpu_table
-from bench.gpu_arguments import ARGUMENTS, Numbers, Rows, for_library, for_reference
-from bench.gpu_calls import check_calls
-from bench.gpu_checks import check_kernel, difference, garbage, judged, lists_differ, torch_library
-from bench.gpu_errors import cases, error_rows, errors_of, export_vit
-from bench.gpu_profile import COUNTABLE, Work, counted, launches_in, rates, stage_of, summarise, work_of
-from bench.gpu_session import Session, attempted, exact_rows, median_seconds, timed
-from bench.gpu_speed import ceilings, fused_seconds, timings
+from bench.gpu import command as gpu
+from bench.gpu import suite as gpu_suite
+from bench.gpu import table as gpu_table
+from bench.gpu.arguments import ARGUMENTS, Numbers, Rows, for_library, for_reference
+from bench.gpu.calls import check_calls
+from bench.gpu.checks import check_kernel, difference, garbage, judged, lists_differ, torch_library
+from bench.gpu.errors import cases, error_rows, errors_of, export_vit
+from bench.gpu.profile import COUNTABLE, Work, counted, launches_in, rates, stage_of, summarise, work_of
+from bench.gpu.session import Session, attempted, exact_rows, median_seconds, timed
+from bench.gpu.speed import ceilings, fused_seconds, timings
+from kdecore.arrays.namespace import host
+from kdecore.core.state import AttentionState
 from kdecore.kernels.registry import KERNELS, Implementation
-from kdecore.merge import Part
-from kdecore.namespaces import host
 
 HASHED = "_ZN7kdecore7kernels10hash_codes4cuda7project12_3clocals_3e7projectB2v3E5ArrayIfLi3E1C7mutable7alignedE"
 
@@ -148,10 +150,10 @@ def test_bytes_and_operations_by_hand():
     assert order == Work(40 + 160, 0)
     q, v = torch.zeros((6, 4)), torch.zeros((6, 5))
     lists = torch.zeros((2, 3), dtype=torch.int64), torch.zeros((2, 7), dtype=torch.int64), torch.zeros((2, 7))
-    part = Part(torch.zeros((6, 5)), torch.zeros(6))
+    part = AttentionState(torch.zeros((6, 5)), torch.zeros(6))
     blocks = work_of("attend_blocks", (q, q, v, *lists, 0.5, None, None), part)
     assert blocks == Work(2 * 96 + 120 + 48 + 112 + 56 + 120 + 24, 2 * 2 * 3 * 7 * (4 + 5))
-    dense = work_of("attend_dense", (q[None], q[None], v[None], 0.5), Part(part.out[None], part.lse[None]))
+    dense = work_of("attend_dense", (q[None], q[None], v[None], 0.5), AttentionState(part.out[None], part.lse[None]))
     assert dense == Work(2 * 96 + 120 + 120 + 24, 2 * 6 * 6 * (4 + 5))
 
 
@@ -426,6 +428,6 @@ def test_layers_from_a_file(tmp_path, monkeypatch, rng):
 
 
 def test_the_documentation_names_every_section():
-    text = (Path(gpu.__file__).parent / "GPU.md").read_text(encoding="utf-8")
+    text = (Path(gpu.__file__).parent / "METHOD.md").read_text(encoding="utf-8")
     for section in gpu.SECTIONS:
         assert f"| {section} |" in text

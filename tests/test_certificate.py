@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import kdecore
-from kdecore import OptionError, certificate
-from kdecore.certificate import estimate_errors
-from kdecore.metrics import errors
-from kdecore.namespaces import host
+from kdecore import OptionError
+from kdecore.accuracy import certificate
+from kdecore.accuracy.certificate import estimate_errors
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.namespace import host
 
 
 def whole(estimate, exact):

@@ -12,13 +12,14 @@ import pytest
 
 import kdecore
 from bench.timing import interleaved
-from kdecore import cli, comparison, machine
-from kdecore.inputs import canonicalise
+from kdecore.accuracy.metrics import Errors
+from kdecore.arrays.backend import backend_named
+from kdecore.compare import cli, comparison, machine, timing
+from kdecore.compare.cases import Case, glove_case
+from kdecore.compare.plots import comparison_png
+from kdecore.core.problem import canonicalise
 from kdecore.kernels import registry
 from kdecore.kernels.registry import KERNELS, TARGETS, cuda_problem
-from kdecore.loading import Case, glove_case
-from kdecore.metrics import Errors
-from kdecore.plots import comparison_png
 
 QUICK = ["--n", "80", "--seeds", "2", "--repeats", "1", "--budgets", "16"]
 
@@ -26,7 +27,7 @@ QUICK = ["--n", "80", "--seeds", "2", "--repeats", "1", "--budgets", "16"]
 @pytest.fixture
 def no_plot(monkeypatch):
     """Write a stand-in for the plot, which takes half a second to draw."""
-    monkeypatch.setattr("kdecore.plots.comparison_png", lambda *arguments: b"\x89PNG stand-in")
+    monkeypatch.setattr("kdecore.compare.plots.comparison_png", lambda *arguments: b"\x89PNG stand-in")
 
 
 def run(capsys, *argv):
@@ -152,13 +153,13 @@ def test_timed_rows_include_those_of_the_errors(monkeypatch):
 def test_one_timing_protocol(monkeypatch):
     events = []
     monkeypatch.setattr(time, "sleep", lambda seconds: events.append(seconds))
-    seconds, result = comparison.time_calls(lambda: events.append("timed"), 2, untimed=lambda: events.append("first") or 7)
-    assert events == [comparison.SETTLE_SECONDS, "first", "timed", "timed"]
+    seconds, result = timing.time_calls(lambda: events.append("timed"), 2, untimed=lambda: events.append("first") or 7)
+    assert events == [timing.SETTLE_SECONDS, "first", "timed", "timed"]
     assert result == 7
     assert len(seconds) == 2
 
     used = []
-    protocol = comparison.time_calls
+    protocol = timing.time_calls
 
     def record(call, repeats, *, untimed):
         used.append(repeats)
@@ -185,7 +186,7 @@ def test_compare_measures_every_method(tmp_path, capsys):
 
 
 def test_compare_with_tolerances(tmp_path, no_plot, capsys, monkeypatch):
-    monkeypatch.setattr("kdecore.tolerance.THINNED_SHARE", math.inf)  # no search pays for so few keys
+    monkeypatch.setattr("kdecore.accuracy.search.THINNED_SHARE", math.inf)  # no search pays for so few keys
     status, out, err = run(capsys, "compare", "--n", "2048", "--rtol", "1e-6,0.9", "0.9", "--methods", "sortlsh,exact",
         "--budgets", "64", "--seeds", "2", "--repeats", "1", "--out", tmp_path)  # fmt: skip
     assert (status, err) == (0, "")
@@ -485,8 +486,7 @@ def test_without_the_extra(tmp_path, capsys, monkeypatch, package):
     assert run(capsys, "info")[0] == 0
 
 
-def test_without_torch(tmp_path, no_plot, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "kdecore_adapters.torch_adapter", None)
+def test_without_torch(tmp_path, no_plot, capsys, no_torch):
     status, out, _ = run(capsys, "compare", *QUICK, "--out", tmp_path)
     assert status == 0
     assert "exact (kdecore)" in out
@@ -566,7 +566,7 @@ def test_version(capsys):
 
 
 def test_module_runs_and_kdecore_imports_no_other_library():
-    code = "import sys, kdecore, kdecore.cli; print([m for m in ('torch', 'cupy', 'rich') if m in sys.modules])"
+    code = "import sys, kdecore, kdecore.compare.cli; print([m for m in ('torch', 'cupy', 'rich') if m in sys.modules])"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
     )
@@ -640,7 +640,7 @@ def test_measure_needs_something_to_measure(methods, budgets, seeds):
 
 def test_machine_names_the_threads_that_kdecore_uses(monkeypatch):
     monkeypatch.setattr("numba.get_num_threads", lambda: pytest.fail("launched Numba's threading layer"))
-    monkeypatch.setattr("kdecore.kernels.threads.thread_count", lambda: 7)
+    monkeypatch.setattr("kdecore.kernels.runtime.threads.thread_count", lambda: 7)
     threads = machine.this_machine().threads
     assert threads["kdecore"] == "7"
     assert "numba" not in threads
@@ -655,17 +655,17 @@ def test_peak_memory():
 
 
 @pytest.mark.parametrize("names", [("numpy",), ("torch",), ("numpy", "torch")], ids="-".join)
-def test_adapters_have_the_same_functions(names):
+def test_backends_do_the_same(names):
     for name in names:
         pytest.importorskip(name)
-        adapter = machine.load_adapter(name)
+        library = backend_named(name)
         array = np.arange(6.0).reshape(2, 3)[::-1]
         array.flags.writeable = False
-        np.testing.assert_array_equal(adapter.to_numpy(adapter.from_numpy(array)), array)
-        assert adapter.version()
-        assert adapter.unusable() is None
-        assert adapter.devices()[0] == "cpu"
-        adapter.synchronize()
+        np.testing.assert_array_equal(library.to_numpy(library.from_numpy(array)), array)
+        assert library.version()
+        assert library.unusable() is None
+        assert library.devices()[0] == "cpu"
+        library.synchronize()
 
 
 @pytest.mark.parametrize(("d", "d_v"), [(8, 8), (8, 5), (5, 8)])
@@ -674,7 +674,7 @@ def test_torch_baseline_is_exact(lead, d, d_v):
     pytest.importorskip("torch")
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((*lead, n, columns)) for n, columns in ((7, d), (20, d), (20, d_v)))
-    function = machine.load_adapter("torch").exact_attention
+    function = backend_named("torch").exact_attention
     expected = kdecore.attention(q, k, v, method="exact", scale=0.3)
     np.testing.assert_allclose(function(q, k, v, 0.3), expected, rtol=1e-10)
 
@@ -688,7 +688,7 @@ def test_plot_says_that_rows_are_sampled(monkeypatch):
     texts = []
     monkeypatch.setattr(comparison, "TIMED_ROWS", 40)
     monkeypatch.setattr(
-        "kdecore.plots.Figure.savefig",
+        "kdecore.compare.plots.Figure.savefig",
         lambda figure, *a, **k: texts.extend(
             [figure.axes[0].get_title(), *(text.get_text() for text in figure.axes[0].texts)]
         ),
@@ -702,7 +702,7 @@ def test_plot_says_that_rows_are_sampled(monkeypatch):
 
 def test_plot_shows_tolerances(monkeypatch):
     figures = []
-    monkeypatch.setattr("kdecore.plots.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
+    monkeypatch.setattr("kdecore.compare.plots.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
     case = small_case()
     exact, hyper, one = comparison.measure(case, ["hyper", "auto"], [8], [0], repeats=1)
     chosen = [replace(one, method="auto", ran=ran, budget=None, rtol=rtol) for ran, rtol in

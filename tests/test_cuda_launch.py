@@ -19,12 +19,13 @@ from numba import cuda, types
 from numba.cuda.args import ArgHint
 from numba.cuda.dispatcher import _Kernel
 
-from kdecore import namespaces
-from kdecore.errors import KernelUnavailable
-from kdecore.kernels import cuda_jit
-from kdecore.kernels.cuda_jit import CudaKernel, launch, numba_type, parameters, word_format, words
+from kdecore.arrays import backend
+from kdecore.arrays.backend import on_device
+from kdecore.arrays.errors import KernelUnavailable
+from kdecore.arrays.memory import contiguous, cuda_address
 from kdecore.kernels.registry import cuda_problem
-from kdecore.namespaces import contiguous, on_device
+from kdecore.kernels.runtime import cuda_jit
+from kdecore.kernels.runtime.cuda_jit import CudaKernel, launch, numba_type, parameters, word_format, words
 from tests.cuda_compile import declared, signatures
 
 INDEX, STREAM = 1, 0xABC0
@@ -275,14 +276,14 @@ def test_threads_do_not_mix_their_parameters(driver, kernel):
 @pytest.mark.parametrize("device", [SimpleNamespace(id=2), torch.device("cuda:2")], ids=["cupy", "torch"])
 def test_device_and_stream_are_the_arrays(monkeypatch, device):
     array = SimpleNamespace(device=device)
-    monkeypatch.setitem(namespaces._ADAPTERS, SimpleNamespace, SimpleNamespace(current_stream=lambda index: 100 + index))
+    monkeypatch.setitem(backend._BY_TYPE, SimpleNamespace, SimpleNamespace(current_stream=lambda index: 100 + index))
     assert on_device(array) == (2, 102)
 
 
 def test_addresses_are_those_of_the_memory():
     array = tensor("float32", (4,))[1:]
-    assert namespaces.cuda_address(contiguous(array)) == array.data_ptr()
-    assert namespaces.cuda_address(SimpleNamespace(data=SimpleNamespace(ptr=64))) == 64
+    assert cuda_address(contiguous(array)) == array.data_ptr()
+    assert cuda_address(SimpleNamespace(data=SimpleNamespace(ptr=64))) == 64
 
 
 @pytest.fixture

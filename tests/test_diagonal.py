@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 import kdecore
 from kdecore import OptionError, Treecode
-from kdecore.evaluate import own_of_remainders
-from kdecore.inputs import canonicalise
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.namespace import host
+from kdecore.core.chunks import Remainder, cut, stacked
+from kdecore.core.problem import canonicalise
+from kdecore.engine.hierarchy import own_of_remainders
+from kdecore.engine.restrictions import check_restrictions
+from kdecore.engine.split import in_halves, subproblems
 from kdecore.methods import treecode
-from kdecore.metrics import errors
-from kdecore.namespaces import host
-from kdecore.planning import make_plan
-from kdecore.shares import check_restrictions, in_halves, shares
-from kdecore.stretches import Remainder, cut, stacked
+from kdecore.methods.plan import make_plan
 from tests import oracles
 
 
@@ -57,7 +58,7 @@ def test_slices_keep_what_is_each_querys_own_key(data, n_q, n_k, repeats, diagon
 @given(st.integers(2, 20), st.integers(1, 20), st.integers(1, 3), st.integers(-25, 25))
 def test_halves_keep_it(n_q, n_k, repeats, diagonal):
     problem = labelled(n_q, n_k, repeats, diagonal, groups=1)
-    (whole,) = shares(problem, check_restrictions(problem, False, None, diagonal, None, None, problem.q))
+    (whole,) = subproblems(problem, check_restrictions(problem, False, None, diagonal, None, None, problem.q))
     halves = [half.problem for half in in_halves(whole)]
     np.testing.assert_array_equal(np.concatenate([owners(half) for half in halves], axis=1), owners(problem))
 
@@ -68,7 +69,7 @@ def test_lengths_windows_and_what_they_leave_keep_it(data, n_q, n_k, repeats, di
     window = data.draw(st.one_of(st.none(), st.integers(1, 10)))
     lengths = data.draw(st.lists(st.integers(0, n_k), min_size=2, max_size=2))
     before = owners(problem)
-    for share in shares(problem, check_restrictions(problem, True, window, diagonal, lengths, None, problem.q)):
+    for share in subproblems(problem, check_restrictions(problem, True, window, diagonal, lengths, None, problem.q)):
         if share.problem is None:
             continue
         expected = before[list(share.groups)]
@@ -93,7 +94,7 @@ def test_masks_that_leave_out_keys_between_others_keep_it(data, n_q, n_k, repeat
     masks = [data.draw(columns) for _ in range(2 if of_each_head else 1)]
     mask = np.repeat(np.array(masks), repeats if of_each_head else 1, axis=0)[:, None, :]
     before = owners(problem)
-    for share in shares(problem, check_restrictions(problem, False, None, diagonal, None, mask, problem.q)):
+    for share in subproblems(problem, check_restrictions(problem, False, None, diagonal, None, mask, problem.q)):
         if share.problem is None:
             continue
         expected = before[list(share.groups)]
@@ -209,8 +210,8 @@ def test_reports_say_it(rng):
 def test_groups_that_are_alike_are_cut_once(rng, monkeypatch):
     """What a query sees takes O(n) on the host to find: once for all groups of one length, not once for each."""
     found = []
-    original = kdecore.shares.repeated
-    monkeypatch.setattr(kdecore.shares, "repeated", lambda *some: found.append(1) or original(*some))
+    original = kdecore.engine.split.repeated
+    monkeypatch.setattr(kdecore.engine.split, "repeated", lambda *some: found.append(1) or original(*some))
     x = rng.standard_normal((8, 50, 3))
     kdecore.attention(x, x, x, method="exact", causal=True)
     assert len(found) == 1
@@ -238,7 +239,7 @@ def test_what_is_done_is_planned_once(rng, monkeypatch, options, plans):
         made.append(named)
         return make_plan(*arguments, **named)
 
-    for module in (kdecore.outcomes, sys.modules["kdecore.attention"]):
+    for module in (kdecore.api.run, sys.modules["kdecore.api.attention"]):
         monkeypatch.setattr(module, "make_plan", counted)
     kdecore.attention(*rng.standard_normal((3, 3, 300, 5)), **options)
     assert len(made) == plans

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from kdecore.randomness import uniform
+from kdecore.arrays.random import uniform
 from tests.implementations import implementations, run
 
 

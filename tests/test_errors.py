@@ -29,10 +29,10 @@ from kdecore import (
     attention,
     packed_attention,
 )
-from kdecore.errors import did_you_mean
+from kdecore.arrays.errors import did_you_mean
+from kdecore.engine.restrictions import integers
 from kdecore.kde import log_gaussian_kde, log_weighted_exponential_kde
 from kdecore.kernels import registry
-from kdecore.shares import integers
 
 A = np.zeros((2, 5, 3))
 T = torch.zeros((2, 5, 3), dtype=torch.float64)

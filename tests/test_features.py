@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from kdecore import Exact, KDEformer, KeyIndex, OptionError, Treecode, attention
-from kdecore.attend import attend
-from kdecore.evaluate import evaluate
-from kdecore.inputs import canonicalise
-from kdecore.metrics import errors
-from kdecore.namespaces import host
-from kdecore.outcomes import assembled, run
-from kdecore.planning import make_plan
-from kdecore.shares import check_restrictions, in_halves, shares
+from kdecore.accuracy.metrics import errors
+from kdecore.api.run import assembled, run
+from kdecore.arrays.namespace import host
+from kdecore.core.problem import canonicalise
+from kdecore.engine.attend import attend
+from kdecore.engine.hierarchy import evaluate
+from kdecore.engine.restrictions import check_restrictions
+from kdecore.engine.split import in_halves, subproblems
+from kdecore.methods.plan import make_plan
 from tests import oracles
 from tests.conftest import BACKENDS
 from tests.features import FEATURES, METHODS
@@ -253,7 +254,7 @@ def test_halves_of_a_share_are_the_share(rng, restriction):
             k[:, 9, 2] = np.inf
         problem = canonicalise(q, k, v)
         found = check_restrictions(problem, options.get("causal", False), None, None, None, options.get("mask"), q)
-        (whole,) = shares(problem, found)
+        (whole,) = subproblems(problem, found)
         plan_for = partial(make_plan, method="exact")
         halves = [outcome for half in in_halves(whole) for outcome in run(half, plan_for, np.inf, count=False)]
         assert len(halves) == 2
@@ -300,7 +301,9 @@ def test_every_key_seen_counts_once_in_the_mean(rng, monkeypatch, name, method):
     """
     example = WEIGHING[name](rng)
     problem = canonicalise(example.q[0], example.k[0], example.v[0])
-    one = shares(problem, check_restrictions(problem, True, example.options.get("window"), None, None, None, example.q))[0]
+    one = subproblems(
+        problem, check_restrictions(problem, True, example.options.get("window"), None, None, None, example.q)
+    )[0]
     options = Treecode(far_field="sample") if method == "treecode" else method
     total, square = np.zeros((2, problem.groups, problem.n_q, problem.n_k))
     seeds = 200 if method != "exact" else 1
@@ -310,7 +313,7 @@ def test_every_key_seen_counts_once_in_the_mean(rng, monkeypatch, name, method):
         pieces.append((problem, selection))
         return attend(problem, plan, selection, *others, **more)
 
-    monkeypatch.setattr("kdecore.evaluate.attend", attend_and_keep)
+    monkeypatch.setattr("kdecore.engine.hierarchy.attend", attend_and_keep)
     for seed in range(seeds):
         pieces.clear()
         evaluate(one.problem, make_plan(one.problem, method=options, budget=20, seed=seed))

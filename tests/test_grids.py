@@ -7,10 +7,9 @@ import array_api_compat.torch as xp
 import pytest
 import torch
 
-from kdecore.errors import KernelUnavailable
-from kdecore.kernels import grids
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
-from kdecore.tree import node_count
+from kdecore.arrays.errors import KernelUnavailable
+from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.kernels.runtime import grids
 
 G, N, D, D_V, P, LEAF, ROWS, SLOTS, COUNT = 16, 2**27 - 1, 3, 2, 3, 4, 16, 5, 200
 """16 · N rows in all: of one row more in each group there would be more rows than a grid has blocks."""

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import kdecore
-from kdecore import inputs, nonfinite, planning
+from kdecore.core import problem as problems
+from kdecore.engine import nonfinite
+from kdecore.methods import auto, choices, memory, treecode
 
 METHODS = {
     "exact": kdecore.Exact(),
@@ -25,7 +27,7 @@ RESTRICTIONS = {
 
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
-    for module in (inputs, nonfinite, planning):
+    for module in (problems, nonfinite, choices, memory, auto, treecode):
         monkeypatch.setattr(module, "on_accelerator", lambda array: True)
 
 
@@ -44,7 +46,7 @@ def test_methods_compute_in_float32(request, method, restriction, dtype):
     call = {"method": METHODS[method], "budget": budget, "kernels": "array-api", "return_lse": True, **options}
     expected, expected_lse = kdecore.attention(q.float(), k.float(), v.float(), **call)
     request.getfixturevalue("as_on_an_accelerator")
-    problem = inputs.canonicalise(q, k, v)
+    problem = problems.canonicalise(q, k, v)
     assert problem.q.dtype == problem.k.dtype == problem.v.dtype == q.dtype
     assert problem.dtype == torch.float32
     found, lse = kdecore.attention(q, k, v, **call)

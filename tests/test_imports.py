@@ -61,8 +61,8 @@ def test_public_functions_document_parameters_results_and_errors(function):
 def test_the_docstring_example_runs():
     import doctest
 
-    import kdecore.attention as _  # noqa: F401
+    import kdecore.api.attention as _  # noqa: F401
 
-    results = doctest.testmod(sys.modules["kdecore.attention"])
+    results = doctest.testmod(sys.modules["kdecore.api.attention"])
     assert results.attempted > 0
     assert results.failed == 0

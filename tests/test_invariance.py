@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 
 from kdecore import Exact, Hyper, KDEformer, Report, SortLSH, attention
-from kdecore.options import DEFAULT_BUDGET, DEFAULT_HASHES
+from kdecore.core.options import DEFAULT_BUDGET
+from kdecore.methods.sortlsh import DEFAULT_HASHES
 from tests import oracles, strategies
 from tests.tolerances import assert_close
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdecore import DeviceError, DTypeError, OptionError, ShapeError
+from kdecore.arrays.namespace import host
 from kdecore.kde import log_gaussian_kde, log_weighted_exponential_kde, wexpkde
 from kdecore.kde.gaussian_map import exponential_form, gaussian_form, to_gaussian
 from kdecore.kde.problem import Accuracy
-from kdecore.namespaces import host
 from tests.kde_oracles import log_gaussian, log_sum_exp, log_weighted_exponential
 
 PRIMITIVES = ("auto", "exact", "uniform", "hbe", "neighbours")

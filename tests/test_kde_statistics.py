@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
 from kdecore.kde import log_gaussian_kde, log_weighted_exponential_kde
 from kdecore.kde.collision import collision_probability, log_collision_probability
 from kdecore.kde.gaussian_map import exponential_form, gaussian_form
@@ -17,7 +18,6 @@ from kdecore.kde.primitive import Level, normal_quantile
 from kdecore.kde.problem import Accuracy
 from kdecore.kde.uniform import bernstein, make_uniform, random_order
 from kdecore.kde.wexpkde import make_primitive
-from kdecore.namespaces import host
 from tests.kde_oracles import collisions, log_gaussian, log_sum_exp, log_weighted_exponential
 
 ACCURACY = Accuracy(0.3, 0.05)
@@ -174,7 +174,7 @@ def clustered_case(seed):
 
 
 def glove_case(seed):
-    with np.load("kdecore/data/glove_6b_100d_sample.npz") as file:
+    with np.load("kdecore/compare/data/glove_6b_100d_sample.npz") as file:
         words = file["vectors"][np.random.default_rng(seed).permutation(32768)[:3200], :].astype(np.float64)
     words = words * 10**-0.25
     x, y = words[:3000], words[:200] if seed % 2 else words[3000:]

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import kdecore
-from kdecore.attend import attend
-from kdecore.inputs import canonicalise
+from kdecore.compare.cases import glove_case
+from kdecore.core.problem import canonicalise
+from kdecore.engine.attend import attend
 from kdecore.kde.problem import Accuracy
 from kdecore.kde.wexpkde import wexpkde
-from kdecore.loading import glove_case
 from kdecore.methods import kdeformer
-from kdecore.options import KDEformer
-from kdecore.planning import make_plan
+from kdecore.methods.kdeformer import KDEformer
+from kdecore.methods.plan import make_plan
 
 N = 400
 

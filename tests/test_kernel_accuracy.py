@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kdecore
-from kdecore.namespaces import host
+from kdecore.arrays.namespace import host
 from tests import oracles
 from tests.implementations import on_host
 
@@ -98,7 +98,7 @@ def test_cached_code_goes_out_of_date_with_the_vector_primitives(tmp_path):
     shutil.copytree(ROOT / "kdecore", tmp_path / "kdecore", ignore=shutil.ignore_patterns("__pycache__", "data"))
     first = run(tmp_path, tmp_path / "cache")
     assert run(tmp_path, tmp_path / "cache") == first
-    simd = tmp_path / "kdecore" / "kernels" / "simd.py"
+    simd = tmp_path / "kdecore" / "kernels" / "runtime" / "simd.py"
     text = simd.read_text(encoding="utf-8")
     assert "2.0**r, 6" in text
     simd.write_text(text.replace("2.0**r, 12", "3.0**r, 12"), encoding="utf-8")

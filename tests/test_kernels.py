@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdecore.errors import KernelUnavailable, OptionError
+from kdecore.arrays.errors import KernelUnavailable, OptionError
+from kdecore.arrays.namespace import host
+from kdecore.core.tree import node_count
 from kdecore.kernels import registry
 from kdecore.kernels.registry import KERNELS, Implementation, choose
+from kdecore.kernels.runtime.threads import team
 from kdecore.kernels.site import Site
-from kdecore.kernels.threads import team
 from kdecore.kernels.tree_order.cpu import nth_smallest
-from kdecore.namespaces import host
-from kdecore.tree import node_count
 from tests import oracles
 from tests.implementations import here, implementations, run
 from tests.tolerances import assert_close

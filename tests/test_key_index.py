@@ -13,9 +13,9 @@ from torch.nn import functional
 
 import kdecore
 from kdecore import DeviceError, DTypeError, KeyIndex, OptionError, ShapeError, Treecode
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.namespace import host
 from kdecore.methods import first_order, treecode
-from kdecore.metrics import errors
-from kdecore.namespaces import host
 from tests import oracles
 
 
@@ -128,7 +128,7 @@ def test_gradients_of_an_exact_index_are_pytorchs():
 
 def test_keys_that_come_while_nothing_is_recorded_are_constants(monkeypatch):
     """As on a GPU, where nothing becomes a NumPy array: also leaves, and beside others that are recorded."""
-    monkeypatch.setattr("kdecore.inputs.host_views", lambda *arrays, **more: None)
+    monkeypatch.setattr("kdecore.core.problem.host_views", lambda *arrays, **more: None)
     k, more = (torch.zeros(2, n, 4, requires_grad=True) for n in (60, 5))
     with torch.no_grad():
         assert not KeyIndex(k, k, budget=20)._segments[0].problem.k.requires_grad

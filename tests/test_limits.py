@@ -13,9 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdecore
-from kdecore import inputs, nonfinite, planning, tolerance
-from kdecore.errors import KernelUnavailable
-from kdecore.inputs import canonicalise
+from kdecore.accuracy import search
+from kdecore.arrays.errors import KernelUnavailable
+from kdecore.core import problem as problems
+from kdecore.core.problem import canonicalise
+from kdecore.core.tree import node_count
+from kdecore.engine import nonfinite
+from kdecore.engine.restrictions import check_restrictions
+from kdecore.engine.split import subproblems
 from kdecore.kernels.attend_blocks import contract as attend_blocks
 from kdecore.kernels.balanced_view import contract as balanced_view
 from kdecore.kernels.node_summaries import contract as node_summaries
@@ -23,9 +28,8 @@ from kdecore.kernels.open_tree import contract as open_tree
 from kdecore.kernels.rank_codes import contract as rank_codes
 from kdecore.kernels.registry import KERNELS, choose
 from kdecore.kernels.site import Largest, Site
-from kdecore.options import Treecode
-from kdecore.shares import check_restrictions, shares
-from kdecore.tree import node_count
+from kdecore.methods import auto, choices, memory, treecode
+from kdecore.methods.treecode import Treecode
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -146,7 +150,7 @@ def test_what_computes_recorded_summaries_is_said():
 
 def test_a_call_by_name_that_is_too_large_is_refused(monkeypatch):
     """As it would be on a CUDA device, of whose arrays planning reads nothing."""
-    monkeypatch.setattr(planning, "device_name", lambda array: "cuda:0")
+    monkeypatch.setattr(choices, "device_name", lambda array: "cuda:0")
     q = torch.empty(2, 3000, 300, device="meta")
     with pytest.raises(KernelUnavailable, match=r"triton: takes a key and a value of ≤ 2048 bytes.*d = 300, d_v = 300"):
         kdecore.attention(q, q, q, method="sortlsh", kernels="triton")
@@ -161,9 +165,9 @@ def planned(dtype="float32", d=64, d_v=64, n=3000, options=None, causal=False, w
     """Return what is chosen for a treecode on a CUDA device."""
     q, k, v = (torch.empty(2, n, width, dtype=getattr(torch, dtype), device="meta") for width in (d, d, d_v))
     problem = canonicalise(q, k, v)
-    (share,) = shares(problem, check_restrictions(problem, causal, window, None, None, None, q))
+    (share,) = subproblems(problem, check_restrictions(problem, causal, window, None, None, None, q))
     options = (options or Treecode()).resolve(None).at(True)
-    return planning._choices(share.problem, options, CUDA, "auto")
+    return choices.choices(share.problem, options, CUDA, "auto")
 
 
 def test_values_of_tree_nodes_have_a_column_more():
@@ -215,7 +219,7 @@ def given_sizes(kernel, xp, *given):
 @pytest.fixture
 def watched(monkeypatch):
     """Keep inputs as accelerators do, and check the sizes of every call of a kernel against those it was chosen for."""
-    for module in (inputs, nonfinite, planning):
+    for module in (problems, nonfinite, choices, memory, auto, treecode):
         monkeypatch.setattr(module, "on_accelerator", lambda array: True)
     met = set()
 
@@ -230,7 +234,7 @@ def watched(monkeypatch):
 
         return replace(choice, function=function)
 
-    monkeypatch.setattr(planning, "choose", choose_watched)
+    monkeypatch.setattr(choices, "choose", choose_watched)
     return met
 
 
@@ -271,7 +275,7 @@ def test_no_piece_of_a_call_is_larger_than_planned(watched, call, method, dtype)
 @pytest.mark.parametrize("method", ["treecode", "sortlsh"])
 def test_no_piece_of_a_search_is_larger_than_planned(watched, monkeypatch, method):
     for name in ("THINNED_SHARE", "WHOLE_SHARE"):
-        monkeypatch.setattr(tolerance, name, math.inf)
+        monkeypatch.setattr(search, name, math.inf)
     call = {"method": method, "rtol": 0.8, "kernels": "array-api", "return_report": True}
     _, report = kdecore.attention(*random_inputs("bfloat16", 6000), **call)
     assert report.rounds

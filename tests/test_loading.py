@@ -1,4 +1,4 @@
-"""`kdecore.loading`: every kind of file, and one clear line for everything that can be wrong with one."""
+"""`kdecore.compare.cases`: every kind of file, and one clear line for everything that can be wrong with one."""
 
 import sys
 
@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 
 import kdecore
-from kdecore import loading
-from kdecore.loading import InputFileError, glove_case, load_case
+from kdecore.compare import cases
+from kdecore.compare.cases import InputFileError, glove_case, load_case
 
 
 @pytest.fixture
@@ -293,9 +293,8 @@ def test_without_safetensors(tmp_path, arrays, monkeypatch):
     assert_one_line(info, "pip install 'kdecore[cli]', or from a clone pip install '.[cli]'")
 
 
-def test_without_torch(tmp_path, arrays, monkeypatch):
+def test_without_torch(tmp_path, arrays, no_torch):
     save(tmp_path / "a.pt", arrays)
-    monkeypatch.setitem(sys.modules, "kdecore_adapters.torch_adapter", None)
     with pytest.raises(InputFileError, match=r"needs PyTorch \(not installed\)") as info:
         load_case([tmp_path / "a.pt"])
     assert_one_line(info, "pip install 'kdecore[torch]', or from a clone pip install '.[torch]'")
@@ -310,7 +309,7 @@ def test_glove_case(n):
     assert case.scale == pytest.approx(10**-0.5)
     assert not np.array_equal(case.q[0], case.v[0])
     if n == 1000:
-        with np.load(loading.GLOVE) as sample:
+        with np.load(cases.GLOVE) as sample:
             np.testing.assert_array_equal(case.v, sample["vectors"][2000:3000].astype(np.float32))
 
 

@@ -5,16 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import host
+from kdecore.arrays.namespace import host
+from kdecore.core.state import AttentionState, merge_states, softmax_part
 from tests import oracles, strategies
 
 
 def part_of(q, k, v):
     """Attention on some keys, the empty part for none."""
     if k.shape[0] == 0:
-        return Part(np.zeros((q.shape[0], v.shape[1])), np.full(q.shape[0], -np.inf))
-    return Part(*oracles.exact_attention(q, k, v, 1.0))
+        return AttentionState(np.zeros((q.shape[0], v.shape[1])), np.full(q.shape[0], -np.inf))
+    return AttentionState(*oracles.exact_attention(q, k, v, 1.0))
 
 
 def assert_same(a, b, tolerance=1e-12):
@@ -36,36 +36,36 @@ def split_problems(draw):
 def test_merging_is_associative_commutative_and_gives_the_whole(problem):
     q, k, v, (first, second) = problem
     a, b, c = (part_of(q, k[cut], v[cut]) for cut in (slice(first), slice(first, second), slice(second, None)))
-    left = merge(host, merge(host, a, b), c)
-    assert_same(left, merge(host, a, merge(host, b, c)))
-    assert_same(left, merge(host, c, merge(host, b, a)))
-    assert_same(merge(host, a, b), merge(host, b, a))
+    left = merge_states(host, merge_states(host, a, b), c)
+    assert_same(left, merge_states(host, a, merge_states(host, b, c)))
+    assert_same(left, merge_states(host, c, merge_states(host, b, a)))
+    assert_same(merge_states(host, a, b), merge_states(host, b, a))
     assert_same(left, part_of(q, k, v))
 
 
 def test_merging_on_every_backend(backend, rng):
     q, k, v = rng.standard_normal((5, 3)), rng.standard_normal((9, 3)), rng.standard_normal((9, 2))
-    parts = [Part(*backend.arrays(x.out, x.lse)) for x in (part_of(q, k[:4], v[:4]), part_of(q, k[4:], v[4:]))]
-    found = merge(backend.xp, *parts)
-    assert_same(Part(backend.numpy(found.out), backend.numpy(found.lse)), part_of(q, k, v))
+    parts = [AttentionState(*backend.arrays(x.out, x.lse)) for x in (part_of(q, k[:4], v[:4]), part_of(q, k[4:], v[4:]))]
+    found = merge_states(backend.xp, *parts)
+    assert_same(AttentionState(backend.numpy(found.out), backend.numpy(found.lse)), part_of(q, k, v))
 
 
 def test_empty_parts_change_nothing_and_stay_empty(backend, rng):
     q, k, v = rng.standard_normal((5, 3)), rng.standard_normal((9, 3)), rng.standard_normal((9, 2))
-    whole, empty = (Part(*backend.arrays(x.out, x.lse)) for x in (part_of(q, k, v), part_of(q, k[:0], v[:0])))
-    for found in (merge(backend.xp, whole, empty), merge(backend.xp, empty, whole)):
+    whole, empty = (AttentionState(*backend.arrays(x.out, x.lse)) for x in (part_of(q, k, v), part_of(q, k[:0], v[:0])))
+    for found in (merge_states(backend.xp, whole, empty), merge_states(backend.xp, empty, whole)):
         np.testing.assert_array_equal(backend.numpy(found.out), backend.numpy(whole.out))
         np.testing.assert_array_equal(backend.numpy(found.lse), backend.numpy(whole.lse))
-    nothing = merge(backend.xp, empty, empty)
+    nothing = merge_states(backend.xp, empty, empty)
     assert (backend.numpy(nothing.out) == 0).all()
     assert (backend.numpy(nothing.lse) == -np.inf).all()
 
 
 def test_parts_with_an_infinite_denominator_are_not_emptied(rng):
     """lse = +∞ is an overflow upstream: it must not come out as a plausible number."""
-    part = Part(np.ones((1, 2)), np.array([np.inf]))
+    part = AttentionState(np.ones((1, 2)), np.array([np.inf]))
     with np.errstate(invalid="ignore"):
-        merged = merge(host, part, Part(np.ones((1, 2)), np.zeros(1)))
+        merged = merge_states(host, part, AttentionState(np.ones((1, 2)), np.zeros(1)))
     assert not np.isfinite(merged.lse).any()
 
 

@@ -1,4 +1,4 @@
-"""`kdecore.metrics` against NumPy's SVD."""
+"""`kdecore.accuracy.metrics` against NumPy's SVD."""
 
 import array_api_compat.torch as torch
 import array_api_strict
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import kdecore
-from kdecore.metrics import errors
-from kdecore.namespaces import host
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.namespace import host
 
 
 def by_svd(estimate: np.ndarray, exact: np.ndarray) -> tuple[float, float, float]:

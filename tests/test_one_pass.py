@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdecore
+from kdecore.arrays.namespace import host
+from kdecore.core.state import AttentionState
+from kdecore.core.tree import bounds, depth, node_count
 from kdecore.kernels.gap_moments.contract import TURN
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.registry import KERNELS
-from kdecore.merge import Part
 from kdecore.methods.first_order import DAMPING, first_order
-from kdecore.namespaces import host
-from kdecore.options import Treecode
-from kdecore.tree import bounds, depth, node_count
+from kdecore.methods.treecode import Treecode
 from tests import oracles
 from tests.implementations import implementations, on_host, run
 from tests.tolerances import assert_close
@@ -183,7 +183,7 @@ def attended(implementation, backend, arguments, dtype, before=None):
         @staticmethod
         def function(xp, *arrays):
             *arrays, out, lse = arrays
-            part, counts = function(xp, *arrays, None, None if out is None else Part(out, lse))
+            part, counts = function(xp, *arrays, None, None if out is None else AttentionState(out, lse))
             return part.out, part.lse, counts
 
     kept = (None, None) if before is None else tuple(x.copy() for x in before)

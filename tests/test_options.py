@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import kdecore
 from kdecore import KernelUnavailable, KeyIndex, MemoryLimitError, OptionError, Treecode
-from kdecore.kernels import threads as threads_module
+from kdecore.kernels.runtime import threads as threads_module
 from kdecore_adapters.torch_adapter import collect_reports, scaled_dot_product_attention
 from kdecore_adapters.torch_modules import KDEAttention, replace_attention, reroute
 
@@ -186,7 +186,7 @@ def test_an_option_is_honoured(option, way, kind):
 
 def used(monkeypatch):
     """Return what is used from here on, where it is used: threads, and what a search for a budget goes by."""
-    found, function, index = {}, sys.modules["kdecore.attention"], sys.modules["kdecore.key_index"]
+    found, function, index = {}, sys.modules["kdecore.api.attention"], sys.modules["kdecore.api.key_index"]
     find, to_tolerance = function.find, KeyIndex._to_tolerance
 
     def search(share, settings, tried, rtol, rtol_norm, limit):

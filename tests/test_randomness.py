@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdecore import attention
-from kdecore.grouping.sign_lsh import PLANES_STREAM
-from kdecore.methods.sortlsh import SAMPLES_STREAM
-from kdecore.namespaces import host
-from kdecore.randomness import check_seed, normal, threefry2x32, uniform
+from kdecore.arrays.namespace import host
+from kdecore.arrays.random import check_seed, normal, threefry2x32, uniform
+from kdecore.methods.sortlsh import PLANES_STREAM, SAMPLES_STREAM
 
 ONES = 0xFFFFFFFF
 # Random123 1.14, tests/kat_vectors, threefry2x32 with 20 rounds: (key), (counter) → (result)

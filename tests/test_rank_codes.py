@@ -5,11 +5,11 @@ import pytest
 
 import kdecore
 from kdecore import Treecode
+from kdecore.accuracy.metrics import errors
+from kdecore.arrays.namespace import host
+from kdecore.compare.cases import glove_case
+from kdecore.core.tree import bounds
 from kdecore.kernels.rank_codes.contract import RATIO, SAMPLE
-from kdecore.loading import glove_case
-from kdecore.metrics import errors
-from kdecore.namespaces import host
-from kdecore.tree import bounds
 from tests.implementations import implementations, run
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import kdecore
 from kdecore import KDEformer, KeyIndex, MemoryLimitError, OptionError, attention
-from kdecore.evaluate import evaluate
+from kdecore.engine.hierarchy import evaluate
 from tests import oracles
 from tests.features import METHODS
 from tests.hostile import HOSTILE
@@ -212,7 +212,7 @@ def test_an_interrupt_leaves_nothing_broken(rng, monkeypatch, stage):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        target = kdecore.outcomes if stage == "evaluate" else evaluate.__globals__
+        target = kdecore.api.run if stage == "evaluate" else evaluate.__globals__
         if stage == "evaluate":
             patch.setattr(target, "evaluate", interrupted)
         else:
@@ -233,7 +233,7 @@ def test_an_interrupted_append_leaves_the_index_as_it_was(rng, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(kdecore.key_index.treecode, "build", interrupted)
+        patch.setattr(kdecore.api.key_index.key_tree, "build", interrupted)
         with pytest.raises(KeyboardInterrupt):
             index.append(k, v)
     assert index.n_k == 500

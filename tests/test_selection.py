@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdecore import Hyper, SortLSH, attention
-from kdecore.grouping.sign_lsh import hash_codes, sort_codes
-from kdecore.inputs import canonicalise
+from kdecore.arrays.namespace import host
+from kdecore.arrays.rows import first_places, invert_permutation
+from kdecore.core.problem import canonicalise
+from kdecore.core.selection import equal_blocks
 from kdecore.kernels import registry
 from kdecore.kernels.bucket_windows.reference import bucket_windows
-from kdecore.methods import SELECT, sortlsh
-from kdecore.namespaces import first_places, host, invert_permutation
-from kdecore.planning import make_plan
-from kdecore.selection import equal_blocks
+from kdecore.methods import METHODS, sortlsh
+from kdecore.methods.plan import make_plan
+from kdecore.methods.sortlsh import hash_codes, sort_codes
 from tests import oracles
 
 
@@ -65,7 +66,7 @@ def test_attention_is_its_selection_evaluated_naively(backend, rng, method):
     arrays = backend.arrays(q, k, v)
     problem = canonicalise(*arrays)
     plan = make_plan(problem, method=method[0], budget=method[1], seed=5)
-    selection = SELECT[plan.method](problem, plan)
+    selection = METHODS[plan.method].select(problem, plan)
     index, keys, log_weight = (backend.numpy(x) for x in (selection.blocks.index, selection.key_index, selection.log_weight))
     out, lse = (backend.numpy(x) for x in attention(*arrays, method=method[0], budget=method[1], seed=5, return_lse=True))
     for g in range(2):
@@ -90,7 +91,7 @@ def test_windows_of_equal_queries_and_keys_are_the_block_diagonal(rng, n, size, 
 def test_blocks_of_equal_queries_and_keys_meet_themselves(rng):
     x = rng.standard_normal((2, 48, 4))
     problem = canonicalise(x, x, x)
-    selection = SELECT["sortlsh"](problem, make_plan(problem, method=SortLSH(8, 4, 5)))
+    selection = METHODS["sortlsh"].select(problem, make_plan(problem, method=SortLSH(8, 4, 5)))
     np.testing.assert_array_equal(selection.key_index[..., :8], selection.blocks.index)
 
 
@@ -124,9 +125,9 @@ def test_hyper_samples_uniformly_and_sortlsh_by_value(rng):
     q, k, v = make(rng)
     v[:, 7] *= 1e3
     problem = canonicalise(q, k, v)
-    hyper = SELECT["hyper"](problem, make_plan(problem, method=Hyper(5, 4)))
+    hyper = METHODS["hyper"].select(problem, make_plan(problem, method=Hyper(5, 4)))
     np.testing.assert_allclose(hyper.log_weight[..., 5:], np.log((41 - 5) / 4), rtol=1e-12)
-    by_value = SELECT["sortlsh"](problem, make_plan(problem, method=SortLSH(5, 4)))
+    by_value = METHODS["sortlsh"].select(problem, make_plan(problem, method=SortLSH(5, 4)))
     large = by_value.log_weight[by_value.key_index == 7]
     assert len(large) >= 6  # of 12 blocks; of an inclusion probability of 0.8, against 0.1 for uniform sampling
     assert large.max() < np.log(2)
@@ -145,7 +146,7 @@ def test_queries_and_keys_are_sorted_by_the_same_planes(rng):
 
 
 def planes_of(plan, d, hashes):
-    from kdecore.grouping.sign_lsh import PLANES_STREAM
-    from kdecore.randomness import normal
+    from kdecore.arrays.random import normal
+    from kdecore.methods.sortlsh import PLANES_STREAM
 
     return normal(plan.seed, PLANES_STREAM, (d, hashes))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import kdecore
-from kdecore.errors import OptionError
-from kdecore.kernels import threads
-from kdecore.kernels.threads import run_tasks, team
+from kdecore.arrays.errors import OptionError
+from kdecore.kernels.runtime import threads
+from kdecore.kernels.runtime.threads import run_tasks, team
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -243,7 +243,7 @@ def test_a_forked_child_computes_what_its_parent_does():
 
 
 def test_numba_num_threads_is_honoured():
-    code = "from kdecore.kernels.threads import thread_count; print(thread_count(), thread_count(5))"
+    code = "from kdecore.kernels.runtime.threads import thread_count; print(thread_count(), thread_count(5))"
     environment = os.environ | {"NUMBA_NUM_THREADS": "1"}
     printed = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 import kdecore
-from kdecore import Certificate, Exact, KDEformer, OptionError, SortLSH, Treecode, tolerance
-from kdecore.attend import attend
-from kdecore.inputs import canonicalise
-from kdecore.methods import STAGES
-from kdecore.metrics import errors
-from kdecore.namespaces import host
-from kdecore.planning import expected_cost, make_plan
-from kdecore.tolerance import FURTHER, MOST_REFUSED, THINNED_SHARE, Ground, thinned
-from kdecore.visibility import sliding
+from kdecore import Certificate, Exact, KDEformer, OptionError, SortLSH, Treecode
+from kdecore.accuracy.metrics import errors
+from kdecore.accuracy.search import FURTHER, MOST_REFUSED, THINNED_SHARE
+from kdecore.accuracy.trial import Trial, thinned
+from kdecore.arrays.namespace import host
+from kdecore.core.key_ranges import sliding
+from kdecore.core.problem import canonicalise
+from kdecore.engine.attend import attend
+from kdecore.methods import METHODS
+from kdecore.methods.base import expected_cost
+from kdecore.methods.plan import make_plan
 
 
 def clustered(rng, groups, n, d, spread=0.3, dtype=np.float32):
@@ -118,7 +120,7 @@ def test_a_slow_fall_of_errors_ends_the_search(rng, monkeypatch):
         found = next(errors_found)
         return Certificate(40, 0.95, found, (found, found), found, (found, found))
 
-    monkeypatch.setattr(tolerance, "estimate_errors", promised)
+    monkeypatch.setattr("kdecore.accuracy.trial.estimate_errors", promised)
     _, report = kdecore.attention(*clustered(rng, 1, 12000, 24), rtol=0.2, return_report=True)
     assert report.method == "exact"
     assert len([one for one in report.rounds if one.step == "certified"]) <= MOST_REFUSED
@@ -154,13 +156,13 @@ def test_what_is_tried_is_what_all_queries_get(rng, options):
     arrays = clustered(rng, 2, 1500, 12, dtype=np.float64)
     problem = canonicalise(*arrays)
 
-    ground = Ground(problem, partial(make_plan, seed=2), options, 1)
+    ground = Trial(problem, partial(make_plan, seed=2), options, 1)
     found = ground.measure(96, "certified")
     sample, plan = ground._samples["certified"], ground.plan(96)
     _, part = ground.evaluate(96)
     exact = kdecore.attention(*arrays, method="exact")
-    if STAGES[options.name].restrict is not None:
-        stages = STAGES[options.name]
+    if METHODS[options.name].staged.restrict is not None:
+        stages = METHODS[options.name].staged
         of_blocks, prepared, _ = stages.restrict(problem, ground.prepared(96), sample.numbers)
         some = attend(of_blocks, plan, stages.select(of_blocks, plan, prepared))
         tried = np.stack([x[place] for x, place in zip(some.out, sample.place, strict=True)])
@@ -225,9 +227,9 @@ def test_wrong_arguments(rng, options, message):
 
 
 def test_what_is_certified_was_not_in_the_pilot(rng, monkeypatch):
-    monkeypatch.setattr(tolerance, "PILOT_PART", 1)
+    monkeypatch.setattr("kdecore.accuracy.trial.PILOT_PART", 1)
     problem = canonicalise(*clustered(rng, 1, 3000, 8))
-    ground = Ground(problem, make_plan, Treecode(), 1)
+    ground = Trial(problem, make_plan, Treecode(), 1)
     for kind in ("pilot", "certified"):
         ground.measure(96, kind)
     pilot, certified = (ground._samples[kind].exact for kind in ("pilot", "certified"))
@@ -238,7 +240,7 @@ def test_what_is_certified_was_not_in_the_pilot(rng, monkeypatch):
 def test_every_budget_has_its_own_threshold(rng):
     """What a budget needs is kept for the result, and for no other budget."""
     problem = canonicalise(*clustered(rng, 1, 3000, 8))
-    ground, fresh = (Ground(problem, make_plan, Treecode(), 1) for _ in range(2))
+    ground, fresh = (Trial(problem, make_plan, Treecode(), 1) for _ in range(2))
     few = ground.measure(64, "certified")
     many = ground.measure(400, "certified")
     assert many == fresh.measure(400, "certified")
@@ -248,7 +250,7 @@ def test_every_budget_has_its_own_threshold(rng):
 
 def test_the_upper_limit_decides(rng, monkeypatch):
     promised = Certificate(40, 0.95, 0.1, (0.05, 0.3), 0.1, (0.05, 0.3))
-    monkeypatch.setattr(tolerance, "estimate_errors", lambda *arguments: promised)
+    monkeypatch.setattr("kdecore.accuracy.trial.estimate_errors", lambda *arguments: promised)
     arrays = clustered(rng, 1, 12000, 24)
     _, report = kdecore.attention(*arrays, rtol=0.2, return_report=True)
     assert report.method == "exact"

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kdecore
 from kdecore import KeyIndex
-from kdecore_adapters import torch_adapter
+from kdecore.arrays.backend import backend_named
 from kdecore_adapters.torch_adapter import collect_reports, left_to_torch, scaled_dot_product_attention
 from kdecore_adapters.torch_operator import OPTIONS, checked, decoded, encoded
 
@@ -544,5 +544,5 @@ def test_no_random_state_is_touched():
 
 def test_exact_attention_is_pytorchs():
     q, k, v = tensors((3, 20, 4), (3, 25, 4), (3, 25, 7))
-    found = torch_adapter.exact_attention(q, k, v, 0.4)
+    found = backend_named("torch").exact_attention(q, k, v, 0.4)
     torch.testing.assert_close(found, functional.scaled_dot_product_attention(q, k, v, scale=0.4))

@@ -8,16 +8,17 @@ import torch
 from torch.nn import functional
 
 import kdecore
-from kdecore.attend import attend
-from kdecore.evaluate import SELECT
-from kdecore.inputs import canonicalise
+from kdecore.arrays.namespace import namespace_of
+from kdecore.core.problem import canonicalise
+from kdecore.engine.attend import attend
 from kdecore.kernels import registry
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.second_moment.reference import second_moment
-from kdecore.methods import treecode
+from kdecore.methods import METHODS as ALL
+from kdecore.methods import key_tree, treecode
 from kdecore.methods.first_order import first_order
+from kdecore.methods.plan import make_plan
 from kdecore.methods.view import query_moment
-from kdecore.planning import make_plan
 from kdecore_adapters import torch_gradients
 from kdecore_adapters.torch_adapter import scaled_dot_product_attention
 from tests.features import METHODS
@@ -53,18 +54,18 @@ def test_gradcheck_with_what_was_chosen_held_fixed(listed, options):
     q, k, v = tensors((2, 13, 3), (2, 29, 3), (2, 29, 4))
     problem = canonicalise(q, k, v)
     plan = make_plan(problem, method=options)
-    chosen = SELECT[plan.method](problem, plan)
+    chosen = ALL[plan.method].select(problem, plan)
     if isinstance(options, kdecore.Treecode) and options.far_field == "mean":
         fixed = problem.without_gradient()
         moment = query_moment(problem.xp, fixed.q, second_moment)
-        view, coordinates, sizes = treecode.described_keys(fixed, plan, moment)
+        view, coordinates, sizes = key_tree.described_keys(fixed, plan, moment)
         prepared = treecode.prepare(fixed, plan)
         _, key_index, share = treecode.open_pilot(fixed, plan, prepared)
 
     def estimate(q, k, v):
         found, selection = replace(problem, q=q, k=k, v=v), chosen
         if chosen.keys is not None:
-            tree = treecode.grow(found, plan, view, coordinates, sizes, moment)
+            tree = key_tree.grow(found, plan, view, coordinates, sizes, moment)
             slope = first_order(problem.xp, tree.nodes, key_index, share, gap_moments)
             selection = replace(chosen, keys=tree.nodes.keys, values=tree.nodes.values, slope=slope)
         part = attend(found, plan, selection)
@@ -151,7 +152,7 @@ def test_gradcheck_of_blocks_with_hidden_slots_repeated_queries_and_tiles(monkey
 
     def call(q, k, v, bias=None):
         bias = None if bias is None else bias.masked_fill(hidden, -torch.inf)
-        found = torch_gradients.attend_blocks(kdecore.namespaces.namespace_of(q), q, k, v, rows, keys, weight, 0.8, bias)
+        found = torch_gradients.attend_blocks(namespace_of(q), q, k, v, rows, keys, weight, 0.8, bias)
         # Query 12 is in no block, and others see nothing where all their slots are hidden: their lse has no gradient.
         return found.out, found.lse[torch.isfinite(found.lse)]
 
@@ -162,7 +163,7 @@ def test_gradcheck_of_blocks_with_hidden_slots_repeated_queries_and_tiles(monkey
 def test_gradcheck_of_exact_attention_in_tiles(monkeypatch, tile):
     monkeypatch.setattr(torch_gradients, "TILE_LOGITS", tile)
     monkeypatch.setattr(torch_gradients, "DENSE_ROWS", 128)
-    xp = kdecore.namespaces.namespace_of(torch.ones(1))
+    xp = namespace_of(torch.ones(1))
     q, k, v = tensors((2, 7, 3), (2, 20, 3), (2, 20, 4))
     assert torch.autograd.gradcheck(lambda *x: tuple(vars(torch_gradients.attend_dense(xp, *x, 0.7)).values()), (q, k, v))
 
@@ -170,7 +171,7 @@ def test_gradcheck_of_exact_attention_in_tiles(monkeypatch, tile):
 @pytest.mark.parametrize(("n", "size"), [(1, 1.0), (5, 1.0), (29, 1.0), (29, 0.01), (64, 5.0)])
 def test_gradcheck_of_tree_nodes(n, size):
     """Of keys so far from each other that their spread is frozen, and of others."""
-    xp = kdecore.namespaces.namespace_of(torch.ones(1))
+    xp = namespace_of(torch.ones(1))
     k, v, coordinates = tensors((2, n, 3), (2, n, 2), (2, n, 2))
     order = torch.stack([torch.randperm(n, generator=torch.manual_seed(i)) for i in range(2)])
     fixed = (coordinates.detach(), torch.ones(2, n, dtype=torch.float64), order, 4, torch.tensor([0.5, 2.0]).double())
@@ -184,7 +185,7 @@ def test_gradcheck_of_tree_nodes(n, size):
 
 def test_gradcheck_of_gaps(rng):
     """Rows that are drawn several times, and means that are drawn too."""
-    xp = kdecore.namespaces.namespace_of(torch.ones(1))
+    xp = namespace_of(torch.ones(1))
     keys, values = tensors((2, 12, 3), (2, 12, 4))
     lists = torch.tensor(rng.integers(0, 3, (2, 2, 5))), torch.tensor(rng.random((2, 2, 5)))
     assert torch.autograd.gradcheck(lambda *x: torch_gradients.gap_moments(xp, *x, *lists, 3, 32), (keys, values))

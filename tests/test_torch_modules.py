@@ -19,14 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from kdecore import OptionError
 from kdecore_adapters.torch_adapter import collect_reports, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import TAKEN, Count
-from kdecore_adapters.torch_modules import (
-    POSITION_BIAS,
-    KDEAttention,
-    NothingReplaced,
-    replace_attention,
-    reroute,
-    restore_attention,
-)
+from kdecore_adapters.torch_encoder import POSITION_BIAS
+from kdecore_adapters.torch_modules import KDEAttention, NothingReplaced, replace_attention, reroute, restore_attention
 from kdecore_adapters.torch_operator import counted_by
 
 FULL = {"method": "treecode", "budget": 1000}

@@ -9,7 +9,8 @@ import torch
 
 from kdecore import OptionError
 from kdecore_adapters.torch_adapter import collect_reports
-from kdecore_adapters.torch_modules import POSITION_BIAS, reroute
+from kdecore_adapters.torch_encoder import POSITION_BIAS
+from kdecore_adapters.torch_modules import reroute
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

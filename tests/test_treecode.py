@@ -9,19 +9,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kdecore import Treecode, attention
-from kdecore.errors import OptionError
-from kdecore.inputs import canonicalise
-from kdecore.kernels import rank_codes
+from kdecore.arrays.errors import OptionError
+from kdecore.arrays.namespace import host, namespace_of
+from kdecore.arrays.rows import column_ranges
+from kdecore.core.problem import canonicalise
+from kdecore.core.tree import bounds, depth, node_count
 from kdecore.kernels.balanced_view.reference import with_ridge
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.rank_codes import reference as rank_reference
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.second_moment.reference import second_moment
-from kdecore.methods import first_order, treecode
+from kdecore.methods import first_order, key_tree, treecode
+from kdecore.methods.first_order import key_draws
+from kdecore.methods.plan import make_plan
 from kdecore.methods.view import balanced_view, query_moment
-from kdecore.namespaces import column_ranges, host, namespace_of
-from kdecore.planning import key_draws, make_plan
-from kdecore.tree import bounds, depth, node_count
 from tests import oracles, strategies
 from tests.implementations import implementations, on_host, run
 from tests.tolerances import assert_close
@@ -436,8 +438,8 @@ def test_one_sort_orders_rows_by_their_codes(rng, in_order):
     q, k, v = rng.standard_normal((3, 2, 500, 6))
     problem = canonicalise(q, k, v)
     plan = make_plan(problem, method=Treecode(ordering="sort"), budget=100)
-    order = treecode.similar_together(problem, plan, k, 4, in_order)
-    codes = rank_codes.reference.rank_codes(host, k, treecode.CODE_BITS, in_order)
+    order = key_tree.similar_together(problem, plan, k, 4, in_order)
+    codes = rank_reference.rank_codes(host, k, key_tree.CODE_BITS, in_order)
     np.testing.assert_array_equal(order, np.argsort(codes, axis=1, kind="stable"))
     for begin, end in pairwise(bounds(500, in_order)):
         np.testing.assert_array_equal(np.sort(order[:, begin:end]), np.tile(np.arange(begin, end), (2, 1)))
@@ -465,14 +467,14 @@ def test_one_sort_errs_a_fraction_of_sortlsh_where_keys_are_grouped(rng, options
 
 
 @pytest.mark.parametrize("level", [0, 2])
-def test_errors_of_deeper_nodes_count_more_but_not_under_stretches(rng, level):
+def test_errors_of_deeper_nodes_count_more_but_not_under_chunks(rng, level):
     problem = canonicalise(*rng.standard_normal((3, 200, 6)))
     plan = make_plan(problem, method="treecode", budget=100)
     described = treecode.describe(problem, plan)
     tree = treecode.prepare_in_order(problem, plan, level, described).keys if level else treecode.prepare(problem, plan).keys
     count = tree.sizes.shape[1]
     levels = np.array([(node + 1).bit_length() - 1 for node in range(count)])
-    more = 1.0 if level else 2.0 ** (treecode.DEEPER * levels)
+    more = 1.0 if level else 2.0 ** (key_tree.DEEPER * levels)
     np.testing.assert_allclose(tree.sizes, tree.nodes.sizes * more, rtol=1e-12)
 
 

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdecore import Hyper, SortLSH, Treecode
-from kdecore.grouping.sign_lsh import hash_codes, sort_codes
-from kdecore.inputs import canonicalise
+from kdecore.arrays.namespace import host
+from kdecore.core.problem import canonicalise
+from kdecore.core.tree import BlockQueries, bounds, node_count
 from kdecore.kernels.draw_uniform import reference
-from kdecore.kernels.open_tree.contract import BlockQueries
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
-from kdecore.methods import SELECT, sortlsh, treecode
-from kdecore.namespaces import host
-from kdecore.planning import make_plan
-from kdecore.tree import bounds, node_count
+from kdecore.methods import METHODS, key_tree, sortlsh, tree_lists, treecode
+from kdecore.methods.plan import make_plan
+from kdecore.methods.sortlsh import hash_codes, sort_codes
+from kdecore.methods.view import LEAF_SIZE
 from tests import oracles, strategies
 
 TOLERANCE = 1e-9
@@ -37,7 +37,7 @@ def select_at(problem, plan, starts):
         return xp.asarray(starts.reshape(-1), dtype=xp.float64, device=device)
 
     with mock.patch.object(reference, "uniform", chosen):
-        return SELECT[plan.method](problem, plan)
+        return METHODS[plan.method].select(problem, plan)
 
 
 def steps_of_blocks(problem, plan, own, order):
@@ -217,7 +217,7 @@ def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_s
     def select(start):
         chosen = mock.patch.object(reference, "uniform", lambda xp, seed, stream, count, device: np.full(count, start))
         with chosen:
-            return SELECT["treecode"](problem, plan)
+            return METHODS["treecode"].select(problem, plan)
 
     prepared = treecode.prepare(problem, plan)
     known = treecode.calibrate(problem, plan, prepared)
@@ -225,16 +225,16 @@ def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_s
     key_index, _, _, _ = plan.kernels["open_tree"].function(
         host,
         BlockQueries(q, problem.scale, prepared.coordinates, prepared.blocks.index),
-        treecode.summaries(prepared.keys),
+        key_tree.summaries(prepared.keys),
         *where,
     )
-    nodes = node_count(61, Treecode.LEAF_SIZE)
+    nodes = node_count(61, LEAF_SIZE)
     steps = {0.0, 1.0}
     for node in np.unique(key_index[key_index < nodes]):
         level = int(node + 1).bit_length() - 1
         edges = bounds(61, level)
         count = np.diff(edges)[node + 1 - 2**level]
-        steps |= set((np.arange(count) / count - node * treecode.GOLDEN_RATIO) % 1.0)
+        steps |= set((np.arange(count) / count - node * tree_lists.GOLDEN_RATIO) % 1.0)
     steps = np.array(sorted(steps))
     expected = np.zeros((*key_index.shape[:2], 61))
     for low, high in pairwise(steps):

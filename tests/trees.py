@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from kdecore.arrays.namespace import host
+from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.node_summaries.reference import node_summaries
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, BlockQueries, Tree, first_nodes
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, first_nodes
 from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
-from kdecore.namespaces import host
 
 LEAF_SIZE = 4
 

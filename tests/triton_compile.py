@@ -22,6 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdecore.core.state import AttentionState
 from kdecore.kernels.attend_blocks import contract as widths
 from kdecore.kernels.attend_blocks import triton as forward
 from kdecore.kernels.attend_blocks import triton_backward as backward
@@ -35,7 +36,6 @@ from kdecore.kernels.pick_threshold import triton as picking
 from kdecore.kernels.project_rows import triton as project
 from kdecore.kernels.rank_codes import triton as codes
 from kdecore.kernels.site import Largest
-from kdecore.merge import Part
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """That a program may have."""
@@ -118,7 +118,7 @@ def launch_all(dtype: torch.dtype, d: int, d_v: int, case: str) -> None:
     lists = torch.zeros(blocks, b, dtype=torch.int64), torch.zeros(blocks, s, dtype=torch.int64), torch.zeros(blocks, s)
     given = None if case == "dense" else lists
     bias = torch.zeros(1 if "shared" in case else blocks, b, s) if "bias" in case else None
-    before = Part(torch.zeros(len(q), d_v), torch.zeros(len(q))) if "before" in case else None
+    before = AttentionState(torch.zeros(len(q), d_v), torch.zeros(len(q))) if "before" in case else None
     found = forward.attend_lists(q, k, v, given, SIZES, 0.125, bias, before)
     if widths.backward_limit(forward.widest(q, v)) is None:
         out = found.out if case == "dense" else None
@@ -145,7 +145,7 @@ def build_tree(dtype: torch.dtype, d: int, d_v: int) -> None:
             key_index, _, share, _ = opening.open_tree(torch, queries, tree, *opened)
             gaps.gap_moments(torch, nodes.keys, nodes.values, key_index, share, tree.nodes, 512)
             own, slope = torch.zeros(groups, n, dtype=torch.int64), torch.zeros(groups, 2, d, d_v)
-            limits, before = torch.zeros(2, groups, d_v), Part(torch.zeros(groups, n, d_v), torch.zeros(groups, n))
+            limits, before = torch.zeros(2, groups, d_v), AttentionState(torch.zeros(groups, n, d_v), torch.zeros(groups, n))
             if attending_sizes.triton_limit(replace(largest, d_v=d_v)) is None:
                 attending.attend_tree(torch, queries, tree, nodes.values, *opened, own, slope, tuple(limits), before)
                 attending.attend_tree(torch, queries, tree, nodes.values, *opened)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.balanced_view.reference import with_ridge
-from kdecore.namespaces import host
 
 
 def moments(rows):

@@ -1,147 +1,33 @@
-"""PyTorch: the functions that every adapter has, and attention as PyTorch's own function has it."""
+"""PyTorch: attention as its own function has it."""
 
 from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from kdecore.errors import DTypeError, OptionError
-from kdecore.inputs import check_scale
-from kdecore.namespaces import ACCUMULATION, common_namespace
-from kdecore.options import DEFAULT_BUDGET
-from kdecore.planning import WORTHWHILE, Sizes, exact_over_treecode
-from kdecore.tolerance import FIRST_BUDGET
+from kdecore.arrays.backend import common_namespace
+from kdecore.arrays.errors import DTypeError, OptionError
+from kdecore.arrays.namespace import ACCUMULATION
+from kdecore.core.options import DEFAULT_BUDGET
+from kdecore.core.problem import check_scale
+from kdecore.methods.auto import WORTHWHILE, exact_over_treecode
+from kdecore.methods.costs import Sizes
+from kdecore.methods.treecode import PRIORS
 from kdecore_adapters.torch_operator import (
     aligned,
     checked_seed,
     collect_reports,
     encoded,
     estimate,
-    forward_differentiated,
 )
 
 __all__ = ["collect_reports", "scaled_dot_product_attention"]
 
 BEYOND = ("window", "key_lengths", "max_memory", "check_finite", "kernels")
 """Options that ask for what PyTorch's own attention would not do, in the result or on the way there."""
-
-
-def version() -> str:
-    """Return PyTorch's version."""
-    return str(torch.__version__)
-
-
-def unusable() -> str | None:
-    """Return why no device can be used, or None where one can."""
-    return None
-
-
-def devices() -> list[str]:
-    """Return the names of the devices that arrays can lie on."""
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return ["cpu", *(f"cuda:{index}" for index in cuda)]
-
-
-def threads() -> int | None:
-    """Return how many threads the library uses on the CPU; None where it doesn't tell."""
-    return torch.get_num_threads()
-
-
-def gradient_mode(*tensors: Any) -> str:
-    """Return ``"forward"`` or ``"reverse"`` where PyTorch differentiates what is done with any of the tensors, else ""."""
-    if forward_differentiated(*tensors):
-        return "forward"
-    return "reverse" if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) else ""
-
-
-def operations_traced() -> bool:
-    """Return whether torch.compile or torch.jit follows each operation, to do it again with other numbers."""
-    return bool(torch.compiler.is_compiling() or torch._C._is_tracing())
-
-
-def operations_watched() -> bool:
-    """Return whether someone else than automatic differentiation follows each operation: compilers, tracers and modes."""
-    return operations_traced() or bool(torch._C._len_torch_dispatch_stack())
-
-
-def to_numpy(array: Any) -> Any:
-    """Return a NumPy array: a view of a tensor on the CPU, a copy of any other; bfloat16 becomes float32."""
-    tensor = array.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.to(torch.float32)
-    return tensor.cpu().numpy()
-
-
-def load(path: str | PathLike[str]) -> Any:
-    """Return what a file of `torch.save` holds, tensors on the CPU; pickled objects are never loaded.
-
-    Raises
-    ------
-    OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError
-        The file cannot be read, is no such file, or holds objects.
-    """
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def from_numpy(array: Any, device: str | None = None) -> Any:
-    """Return a NumPy array as a tensor, on the CPU without a copy where PyTorch can share the memory."""
-    # PyTorch cannot share negative strides, and would let read-only memory be written to.
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()
-    return torch.from_numpy(array).to(device or "cpu")
-
-
-def device_context(device: int) -> Any:
-    """Return a context in which the CUDA device of that number is the current one."""
-    return torch.cuda.device(device)
-
-
-def current_stream(device: int) -> int:
-    """Return the pointer to the stream that PyTorch works on now, on the CUDA device of that number."""
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-def synchronize() -> None:
-    """Wait until all work on the current device is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def exact_attention(q: Any, k: Any, v: Any, scale: float) -> Any:
-    """Return exact attention by PyTorch's fused kernels, what one would otherwise call; without gradients.
-
-    Parameters
-    ----------
-    q, k, v
-        (…, n_q, d), (…, n_k, d), (…, n_k, d_v): tensors, or NumPy arrays, which are shared and not copied.
-    scale
-        Factor on ⟨q, k⟩.
-
-    Returns
-    -------
-    Array
-        (…, n_q, d_v), a tensor for tensors and a NumPy array for NumPy arrays. O(n_q n_k (d + d_v)) time; no n_q × n_k
-        array is made where PyTorch has a fused kernel for the dtype and device.
-    """
-    from_host = isinstance(q, np.ndarray)
-    if from_host:
-        q, k, v = from_numpy(q), from_numpy(k), from_numpy(v)
-    lead, d, d_v = q.shape[:-2], q.shape[-1], v.shape[-1]
-
-    # The fused kernels want (batch, heads, n, d) and d_v = d; zero columns change neither logits nor the other values.
-    def fused_form(x: Any) -> Any:
-        padded = functional.pad(x, (0, max(d, d_v) - x.shape[-1])) if d != d_v else x
-        return padded.reshape(1, -1, *padded.shape[-2:])
-
-    with torch.no_grad():
-        out = functional.scaled_dot_product_attention(fused_form(q), fused_form(k), fused_form(v), scale=scale)
-        out = out[..., :d_v].reshape(*lead, q.shape[-2], d_v)
-    return to_numpy(out) if from_host else out
 
 
 def scaled_dot_product_attention(
@@ -257,7 +143,7 @@ def left_to_torch(
         return f"no crossover is measured on {query.device.type}: name a method"
     budget = options.get("budget") or DEFAULT_BUDGET
     if options.get("rtol") is not None:
-        budget = FIRST_BUDGET["treecode"]
+        budget = PRIORS.first_budget
     if n_k <= budget:
         return "no more keys than the budget"
     groups = 1

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kdecore.report import Report
+from kdecore.api.report import Report
 from kdecore_adapters.torch_operator import counted_by
 
 TAKEN = "kdecore"

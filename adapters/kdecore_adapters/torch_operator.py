@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from kdecore.attention import attention
-from kdecore.call import NAMES, call_options
-from kdecore.errors import OptionError
-from kdecore.options import METHODS, Options
-from kdecore.randomness import check_seed
-from kdecore.report import Report
-from kdecore.shares import integers
+from kdecore.api.attention import attention
+from kdecore.api.call import NAMES, call_options
+from kdecore.api.report import Report
+from kdecore.arrays.errors import OptionError
+from kdecore.arrays.random import check_seed
+from kdecore.core.options import Options
+from kdecore.engine.restrictions import integers
+from kdecore.methods import METHODS
+from kdecore_adapters.torch_backend import forward_differentiated
 
 OPTIONS = (*(name for name in NAMES if name != "causal"), "key_lengths")
 """Options of `kdecore.attention` that calls through PyTorch take; what else it takes, PyTorch's own arguments say."""
@@ -62,12 +64,6 @@ def counted_by(count: Callable[[Report], object] | None) -> Iterator[None]:
             _counted.reset(token)
         except ValueError:  # left in another context than it was entered in, as after a KeyboardInterrupt
             _counted.set(before)
-
-
-def forward_differentiated(*tensors: Tensor) -> bool:
-    """Return whether forward-mode derivatives of any of the tensors are recorded, which no operator passes on."""
-    unpack: Any = torch.autograd.forward_ad.unpack_dual
-    return any(unpack(tensor).tangent is not None for tensor in tensors)
 
 
 def check_no_forward_mode(*tensors: Tensor | None) -> None:
@@ -130,7 +126,7 @@ def decoded(text: str) -> dict[str, Any]:
     """Return the options that `encoded` wrote."""
     options: dict[str, Any] = json.loads(text)
     if isinstance(method := options.get("method"), dict):
-        options["method"] = METHODS[method.pop("name")](**method)
+        options["method"] = METHODS[method.pop("name")].options(**method)
     return options
 
 

@@ -14,12 +14,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from kdecore.errors import OptionError
-from kdecore.namespaces import to_integer
-from kdecore.options import integer_at_least
+from kdecore.arrays.errors import OptionError
+from kdecore.arrays.scalars import integer_at_least, to_integer
 from kdecore_adapters.torch_adapter import both_masks, broadcast, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import Calls
-from kdecore_adapters.torch_modules import MIN_KEYS, left_by_model
+from kdecore_adapters.torch_encoder import MIN_KEYS, left_by_model
 from kdecore_adapters.torch_operator import aligned, checked, estimate
 
 UNKNOWN = ("softcap", "s_aux", "head_mask")
@@ -72,7 +71,7 @@ def register(
     Notes
     -----
     Causal decoders with a cache, grouped heads, left and right padding, sliding windows and packed sequences work as with
-    ``"sdpa"``. Steps of decoding, of fewer than `torch_modules.MIN_QUERIES` queries, and attention with a position bias
+    ``"sdpa"``. Steps of decoding, of fewer than `torch_encoder.MIN_QUERIES` queries, and attention with a position bias
     (T5) are left to PyTorch.
     """
     if name in ("eager", "sdpa", "flex_attention") or name.startswith(("flash_attention", "paged|")):

@@ -3,7 +3,11 @@
 import math
 from typing import Any
 
-from kdecore.errors import OptionError, ShapeError
+from kdecore.arrays.backend import common_namespace
+from kdecore.arrays.errors import OptionError, ShapeError
+from kdecore.arrays.namespace import Array, Namespace, accumulation_dtype, common_device, dtype_name
+from kdecore.arrays.random import check_seed
+from kdecore.arrays.scalars import check_boolean
 from kdecore.kde.gaussian_map import gaussian_form
 from kdecore.kde.problem import (
     GaussianForm,
@@ -15,16 +19,6 @@ from kdecore.kde.problem import (
 )
 from kdecore.kde.report import KdeReport, LevelReport
 from kdecore.kde.wexpkde import check_primitive, solve, wexpkde
-from kdecore.namespaces import (
-    Array,
-    Namespace,
-    accumulation_dtype,
-    common_device,
-    common_namespace,
-    dtype_name,
-)
-from kdecore.options import check_boolean
-from kdecore.randomness import check_seed
 
 __all__ = ["KdeReport", "LevelReport", "log_gaussian_kde", "log_weighted_exponential_kde", "wexpkde"]
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kdecore.arrays.namespace import Array
 from kdecore.kde.hashing_based import DENSITY_STEP, FIRST_DRAWS, FIRST_TABLES
 from kdecore.kde.levels import Outcome
 from kdecore.kde.moments import lifted_points, lifted_queries, log_first, logit_moments
@@ -16,7 +17,6 @@ from kdecore.kde.primitive import Primitive
 from kdecore.kde.problem import Accuracy, GaussianForm
 from kdecore.kde.report import LevelReport
 from kdecore.kde.uniform import Uniform, draws_at, draws_needed
-from kdecore.namespaces import Array
 
 EXACT_COST = (2.6, 0.03)
 """Nanoseconds of one exact kernel evaluation, and more for each dimension (bench/kde_time.py, NumPy float32)."""

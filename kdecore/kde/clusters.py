@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import TILE_ELEMENTS, invert_permutation, spans
 from kdecore.kde.primitive import to_host_ints
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, invert_permutation, spans
 
 
 @dataclass(frozen=True)

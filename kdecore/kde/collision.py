@@ -3,7 +3,8 @@
 import math
 from functools import lru_cache
 
-from kdecore.namespaces import Array, Namespace, from_host, host
+from kdecore.arrays.memory import from_host
+from kdecore.arrays.namespace import Array, Namespace, host
 
 KNOTS = 8192
 """Knots of the table that `log_collision_probability` interpolates."""

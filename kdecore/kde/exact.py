@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from kdecore.arrays.namespace import Array
 from kdecore.kde.moments import dense_moments, lifted_points, lifted_queries, log_first
 from kdecore.kde.primitive import Answer, Level
 from kdecore.kde.problem import GaussianForm
 from kdecore.kde.report import LevelReport
-from kdecore.namespaces import Array
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import math
 
+from kdecore.arrays.namespace import Array, Namespace, namespace_of
 from kdecore.kde.problem import GaussianForm
-from kdecore.namespaces import Array, Namespace, namespace_of
 
 
 def to_gaussian(xp: Namespace, x: Array, log_weights: Array) -> tuple[Array, Array]:

@@ -17,6 +17,9 @@ Departures (derived):
 import math
 from dataclasses import dataclass
 
+from kdecore.arrays.memory import from_host
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.random import normal, uniform
 from kdecore.kde.collision import log_collision_probability
 from kdecore.kde.moments import (
     Moments,
@@ -32,8 +35,6 @@ from kdecore.kde.moments import (
 from kdecore.kde.primitive import Answer, Level, normal_quantile, split_heads
 from kdecore.kde.problem import Accuracy, GaussianForm
 from kdecore.kde.report import LevelReport
-from kdecore.namespaces import Array, Namespace, from_host
-from kdecore.randomness import normal, uniform
 
 FIRST_TABLES = 64
 """Tables of the densest level."""

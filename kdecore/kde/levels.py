@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kde.primitive import Primitive
 from kdecore.kde.report import LevelReport
-from kdecore.namespaces import Array, Namespace
 
 
 @dataclass(frozen=True)

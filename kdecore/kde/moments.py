@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import TILE_ELEMENTS, spans
 from kdecore.kde.problem import GaussianForm
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, spans
 
 POINTS_PER_TILE = 2048
 

@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.random import uniform
+from kdecore.arrays.rows import TILE_ELEMENTS, spans
 from kdecore.kde.clusters import Clusters, cluster, segment_max
 from kdecore.kde.moments import (
     Moments,
@@ -22,8 +25,6 @@ from kdecore.kde.primitive import Answer, Level, exp_capped, to_host_ints
 from kdecore.kde.problem import Accuracy, GaussianForm
 from kdecore.kde.report import LevelReport
 from kdecore.kde.uniform import bernstein, density_of, draws_at, draws_needed
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, spans
-from kdecore.randomness import uniform
 
 PROBES = 8
 """Groups probed for each query."""

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kde.problem import GaussianForm
 from kdecore.kde.report import LevelReport
-from kdecore.namespaces import Array, Namespace
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from kdecore.errors import DTypeError, OptionError, ShapeError
-from kdecore.namespaces import Array, Namespace, check_floating, dtype_name, to_float
+from kdecore.arrays.errors import DTypeError, OptionError, ShapeError
+from kdecore.arrays.namespace import Array, Namespace, check_floating, dtype_name
+from kdecore.arrays.scalars import to_float
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ is derived, and δ is not divided among levels.
 import math
 from dataclasses import dataclass
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.random import uniform
 from kdecore.kde.clusters import cluster, segment_max
 from kdecore.kde.moments import (
     Moments,
@@ -24,8 +26,6 @@ from kdecore.kde.moments import (
 from kdecore.kde.primitive import Answer, Level, exp_capped, split_heads
 from kdecore.kde.problem import Accuracy, GaussianForm
 from kdecore.kde.report import LevelReport
-from kdecore.namespaces import Array, Namespace
-from kdecore.randomness import uniform
 
 BOUND_CLUSTERS = 32
 """Clusters of the upper bound on a query's largest term."""

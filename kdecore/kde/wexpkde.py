@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from kdecore.arrays.namespace import Array, Namespace, namespace_of
+from kdecore.arrays.random import uniform
+from kdecore.arrays.scalars import one_of
 from kdecore.kde.auto import choose
 from kdecore.kde.exact import make_exact
 from kdecore.kde.gaussian_map import exponential_form
@@ -15,9 +18,6 @@ from kdecore.kde.primitive import Primitive
 from kdecore.kde.problem import Accuracy, GaussianForm
 from kdecore.kde.report import GUARANTEES, KdeReport, LevelReport, merge_levels
 from kdecore.kde.uniform import make_uniform
-from kdecore.namespaces import Array, Namespace, namespace_of
-from kdecore.options import one_of
-from kdecore.randomness import uniform
 
 PRIMITIVES = ("auto", "exact", "uniform", "hbe", "neighbours")
 """Names that ``primitive`` may have."""

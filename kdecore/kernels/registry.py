@@ -13,33 +13,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-from kdecore.errors import KernelUnavailable
-from kdecore.kernels import (
-    attend_blocks,
-    attend_dense,
-    attend_tree,
-    balanced_view,
-    bucket_order,
-    bucket_windows,
-    draw_indices,
-    draw_uniform,
-    finite_rows,
-    gap_moments,
-    hash_codes,
-    node_summaries,
-    open_tree,
-    pick_threshold,
-    project_rows,
-    rank_codes,
-    row_norms,
-    second_moment,
-    tree_order,
-)
-from kdecore.kernels.grids import MOST_BLOCKS
+from kdecore.arrays.backend import recorded_kernel
+from kdecore.arrays.errors import KernelUnavailable
+from kdecore.arrays.scalars import one_of
+from kdecore.kernels.runtime.grids import MOST_BLOCKS
 from kdecore.kernels.site import Largest, Site, beyond
-from kdecore.options import one_of
-
-GRADIENTS = "kdecore_adapters.torch_gradients"
 
 
 def _anywhere(site: Site) -> str | None:
@@ -189,27 +167,39 @@ def _late(module: str, name: str, like: Callable[..., Any]) -> Callable[..., Any
     return called
 
 
+def _recorded(name: str, like: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of that name among the kernels whose gradients PyTorch's backend knows."""
+
+    @wraps(like)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return recorded_kernel("torch", name)(*args, **kwargs)
+
+    return called
+
+
 def _within(unsupported: Unsupported, limit: Limit) -> Unsupported:
     """Return why an implementation cannot run at a site, for its sizes if not for anything else."""
     return lambda site: unsupported(site) or limit(site.largest)
 
 
 def _implementations(
-    folder: Any,
+    name: str,
     *,
     host: Unsupported = _host_constants,
     slower: Unsupported = _anywhere,
     recorded: Unsupported = _recorded_tensors,
     others: tuple[str, ...] = (),
 ) -> tuple[Implementation, ...]:
-    """Return the implementations of the kernel in a folder, with some of ``others``, fastest first.
+    """Return the implementations of the kernel in the folder of its name, with some of ``others``, fastest first.
 
     ``slower`` is of the one in Numba CUDA, ``recorded`` of the one that knows its gradients. What sizes an implementation
     takes, the kernel's contract says in ``LIMITS``.
     """
-    name = folder.__name__.rpartition(".")[2]
-    reference = getattr(folder.reference, name)
-    limits: dict[str, Limit] = getattr(import_module(f"{folder.__name__}.contract"), "LIMITS", {})
+    folder = f"kdecore.kernels.{name}"
+    reference = getattr(import_module(f"{folder}.reference"), name)
+    limits: dict[str, Limit] = getattr(import_module(f"{folder}.contract"), "LIMITS", {})
+
+    cpu = [import_module(f"{folder}.cpu")] if find_spec(f"{folder}.cpu") else []
 
     def other(
         target: str, module: str, unsupported: Unsupported, slower: Unsupported = _anywhere
@@ -221,36 +211,38 @@ def _implementations(
         return (Implementation(target, _late(module, name, reference), unsupported, slower),)
 
     return (
-        *other("triton", f"{folder.__name__}.triton", _triton_floats if host is _host_floats else triton_problem),
-        *other("numba-cuda", f"{folder.__name__}.cuda", _cuda_floats if host is _host_floats else _cuda_constants, slower),
-        *((Implementation("numba-cpu", getattr(folder.cpu, name), host),) if hasattr(folder, "cpu") else ()),
-        *other("torch-autograd", GRADIENTS, recorded),
+        *other("triton", f"{folder}.triton", _triton_floats if host is _host_floats else triton_problem),
+        *other("numba-cuda", f"{folder}.cuda", _cuda_floats if host is _host_floats else _cuda_constants, slower),
+        *(Implementation("numba-cpu", getattr(module, name), host) for module in cpu),
+        *((Implementation("torch-autograd", _recorded(name, reference), recorded),) if "torch-autograd" in others else ()),
         Implementation("array-api", reference),
     )
 
 
 KERNELS: dict[str, tuple[Implementation, ...]] = {
-    "finite_rows": _implementations(finite_rows, others=("numba-cuda",)),
-    "row_norms": _implementations(row_norms, others=("numba-cuda",)),
-    "hash_codes": _implementations(hash_codes, others=("numba-cuda",)),
-    "bucket_order": _implementations(bucket_order, slower=_sorted_by_torch, others=("numba-cuda",)),
-    "bucket_windows": _implementations(bucket_windows, others=("numba-cuda",)),
-    "draw_uniform": _implementations(draw_uniform, others=("numba-cuda",)),
-    "draw_indices": _implementations(draw_indices, others=("numba-cuda",)),
-    "balanced_view": _implementations(balanced_view, others=("numba-cuda",)),
-    "second_moment": _implementations(second_moment),
-    "project_rows": _implementations(project_rows, host=_host_floats, others=("triton",)),
-    "rank_codes": _implementations(rank_codes, others=("triton", "numba-cuda")),
-    "tree_order": _implementations(tree_order),
-    "node_summaries": _implementations(node_summaries, host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")),
-    "pick_threshold": _implementations(pick_threshold, others=("triton", "numba-cuda")),
-    "open_tree": _implementations(open_tree, others=("triton", "numba-cuda")),
-    "gap_moments": _implementations(gap_moments, host=_host_floats, others=("triton", "torch-autograd")),
-    "attend_tree": _implementations(
-        attend_tree, host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
+    "finite_rows": _implementations("finite_rows", others=("numba-cuda",)),
+    "row_norms": _implementations("row_norms", others=("numba-cuda",)),
+    "hash_codes": _implementations("hash_codes", others=("numba-cuda",)),
+    "bucket_order": _implementations("bucket_order", slower=_sorted_by_torch, others=("numba-cuda",)),
+    "bucket_windows": _implementations("bucket_windows", others=("numba-cuda",)),
+    "draw_uniform": _implementations("draw_uniform", others=("numba-cuda",)),
+    "draw_indices": _implementations("draw_indices", others=("numba-cuda",)),
+    "balanced_view": _implementations("balanced_view", others=("numba-cuda",)),
+    "second_moment": _implementations("second_moment"),
+    "project_rows": _implementations("project_rows", host=_host_floats, others=("triton",)),
+    "rank_codes": _implementations("rank_codes", others=("triton", "numba-cuda")),
+    "tree_order": _implementations("tree_order"),
+    "node_summaries": _implementations(
+        "node_summaries", host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")
     ),
-    "attend_blocks": _implementations(attend_blocks, host=_host_floats, others=("triton", "torch-autograd")),
-    "attend_dense": _implementations(attend_dense, host=_host_floats, others=("triton", "torch-autograd")),
+    "pick_threshold": _implementations("pick_threshold", others=("triton", "numba-cuda")),
+    "open_tree": _implementations("open_tree", others=("triton", "numba-cuda")),
+    "gap_moments": _implementations("gap_moments", host=_host_floats, others=("triton", "torch-autograd")),
+    "attend_tree": _implementations(
+        "attend_tree", host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
+    ),
+    "attend_blocks": _implementations("attend_blocks", host=_host_floats, others=("triton", "torch-autograd")),
+    "attend_dense": _implementations("attend_dense", host=_host_floats, others=("triton", "torch-autograd")),
 }
 """Kernel name → its implementations, fastest first; the last one, ``"array-api"``, runs everywhere."""
 
@@ -265,7 +257,7 @@ def check_target(target: str) -> str:
 def _recording_another(choice: Choice, site: Site) -> Choice:
     """Return the choice of torch-autograd; its reason is what computes, and not who else records no gradients."""
     forward = choose(choice.kernel, replace(site, gradient=""))
-    backward = import_module(GRADIENTS).backward(choice.kernel, site)
+    backward = recorded_kernel(site.library, "backward")(choice.kernel, site)
     why = f"gradients are recorded: forward {forward.target} ({forward.reason}), backward {backward}"
     return replace(choice, reason=why, computed_by=forward.target)
 

@@ -8,9 +8,8 @@ measured where it is used: where the attention of some blocks meets closed nodes
 from collections.abc import Callable
 from typing import Any
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.namespaces import Array, Namespace
-from kdecore.planning import key_draws
 
 DAMPING = 0.85
 """Of the term, since nodes open along the directions that matter most, which leaves less of them within (bench/NOTES.md)."""
@@ -58,3 +57,13 @@ def certain(xp: Namespace, matrices: Array, chances: Array) -> Array:
     """Return what of matrices (…, d, d_v) is more than chance, the expected sum of its squares (> 0), leaves."""
     signal = xp.sum(matrices * matrices, axis=(-2, -1), keepdims=True)
     return matrices * (1.0 - chances / xp.maximum(signal, chances))
+
+
+ALL_DRAWS, DRAWS, FEWEST_DRAWS = 2**15, 512, 64
+"""Keys that the matrices of all blocks are measured with, and of one block, at most and at least: chunks of causal
+attention have a pilot each."""
+
+
+def key_draws(blocks: int) -> int:
+    """Return how many keys the first-order matrices of so many blocks are measured with, each."""
+    return max(FEWEST_DRAWS, min(DRAWS, ALL_DRAWS // blocks // 32 * 32))

@@ -1,10 +1,42 @@
 """HyperAttention (Han, Jayaram, Karbasi, Mirrokni, Woodruff, Zandieh 2023): sortlsh with uniform sampling."""
 
-from kdecore.inputs import Problem
-from kdecore.methods.sortlsh import Prepared, block_and_sample, hashed, sort_described
-from kdecore.planning import Plan
-from kdecore.selection import Selection
-from kdecore.stretches import Described
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kdecore.core.chunks import Features
+from kdecore.core.problem import Problem
+from kdecore.core.selection import Selection
+from kdecore.methods.base import Chunked, Method, Plan, Stages
+from kdecore.methods.sortlsh import (
+    COST,
+    PRIORS,
+    SortedHashes,
+    SortLSH,
+    block_and_sample,
+    hashed,
+    select_chunk,
+    sort_described,
+    temporary_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Hyper(SortLSH):
+    """Options of ``method="hyper"``: HyperAttention (Han et al. 2023), sortlsh with uniform sampling of the other keys."""
+
+    name: ClassVar[str] = "hyper"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels that the method needs."""
+        return (
+            "hash_codes",
+            "bucket_order",
+            "bucket_windows",
+            "draw_uniform",
+            "draw_indices",
+            "attend_blocks",
+        )
 
 
 def select(problem: Problem, plan: Plan) -> Selection:
@@ -12,12 +44,23 @@ def select(problem: Problem, plan: Plan) -> Selection:
     return block_and_sample(problem, plan, prepare(problem, plan))
 
 
-def prepare(problem: Problem, plan: Plan) -> Prepared:
+def prepare(problem: Problem, plan: Plan) -> SortedHashes:
     """Hash and sort."""
     return sort_described(problem, plan, 0, describe(problem, plan))
 
 
-def describe(problem: Problem, plan: Plan) -> Described:
+def describe(problem: Problem, plan: Plan) -> Features:
     """Hash, and weigh all keys alike."""
     xp = problem.xp
     return hashed(problem, plan, xp.ones((problem.groups, problem.n_k), dtype=xp.float64, device=problem.device))
+
+
+METHOD = Method(
+    Hyper,
+    select,
+    temporary_bytes=temporary_bytes,
+    cost=COST,
+    stages=Stages(prepare, block_and_sample),
+    chunked=Chunked(describe, sort_described, select_chunk, False),
+    priors=PRIORS,
+)

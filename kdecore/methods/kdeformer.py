@@ -10,23 +10,106 @@ A = D⁻¹ exp(scale · QKᵀ) is the softmax matrix. Both its row sums D and th
 """
 
 import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
-from kdecore.inputs import Problem
+from kdecore.arrays.errors import OptionError
+from kdecore.arrays.gradients import without_gradient
+from kdecore.arrays.namespace import Array
+from kdecore.arrays.random import uniform
+from kdecore.arrays.rows import TILE_ELEMENTS, searchsorted_rows, spans, take_along_rows
+from kdecore.arrays.scalars import one_of, to_float
+from kdecore.core.options import DEFAULT_BUDGET, Options, set_integers
+from kdecore.core.problem import Problem
+from kdecore.core.selection import Selection, equal_blocks
 from kdecore.kde.problem import Accuracy
 from kdecore.kde.wexpkde import wexpkde
-from kdecore.namespaces import (
-    TILE_ELEMENTS,
-    Array,
-    searchsorted_rows,
-    spans,
-    take_along_rows,
-    to_float,
-    without_gradient,
-)
-from kdecore.options import KDEformer
-from kdecore.planning import Plan
-from kdecore.randomness import uniform
-from kdecore.selection import Selection, equal_blocks
+from kdecore.kernels.registry import Choice
+from kdecore.kernels.site import Site
+from kdecore.methods.base import Method, Plan
+from kdecore.methods.choices import item_bytes
+from kdecore.methods.levels import Step
+from kdecore.methods.memory import lists_bytes
+
+
+@dataclass(frozen=True)
+class KDEformer(Options):
+    """Options of ``method="kdeformer"``: KDEformer's Algorithm 1, whose keys are sampled by kernel density estimates.
+
+    Attributes
+    ----------
+    num_samples
+        Keys drawn, with repetition; the budget if None, unless ``eps`` is given without a budget.
+    eps
+        Relative accuracy of the denominators, in (0, 1), 0.2 if None. Given without budget and num_samples, the number of
+        keys follows from it: C ε⁻² log(n) (sr(A) + sr(V)), the paper's bound with the measured constant C = `CONSTANT`.
+    probabilities
+        ``"mixture"``, ½ (‖aⱼ‖²/‖A‖²_F + ‖vⱼ‖²/‖V‖²_F), which needs no operator norm; or ``"paper"``,
+        ∝ ‖aⱼ‖² + (‖A‖²/‖V‖²) ‖vⱼ‖².
+    normaliser
+        ``"kde"``, dividing by the denominators that were estimated for all keys; or ``"sampled"``, by the sum of the sampled
+        weights.
+    primitive
+        Density estimator, as in `kdecore.kde.log_weighted_exponential_kde`.
+    """
+
+    name: ClassVar[str] = "kdeformer"
+    CONSTANT: ClassVar[float] = 0.4
+
+    num_samples: int | None = None
+    eps: float | None = None
+    probabilities: str = "mixture"
+    normaliser: str = "kde"
+    primitive: str = "auto"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels that the method needs."""
+        return (
+            "row_norms",
+            "attend_blocks",
+            "attend_dense",
+        )
+
+    def __post_init__(self) -> None:
+        set_integers(self, num_samples=1)
+        if self.eps is not None and not 0.0 < to_float(self.eps) < 1.0:
+            raise OptionError(f"eps must lie strictly between 0 and 1, got {self.eps!r}")
+        if self.eps is not None:
+            object.__setattr__(self, "eps", float(self.eps))
+        for name, known in (
+            ("probabilities", ("mixture", "paper")),
+            ("normaliser", ("kde", "sampled")),
+            ("primitive", ("auto", "exact", "uniform", "hbe", "neighbours")),
+        ):
+            one_of(known, name, getattr(self, name))
+
+    def resolve(self, budget: int | None) -> Self:
+        """Return these options with num_samples set, unless it is to follow from eps."""
+        if budget is not None and self.num_samples not in (None, budget):
+            raise OptionError(f"budget must be None or num_samples = {self.num_samples}, got {budget}")
+        samples = self.num_samples or budget or (None if self.eps is not None else DEFAULT_BUDGET)
+        return replace(self, num_samples=samples)
+
+    def with_budget(self, budget: int) -> Self:
+        """Return resolved options for another budget; where the number of keys follows from eps, these."""
+        return self if self.num_samples is None else replace(self, num_samples=budget)
+
+    @property
+    def budget(self) -> int | None:
+        """Keys evaluated per query; None where they follow from eps."""
+        return self.num_samples
+
+    @property
+    def accuracy(self) -> float:
+        """Relative accuracy of the denominators."""
+        return 0.2 if self.eps is None else float(self.eps)
+
+    @property
+    def needs_operator_norm(self) -> bool:
+        """Whether ‖A‖ has to be estimated."""
+        return self.num_samples is None or self.probabilities == "paper"
+
 
 KEYS_STREAM, COLUMNS_STREAM = 2, 3
 """Random streams of the sampled keys, and of the columns that ‖A‖ is estimated from."""
@@ -170,3 +253,23 @@ def value_norm_squared(problem: Problem) -> Array:
 
 def _nonzero(problem: Problem, values: Array) -> Array:
     return problem.xp.where(values > 0, values, 1.0)
+
+
+def adapted(problem: Problem, options: KDEformer, site: Site, kernels: str) -> tuple[Options, str]:
+    """Return the options, with denominators that are summed where densities of all keys don't say them."""
+    if problem.mask is None and problem.visible is None:
+        return options, "asked for by name"
+    why = "pieces of intervals are merged" if problem.mask is None else "densities know no masks"
+    return replace(options, normaliser="sampled"), f"asked for by name; {why}: sampled denominators"
+
+
+def temporary_bytes(
+    problem: Problem, options: KDEformer, cuts: tuple[Step, ...], kernels: dict[str, Choice], threads: int
+) -> int:
+    """Bound what one list takes, and the density estimates' own copies of rows, a coordinate wider, with their tiles."""
+    rows = problem.groups * (problem.n_q + problem.n_k)
+    densities = item_bytes(problem) * (8 * rows * (problem.d + 1) + 16 * TILE_ELEMENTS)
+    return densities + lists_bytes(problem, options, kernels, threads, problem.n_q)
+
+
+METHOD = Method(KDEformer, select, temporary_bytes=temporary_bytes, adapted=adapted)

@@ -3,17 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kdecore.inputs import Problem
+from kdecore.arrays.gradients import without_gradient
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import take_columns
+from kdecore.core.problem import Problem
+from kdecore.core.tree import depth, node_count
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import ALONG
-from kdecore.namespaces import Array, Namespace, take_columns, without_gradient
-from kdecore.options import Treecode
-from kdecore.planning import Plan
-from kdecore.tree import depth, node_count
+from kdecore.methods.base import Plan
 
+DIRECTIONS = 16
+"""Coordinates by which rows are ordered and nodes opened."""
+LEAF_SIZE = 4
+"""Keys that are listed together, or not at all."""
 LEAF_ROWS, FEWEST_LEAF_ROWS = 8192, 64
 """Rows of all groups that spreads within leaves are taken from, and of each group at least; no more than `MOMENT_ROWS` of
-one: stretches of causal attention are many groups."""
+one: chunks of causal attention are many groups."""
 MOMENT_ROWS = 1024
 """Rows, evenly spaced, that moments are taken from, at least."""
 
@@ -65,7 +70,7 @@ def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
     of_scaled = moment * scale**2
     half_norm = xp.astype(xp.linalg.trace(of_scaled) * (0.5 / d), dtype)
     of_centred, centre = kernels["second_moment"].function(xp, keys, spacing(keys), True)
-    queries, of_keys = kernels["balanced_view"].function(xp, of_scaled, of_centred, min(Treecode.DIRECTIONS, d))
+    queries, of_keys = kernels["balanced_view"].function(xp, of_scaled, of_centred, min(DIRECTIONS, d))
     of_keys = xp.astype(of_keys, dtype)
     of_centre = kernels["project_rows"].function(xp, xp.astype(centre[:, None, :], dtype), of_keys)
     return View(xp.astype(queries * scale, dtype), of_keys, of_centre, half_norm)
@@ -103,7 +108,7 @@ def sampled_leaves(xp: Namespace, n: int, rows: int, device: object) -> tuple[sl
     leaf
         int64: the node that each of them lies in.
     """
-    count, last = node_count(n, Treecode.LEAF_SIZE), depth(n, Treecode.LEAF_SIZE)
+    count, last = node_count(n, LEAF_SIZE), depth(n, LEAF_SIZE)
     # An odd step meets all places of a leaf.
     step = max(1, n // rows) | 1
     # Position j lies in leaf ⌊((j + 1) 2^last − 1) / n⌋, the node after 2^last − 1 others and as many more.

@@ -4,8 +4,8 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
+from kdecore.core.state import AttentionState
 from kdecore.kernels.attend_blocks import reference
-from kdecore.merge import Part
 from tests.tolerances import EPS, assert_close
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -44,7 +44,7 @@ def assert_part(found, truth, v, dtype):
     Products of half-precision numbers are exact in float32, so that lse has float32's errors only. For the product with the
     values weights are rounded to their dtype, by half an ulp: a mean of values errs by as much of the largest.
     """
-    assert isinstance(found, Part)
+    assert isinstance(found, AttentionState)
     assert found.out.dtype == found.lse.dtype == torch.float32
     assert_close(found.lse, truth.lse, ulps=64, dtype="float32")
     size = float(v[torch.isfinite(v)].abs().max())

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from kdecore.core.state import AttentionState
 from kdecore.kernels.attend_blocks import contract, reference, triton
 from kdecore.kernels.attend_dense import reference as dense_reference
 from kdecore.kernels.attend_dense import triton as dense
-from kdecore.merge import Part
 from tests.interpreted.problems import DTYPES, assert_part, bias, expected, lists, rows
 
 SHAPES = [
@@ -81,14 +81,16 @@ def test_a_bias_and_what_was_before(rng, tiles, dtype, shared, b, s):
 def test_what_was_before_is_kept_for_queries_of_no_block(rng):
     q, k, v = rows(rng, "float32", (40, 4), (30, 4), (30, 3))
     found = lists(rng, 40, 30, 2, 9, 7)
-    before = Part(*rows(rng, "float32", (40, 3), (40,)))
-    copy = Part(before.out.clone(), before.lse.clone())
+    before = AttentionState(*rows(rng, "float32", (40, 3), (40,)))
+    copy = AttentionState(before.out.clone(), before.lse.clone())
     part = triton.attend_blocks(xp, q, k, v, *found, 0.3, None, before)
     rest = torch.ones(40, dtype=torch.bool)
     rest[found[0]] = False
     assert torch.equal(part.out[rest], copy.out[rest])
     assert torch.equal(part.lse[rest], copy.lse[rest])
-    assert_part(part, expected(q, k, v, *found, 0.3, None, Part(copy.out.double(), copy.lse.double())), v, "float32")
+    assert_part(
+        part, expected(q, k, v, *found, 0.3, None, AttentionState(copy.out.double(), copy.lse.double())), v, "float32"
+    )
 
 
 @pytest.mark.parametrize("b", [17, 33, 129])

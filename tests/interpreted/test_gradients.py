@@ -21,7 +21,7 @@ def backward(request, monkeypatch):
     """Record the Triton kernels on tensors of the host, and differentiate by them or by PyTorch's products."""
     if request.param == "tiny tiles":
         request.getfixturevalue("tiny")
-    monkeypatch.setattr(torch_gradients, "_unrecorded", lambda kernel, _: KERNELS[kernel])
+    monkeypatch.setattr(torch_gradients, "unrecorded", lambda kernel, _: KERNELS[kernel])
     fused = None if request.param == "tiles of PyTorch" else triton_backward
     monkeypatch.setattr(torch_gradients, "_fused", lambda *_: fused)
 

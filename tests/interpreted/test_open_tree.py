@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from bench.gpu_checks import lists_differ
+from bench.gpu.checks import lists_differ
+from kdecore.arrays.namespace import host
+from kdecore.core.state import AttentionState
+from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.attend_tree import reference as attending_reference
 from kdecore.kernels.attend_tree import triton as attending
 from kdecore.kernels.open_tree import reference, triton
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.kernels.pick_threshold import reference as picking_reference
 from kdecore.kernels.pick_threshold import triton as picking
 from kdecore.kernels.pick_threshold.contract import STEPS
-from kdecore.merge import Part
-from kdecore.namespaces import host
 from tests.trees import pass_problem
 
 CASES = [
@@ -183,12 +183,20 @@ def test_attention(rng, monkeypatch, request, given, d_v, dtype):
     own = torch.tensor(well_liked(rng, *arguments)) if "own" in given else None
     slope = random(groups, 3, 17, d_v) if "slope" in given else None
     limits = tuple(torch.sort(random(2, groups, d_v), dim=0).values) if "limits" in given else None
-    before = Part(random(groups, 70, d_v), random(groups, 70)) if "before" in given else None
+    before = AttentionState(random(groups, 70, d_v), random(groups, 70)) if "before" in given else None
     numbers_of_before = (before.out, before.lse) if before else ()
     *rest, kept = wide([(values, torch.tensor(0.05)), (own, slope), limits or (), numbers_of_before])
     (wide_values, threshold), others, ends = rest
     truth, true_counts = attending_reference.attend_tree(
-        host, *wide(numbers), wide_values, threshold, 240, start, *others, ends or None, Part(*kept) if kept else None
+        host,
+        *wide(numbers),
+        wide_values,
+        threshold,
+        240,
+        start,
+        *others,
+        ends or None,
+        AttentionState(*kept) if kept else None,
     )
     part, counts = attending.attend_tree(xp, *numbers, values, torch.tensor(0.05), 240, start, own, slope, limits, before)
     inside = np.zeros((groups, 70), bool)

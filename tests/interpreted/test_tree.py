@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton.language as tl
 
+from kdecore.core.tree import node_count
 from kdecore.kernels.gap_moments import reference as gaps_reference
 from kdecore.kernels.gap_moments import triton as gaps
 from kdecore.kernels.node_summaries import reference as summaries_reference
@@ -15,7 +16,6 @@ from kdecore.kernels.rank_codes import reference as codes_reference
 from kdecore.kernels.rank_codes import triton as codes
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
-from kdecore.tree import node_count
 from tests.interpreted.problems import DTYPES, rows
 from tests.tolerances import EPS, assert_close
 

@@ -5,7 +5,7 @@ few.
 """
 
 import importlib
-import pkgutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,12 +27,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def tiny_blocks(monkeypatch):
     """Make the thread blocks of every kernel tiny, so that few rows need several."""
-    for folder in pkgutil.iter_modules(kernels.__path__, "kdecore.kernels."):
-        if folder.ispkg and importlib.util.find_spec(f"{folder.name}.cuda"):
-            module = importlib.import_module(f"{folder.name}.cuda")
-            for name, value in getattr(module, "TINY", {"THREADS": THREADS}).items():
-                assert getattr(module, name) > value
-                monkeypatch.setattr(module, name, value)
+    for path in sorted(Path(kernels.__path__[0]).glob("*/cuda.py")):
+        module = importlib.import_module(f"kdecore.kernels.{path.parent.name}.cuda")
+        for name, value in getattr(module, "TINY", {"THREADS": THREADS}).items():
+            assert getattr(module, name) > value
+            monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture

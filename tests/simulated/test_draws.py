@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
+from kdecore.arrays.random import uniform
 from kdecore.kernels.bucket_windows import cuda as windows_cuda
 from kdecore.kernels.bucket_windows import reference as windows_reference
 from kdecore.kernels.draw_indices import cuda as indices_cuda
 from kdecore.kernels.draw_indices import reference as indices_reference
 from kdecore.kernels.draw_uniform.cuda import draw_uniform
-from kdecore.namespaces import host
-from kdecore.randomness import uniform
 
 
 @pytest.mark.parametrize(("seed", "stream"), [(0, 0), (2**64 - 1, 1), (0x123456789ABCDEF0, 2**32 - 1)])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.node_summaries import cuda, reference
-from kdecore.namespaces import host
 from tests.simulated.rows import DTYPES, stored
 from tests.tolerances import assert_close
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.open_tree import cuda
-from kdecore.namespaces import host
 from tests.trees import assert_lists, opened_by_a_threshold, pass_problem
 
 

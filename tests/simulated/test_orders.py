@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.bucket_order.cuda import bucket_order
 from kdecore.kernels.hash_codes import reference
 from kdecore.kernels.hash_codes.cuda import hash_codes
-from kdecore.namespaces import host
 from tests.simulated.rows import DTYPES, stored
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.open_tree.contract import STEP
 from kdecore.kernels.pick_threshold import cuda
 from kdecore.kernels.pick_threshold.contract import ABOVE, BINS, OCTAVES, STEPS, TOP_OCTAVE
-from kdecore.namespaces import host
 from tests.trees import OneBlock, pass_problem, threshold_of
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.rank_codes import cuda, reference
-from kdecore.namespaces import host
 
 
 @pytest.fixture(autouse=True)

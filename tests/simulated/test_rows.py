@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.finite_rows import cuda as finite_cuda
 from kdecore.kernels.finite_rows import reference as finite_reference
 from kdecore.kernels.row_norms import cuda as norms_cuda
 from kdecore.kernels.row_norms import reference as norms_reference
-from kdecore.namespaces import host
 from tests.simulated.rows import DTYPES, stored
 from tests.tolerances import assert_close
 

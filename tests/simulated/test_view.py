@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from kdecore.arrays.namespace import host
 from kdecore.kernels.balanced_view import cuda, reference
-from kdecore.namespaces import host
 from tests.views import DEGENERATE, assert_same_view, graded_moments
 
 DIMENSIONS = (1, 3, 5, 16, 20)

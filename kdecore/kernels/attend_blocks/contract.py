@@ -2,9 +2,9 @@
 
 from typing import Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
 from kdecore.kernels.site import Largest
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace
 
 WIDEST, WIDEST_BACKWARD = 2048, 576
 """Bytes of a key and a value, padded, at most, in Triton, and for gradients there: tiles of wider ones, and of their
@@ -65,8 +65,8 @@ class AttendBlocks(Protocol):
         log_weight: Array,
         scale: float,
         bias: Array | None = None,
-        before: Part | None = None,
-    ) -> Part:
+        before: AttentionState | None = None,
+    ) -> AttentionState:
         """Return softmax attention with logits scale · ⟨q, k⟩ + log_weight + bias.
 
         Parameters
@@ -93,7 +93,7 @@ class AttendBlocks(Protocol):
 
         Returns
         -------
-        Part
+        AttentionState
             out (R_q, d_v) and lse (R_q,) in q's order; those of ``before``, or 0 and −inf, for a query in no
             block or without counting slots.
             O(N b s (d + d_v)) time; temporaries do not grow with N.

@@ -10,8 +10,11 @@ import math
 
 import numpy as np
 
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import (
+from kdecore.arrays.memory import from_host_like, host_memory, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import (
     SHORT_TILE_ROWS,
     TILE_ROWS,
     VECTOR_BYTES,
@@ -24,9 +27,7 @@ from kdecore.kernels.simd import (
     prefetch,
     rows_from_columns,
 )
-from kdecore.kernels.threads import fair_chunk, run_tasks, team
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace, from_host_like, host_memory, host_view
+from kdecore.kernels.runtime.threads import fair_chunk, run_tasks, team
 
 TASK_ROWS = 256
 """Rows that share one copy of their keys, at most."""
@@ -51,8 +52,8 @@ def attend_blocks(
     log_weight: Array,
     scale: float,
     bias: Array | None = None,
-    before: Part | None = None,
-) -> Part:
+    before: AttentionState | None = None,
+) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
     inputs = tuple(host_view(x) for x in (q, k, v, query_index, key_index, log_weight))
     queries, values, index = inputs[0], inputs[2], inputs[3]
@@ -73,7 +74,7 @@ def attend_blocks(
             blocks * parts,
             chunk=chunk,
         )
-    return Part(from_host_like(xp, out, q), from_host_like(xp, lse, q))
+    return AttentionState(from_host_like(xp, out, q), from_host_like(xp, lse, q))
 
 
 @kernel()

@@ -1,16 +1,8 @@
 """`attend_blocks` in the array API: gather, product, softmax, product, over tiles that stay in cache."""
 
-from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import (
-    TILE_ELEMENTS,
-    Array,
-    Namespace,
-    accumulation_dtype,
-    dtype_name,
-    first_places,
-    spans,
-    take_rows,
-)
+from kdecore.arrays.namespace import Array, Namespace, accumulation_dtype, dtype_name
+from kdecore.arrays.rows import TILE_ELEMENTS, first_places, spans, take_rows
+from kdecore.core.state import AttentionState, merge_states, softmax_part
 
 
 def attend_blocks(
@@ -23,8 +15,8 @@ def attend_blocks(
     log_weight: Array,
     scale: float,
     bias: Array | None = None,
-    before: Part | None = None,
-) -> Part:
+    before: AttentionState | None = None,
+) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
     blocks, rows = query_index.shape
     slots = int(key_index.shape[1])
@@ -53,7 +45,7 @@ def attend_blocks(
             lse[block, row] = part.lse
     out, lse = xp.reshape(out, (blocks * rows, v.shape[1])), xp.reshape(lse, (-1,))
     place, found = first_places(xp, xp.reshape(query_index, (-1,)), int(q.shape[0]))
-    part = Part(
+    part = AttentionState(
         xp.where(found[:, None], take_rows(xp, out, place), 0.0), xp.where(found, take_rows(xp, lse, place), -xp.inf)
     )
-    return part if before is None else merge(xp, before, part)
+    return part if before is None else merge_states(xp, before, part)

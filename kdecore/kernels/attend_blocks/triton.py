@@ -24,11 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
 from kdecore.kernels.attend_blocks.contract import parts, triton_limit
-from kdecore.kernels.grids import flat_grid
+from kdecore.kernels.runtime.grids import flat_grid
 from kdecore.kernels.site import Largest
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -336,8 +336,8 @@ def attend_lists(
     sizes: tuple[int, int, int],
     scale: float,
     bias: Any = None,
-    before: Part | None = None,
-) -> Part:
+    before: AttentionState | None = None,
+) -> AttentionState:
     """Let blocks of queries attend to lists of keys.
 
     Parameters
@@ -392,7 +392,7 @@ def attend_lists(
             width = v.shape[1]
             grid = flat_grid("clear_rows", triton.cdiv(len(lse), 128))
             clear_rows[grid](out, lse, len(lse), width, triton.next_power_of_2(width), 128)
-    return Part(out, lse)
+    return AttentionState(out, lse)
 
 
 def widest(q: Any, v: Any) -> Largest:
@@ -410,8 +410,8 @@ def attend_blocks(
     log_weight: Array,
     scale: float,
     bias: Array | None = None,
-    before: Part | None = None,
-) -> Part:
+    before: AttentionState | None = None,
+) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`, within its `triton_limit`."""
     sizes = (*query_index.shape, key_index.shape[1])
     return attend_lists(q, k, v, (query_index, key_index, log_weight), sizes, scale, bias, before)

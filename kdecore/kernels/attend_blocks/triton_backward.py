@@ -1,10 +1,10 @@
 """Gradients of `attend_blocks` and `attend_dense` in Triton: weights are made again from logits and lse, and not kept.
 
-The formulas are those of `kdecore_adapters.torch_gradients`. One kernel keeps a tile of queries and meets keys: a query is
-in one block, so its gradient is written, and that of a bias for each block too. The other keeps a tile of slots and meets
-the block's queries; a key is in many lists, so its gradients are added in float32, in no fixed order, by atomic additions
-that nothing waits for. Σ ∂out ∘ out of each query is Σ P ∘ ∂P over its keys, another pass over them, where out is not kept:
-lists are short.
+The formulas are those of the kernels that PyTorch's backend records (`Backend.recorded_kernels`). One kernel keeps a tile
+of queries and meets keys: a query is in one block, so its gradient is written, and that of a bias for each block too. The
+other keeps a tile of slots and meets the block's queries; a key is in many lists, so its gradients are added in float32, in
+no fixed order, by atomic additions that nothing waits for. Σ ∂out ∘ out of each query is Σ P ∘ ∂P over its keys, another
+pass over them, where out is not kept: lists are short.
 
 Gradients of out and of logits are rounded to the dtype of q, k and v for tensor cores, as in FlashAttention: in float16,
 what is scaled beyond its range is lost.
@@ -43,7 +43,7 @@ from kdecore.kernels.attend_blocks.triton import (
     widest,
     widths,
 )
-from kdecore.kernels.grids import flat_grid
+from kdecore.kernels.runtime.grids import flat_grid
 
 OF_QUERIES = {2: Limits(64, 2**14, 32, 2**13, 2**14, 2), 4: Limits(16, 2**11, 32, 2**12, 2**13, 2)}
 OF_KEYS = {2: Limits(64, 2**14, 32, 2**12, 2**13, 3), 4: Limits(16, 2**11, 32, 2**12, 2**13, 2)}

@@ -2,15 +2,15 @@
 
 from typing import Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
 from kdecore.kernels.attend_blocks.contract import LIMITS as LIMITS
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace
 
 
 class AttendDense(Protocol):
     """Let every query attend to every key."""
 
-    def __call__(self, xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> Part:
+    def __call__(self, xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> AttentionState:
         """Return exact softmax attention.
 
         Parameters
@@ -24,7 +24,7 @@ class AttendDense(Protocol):
 
         Returns
         -------
-        Part
+        AttentionState
             out (G, n_q, d_v) and lse (G, n_q), float64 for float64 and float32 for the others.
             O(G n_q n_k (d + d_v)) time; temporaries do not grow with n_q or n_k.
         """

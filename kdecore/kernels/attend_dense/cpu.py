@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from kdecore.arrays.memory import host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
 from kdecore.kernels.attend_blocks import cpu
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace, host_view
 
 
-def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> Part:
+def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> AttentionState:
     """Follow `kdecore.kernels.attend_dense.contract.AttendDense`."""
     groups, n_q, d = q.shape
     n_k, d_v = v.shape[1:]
@@ -21,4 +22,4 @@ def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> P
         np.zeros((groups, n_k), host_view(q).dtype),
         scale,
     )
-    return Part(xp.reshape(part.out, (groups, n_q, d_v)), xp.reshape(part.lse, (groups, n_q)))
+    return AttentionState(xp.reshape(part.out, (groups, n_q, d_v)), xp.reshape(part.lse, (groups, n_q)))

@@ -2,14 +2,15 @@
 
 from functools import partial, reduce
 
-from kdecore.merge import Part, merge, softmax_part
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, accumulation_dtype, dtype_name, spans
+from kdecore.arrays.namespace import Array, Namespace, accumulation_dtype, dtype_name
+from kdecore.arrays.rows import TILE_ELEMENTS, spans
+from kdecore.core.state import AttentionState, merge_states, softmax_part
 
 ROWS = 256
 """Queries in a tile: enough for the matrix product to run at full rate."""
 
 
-def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> Part:
+def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> AttentionState:
     """Follow `kdecore.kernels.attend_dense.contract.AttendDense`."""
     groups, n_q, _ = q.shape
     n_k = int(k.shape[1])
@@ -30,7 +31,7 @@ def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> P
                 softmax_part(xp, queries @ xp.matrix_transpose(wide(k[group, key, :])), wide(v[group, key, :]))
                 for key in spans(n_k, keys_step)
             )
-            part = reduce(partial(merge, xp), parts)
+            part = reduce(partial(merge_states, xp), parts)
             out[group, row, :] = part.out
             lse[group, row] = part.lse
-    return Part(out, lse)
+    return AttentionState(out, lse)

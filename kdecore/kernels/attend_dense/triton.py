@@ -7,14 +7,14 @@ of 128 queries read a head's 33 MB of keys and values 1,024 times through the se
 the products: the programs that run together meet the same keys at about the same time.
 """
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
 from kdecore.kernels.attend_blocks.triton import attend_lists
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace
 
 
-def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> Part:
+def attend_dense(xp: Namespace, q: Array, k: Array, v: Array, scale: float) -> AttentionState:
     """Follow `kdecore.kernels.attend_dense.contract.AttendDense`, within the limit of `attend_blocks`."""
     groups, n_q, _ = q.shape
     rows, keys, values = (x.reshape(-1, x.shape[2]) for x in (q, k, v))
     part = attend_lists(rows, keys, values, None, (groups, n_q, v.shape[1]), scale)
-    return Part(part.out.reshape(groups, n_q, v.shape[2]), part.lse.reshape(groups, n_q))
+    return AttentionState(part.out.reshape(groups, n_q, v.shape[2]), part.lse.reshape(groups, n_q))

@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
+from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.attend_blocks.contract import backward_limit
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.kernels.open_tree.contract import triton_limit as opening_limit
 from kdecore.kernels.site import Largest
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace
 
 AT_ONCE = 2**24
 """Slots of lists that are in memory together, at most, but for one block's, where they are made in memory."""
@@ -40,8 +40,8 @@ class AttendTree(Protocol):
         own: Array | None = None,
         slope: Array | None = None,
         limits: tuple[Array, Array] | None = None,
-        before: Part | None = None,
-    ) -> tuple[Part, Array]:
+        before: AttentionState | None = None,
+    ) -> tuple[AttentionState, Array]:
         """Return softmax attention of each query to its block's list, and how long the lists are.
 
         Parameters

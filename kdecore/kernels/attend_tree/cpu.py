@@ -4,8 +4,12 @@ from functools import partial
 
 import numpy as np
 
+from kdecore.arrays.memory import from_host_like, host_memory, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
+from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.attend_blocks.cpu import LN2, round_up, write_panel
-from kdecore.kernels.descent import (
+from kdecore.kernels.runtime.descent import (
     AHEAD,
     LOWEST,
     descend,
@@ -17,9 +21,8 @@ from kdecore.kernels.descent import (
     load_block,
     memory,
 )
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
-from kdecore.kernels.simd import (
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import (
     SHORT_TILE_ROWS,
     TILE_ROWS,
     VECTOR_BYTES,
@@ -32,9 +35,7 @@ from kdecore.kernels.simd import (
     multiply_tile,
     prefetch,
 )
-from kdecore.kernels.threads import fair_chunk, run_tasks
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace, from_host_like, host_memory, host_view
+from kdecore.kernels.runtime.threads import fair_chunk, run_tasks
 
 DEPTH = 128
 """Keys in one product with the values: their rows and weights stay in the first-level cache."""
@@ -53,8 +54,8 @@ def attend_tree(
     own: Array | None = None,
     slope: Array | None = None,
     limits: tuple[Array, Array] | None = None,
-    before: Part | None = None,
-) -> tuple[Part, Array]:
+    before: AttentionState | None = None,
+) -> tuple[AttentionState, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
     given, nodes, rows = host_queries(queries), host_tree(tree), host_view(values)
     (groups, n_q, d), d_v, dtype = given.q.shape, rows.shape[2] - 1, given.q.dtype
@@ -77,7 +78,7 @@ def attend_tree(
         chunk=fair_chunk(counts.size, TASKS),
     )
     out, lse, counts = (from_host_like(xp, x, queries.q) for x in results)
-    return Part(out, lse), counts
+    return AttentionState(out, lse), counts
 
 
 @kernel()

@@ -15,12 +15,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdecore.arrays.memory import host_view
+from kdecore.arrays.namespace import Array
+from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.attend_blocks.cpu import LN2, round_up
 from kdecore.kernels.attend_tree.cpu import DEPTH, row_product, unlisted_own
-from kdecore.kernels.descent import AHEAD, descend, host_queries, host_tree, leaf_level, list_leaves, load_block, memory
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
-from kdecore.kernels.simd import (
+from kdecore.kernels.runtime.descent import (
+    AHEAD,
+    descend,
+    host_queries,
+    host_tree,
+    leaf_level,
+    list_leaves,
+    load_block,
+    memory,
+)
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
     column_max,
@@ -30,8 +41,7 @@ from kdecore.kernels.simd import (
     multiply_tile,
     prefetch,
 )
-from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, host_view
+from kdecore.kernels.runtime.threads import run_tasks
 
 PARTS = 4
 """Of few groups, so many sums of gradients in all: each is added to by one thread at a time, in the same order always."""
@@ -102,7 +112,7 @@ def gradients(
 
 
 class Panels(NamedTuple):
-    """Memory of a thread beside `kdecore.kernels.descent.Work`, for blocks of ``filled`` rows and lists of ``width`` slots.
+    """Memory of a thread beside `descent.Work`, for blocks of ``filled`` rows and lists of ``width`` slots.
 
     Attributes
     ----------

@@ -1,9 +1,10 @@
 """`attend_tree` in the array API: lists are made, and attended to, some blocks of all groups at a time."""
 
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import TILE_ELEMENTS, first_places, spans, take_rows
+from kdecore.core.state import AttentionState, merge_states
+from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.open_tree.reference import gather, open_tree
-from kdecore.merge import Part, merge
-from kdecore.namespaces import TILE_ELEMENTS, Array, Namespace, first_places, spans, take_rows
 
 
 def attend_tree(
@@ -17,8 +18,8 @@ def attend_tree(
     own: Array | None = None,
     slope: Array | None = None,
     limits: tuple[Array, Array] | None = None,
-    before: Part | None = None,
-) -> tuple[Part, Array]:
+    before: AttentionState | None = None,
+) -> tuple[AttentionState, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`."""
     q, scale, coordinates, query_index, _ = queries
     key_index, log_weight, _, counts = open_tree(xp, queries, tree, threshold, most, start)
@@ -55,8 +56,8 @@ def attend_tree(
     flat = xp.reshape(query_index + xp.arange(groups, dtype=xp.int64, device=q.device)[:, None, None] * n_q, (-1,))
     place, found = (xp.reshape(x, (groups, n_q)) for x in first_places(xp, flat, groups * n_q))
     out, lse = xp.concat(outs, axis=1), xp.concat(sums, axis=1)
-    part = Part(
+    part = AttentionState(
         xp.where(found[..., None], take_rows(xp, xp.reshape(out, (groups * blocks * b, out.shape[3])), place), 0.0),
         xp.where(found, take_rows(xp, xp.reshape(lse, (-1,)), place), -xp.inf),
     )
-    return (part if before is None else merge(xp, before, part)), counts
+    return (part if before is None else merge_states(xp, before, part)), counts

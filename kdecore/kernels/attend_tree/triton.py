@@ -15,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.state import AttentionState
+from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.attend_blocks.triton import (
     LN2,
     LOG2E,
@@ -32,12 +35,8 @@ from kdecore.kernels.attend_blocks.triton import (
     widths,
 )
 from kdecore.kernels.attend_tree.contract import AT_ONCE
-from kdecore.kernels.grids import flat_grid
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
 from kdecore.kernels.open_tree.triton import compiled_for, open_blocks, stored
-from kdecore.merge import Part
-from kdecore.namespaces import Array, Namespace
-from kdecore.tree import depth_of
+from kdecore.kernels.runtime.grids import flat_grid
 
 ATTEND = {2: Limits(64, 2**15, 64, 2**13, 2**12, 3), 4: Limits(64, 2**14, 16, 2**11, 2**14, 2)}
 """As in `kdecore.kernels.attend_blocks.triton`, with room for own keys and matrices."""
@@ -212,8 +211,8 @@ def attend_tree(
     own: Array | None = None,
     slope: Array | None = None,
     limits: tuple[Array, Array] | None = None,
-    before: Part | None = None,
-) -> tuple[Part, Array]:
+    before: AttentionState | None = None,
+) -> tuple[AttentionState, Array]:
     """Follow `kdecore.kernels.attend_tree.contract.AttendTree`, within its `triton_limit`."""
     queries, tree = stored(queries, tree)
     values = one_run(values)
@@ -248,4 +247,4 @@ def attend_tree(
                 MERGING=before is not None, ROWS=tile.kept, SLOTS=tile.met, SEARCH=most.bit_length(),
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
-    return Part(out, lse), counts
+    return AttentionState(out, lse), counts

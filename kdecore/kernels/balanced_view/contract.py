@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.site import Largest, beyond
-from kdecore.namespaces import Array, Namespace
 
 RIDGE = 1e-6
 """Part of the mean eigenvalue that is added to all."""

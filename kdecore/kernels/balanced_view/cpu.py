@@ -9,10 +9,11 @@ import math
 
 import numpy as np
 
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.threads import run_tasks
 
 SWEEPS = 12
 """Of Jacobi rotations, at most: convergence is quadratic."""

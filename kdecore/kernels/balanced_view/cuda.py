@@ -17,6 +17,7 @@ import math
 import numpy as np
 from numba import cuda
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.balanced_view.contract import (
     MOST_COLUMNS,
     MOST_ROWS,
@@ -24,8 +25,7 @@ from kdecore.kernels.balanced_view.contract import (
     RIDGE,
     SMALLEST_SQUARE,
 )
-from kdecore.kernels.cuda_jit import cuda_kernel, launch
-from kdecore.namespaces import Array, Namespace
+from kdecore.kernels.runtime.cuda_jit import cuda_kernel, launch
 
 THREADS = 256
 ROWS, COLUMNS = MOST_ROWS, MOST_COLUMNS

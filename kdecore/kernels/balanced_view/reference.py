@@ -1,7 +1,7 @@
 """`balanced_view` in the array API."""
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE
-from kdecore.namespaces import Array, Namespace
 
 
 def balanced_view(xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.threads import run_tasks, small_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.threads import run_tasks, small_tasks
 
 
 def bucket_order(xp: Namespace, codes: Array, bits: int) -> Array:

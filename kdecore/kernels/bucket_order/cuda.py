@@ -13,8 +13,8 @@ written, 25 MB; counts of 16 × 32 chunks × 4,096 digits written once, read thr
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import cuda_kernel, launch
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.kernels.runtime.cuda_jit import cuda_kernel, launch
 
 THREADS = 256
 """Rows of a tile, a thread each."""

@@ -1,6 +1,6 @@
 """`bucket_order` in the array API."""
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
 
 
 def bucket_order(xp: Namespace, codes: Array, bits: int) -> Array:

@@ -1,6 +1,7 @@
 """`bucket_windows` in the array API, in integers throughout."""
 
-from kdecore.namespaces import Array, Namespace, searchsorted_integers
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import searchsorted_integers
 
 
 def bucket_windows(xp: Namespace, query_codes: Array, key_codes: Array, blocks: int, size: int) -> Array:

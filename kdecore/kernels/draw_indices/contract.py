@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
 
 
 class DrawIndices(Protocol):

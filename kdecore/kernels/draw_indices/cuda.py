@@ -12,8 +12,8 @@ import math
 
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import cuda_kernel, launch
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.kernels.runtime.cuda_jit import cuda_kernel, launch
 
 THREADS = 128
 

@@ -2,7 +2,8 @@
 
 import math
 
-from kdecore.namespaces import Array, Namespace, searchsorted_rows, take_along_rows
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import searchsorted_rows, take_along_rows
 
 
 def draw_indices(

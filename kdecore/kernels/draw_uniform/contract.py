@@ -2,11 +2,11 @@
 
 from typing import Protocol
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
 
 
 class DrawUniform(Protocol):
-    """Make the numbers of `kdecore.randomness.uniform`, the same bits everywhere."""
+    """Make the numbers of `kdecore.arrays.random.uniform`, the same bits everywhere."""
 
     def __call__(self, xp: Namespace, seed: int, stream: int, shape: tuple[int, ...], device: object) -> Array:
         """Return uniform random numbers.
@@ -16,7 +16,7 @@ class DrawUniform(Protocol):
         xp
             Array namespace to make them in.
         seed, stream
-            As in `kdecore.randomness.uniform`.
+            As in `kdecore.arrays.random.uniform`.
         shape
             Of the result, of fewer than 2**32 numbers.
         device

@@ -9,9 +9,9 @@ import math
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import cuda_kernel, launch
-from kdecore.namespaces import Array, Namespace
-from kdecore.randomness import PARITY, ROTATIONS
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.random import PARITY, ROTATIONS
+from kdecore.kernels.runtime.cuda_jit import cuda_kernel, launch
 
 THREADS = 256
 ROTATE = np.array(ROTATIONS, dtype=np.uint32)

@@ -2,8 +2,8 @@
 
 import math
 
-from kdecore.namespaces import Array, Namespace
-from kdecore.randomness import uniform
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.random import uniform
 
 
 def draw_uniform(xp: Namespace, seed: int, stream: int, shape: tuple[int, ...], device: object) -> Array:

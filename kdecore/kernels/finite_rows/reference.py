@@ -1,6 +1,7 @@
 """`finite_rows` in the array API."""
 
-from kdecore.namespaces import Array, Namespace, without_gradient
+from kdecore.arrays.gradients import without_gradient
+from kdecore.arrays.namespace import Array, Namespace
 
 
 def finite_rows(xp: Namespace, rows: Array) -> Array:

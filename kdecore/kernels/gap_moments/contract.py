@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.site import Largest, beyond
-from kdecore.namespaces import Array, Namespace
 
 TURN = round((5**0.5 - 1.0) / 2.0 * 2**32)
 """Of 2**32: the golden ratio, whose multiples fall evenly."""

@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace, host
 from kdecore.kernels.gap_moments.reference import draw
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile, prefetch
-from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host, host_view
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile, prefetch
+from kdecore.kernels.runtime.threads import run_tasks
 
 DEPTH = 64
 """Keys that are multiplied together: their gaps stay in the first-level cache."""

@@ -1,8 +1,9 @@
 """`gap_moments` in the array API."""
 
+from kdecore.arrays.namespace import Array, Namespace, accumulation_dtype, dtype_name
+from kdecore.arrays.rows import take_along_rows
+from kdecore.core.tree import node_bounds
 from kdecore.kernels.gap_moments.contract import TURN
-from kdecore.namespaces import Array, Namespace, accumulation_dtype, dtype_name, take_along_rows
-from kdecore.tree import node_bounds
 
 
 def gap_moments(

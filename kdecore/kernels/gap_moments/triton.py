@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.attend_blocks.triton import one_run
 from kdecore.kernels.gap_moments import contract
 from kdecore.kernels.gap_moments.contract import triton_limit
-from kdecore.kernels.grids import flat_grid
 from kdecore.kernels.open_tree.triton import bounds_of, level_of
+from kdecore.kernels.runtime.grids import flat_grid
 from kdecore.kernels.site import Largest
-from kdecore.namespaces import Array, Namespace
 
 TURN = tl.constexpr(contract.TURN)
 ROWS = tl.constexpr(32)

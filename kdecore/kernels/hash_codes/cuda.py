@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.kernels.runtime.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
 
 SIDE = 4
 """Rows, and planes, that a thread multiplies."""

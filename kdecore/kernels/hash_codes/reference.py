@@ -1,6 +1,6 @@
 """`hash_codes` in the array API."""
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
 
 
 def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple, Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.site import Largest, beyond
-from kdecore.namespaces import Array, Namespace
 
 NUMBERS = 2**12
 """Of a tile of rows or nodes in Triton, at most: 32 a thread, which leaves room for another program meanwhile."""
@@ -27,7 +27,7 @@ LIMITS = {"triton": triton_limit}
 
 
 class TreeNodes(NamedTuple):
-    """Means and spreads of the N = `kdecore.tree.node_count` nodes of a tree over n keys.
+    """Means and spreads of the N = `kdecore.core.tree.node_count` nodes of a tree over n keys.
 
     All are of the dtype computed in; on accelerators keys and values may be of that of k where it is bfloat16 (float16 might
     not hold a spread), and rows of values may lie further apart than they are wide.
@@ -56,7 +56,7 @@ class TreeNodes(NamedTuple):
 
 
 class NodeSummaries(Protocol):
-    """Summarise the keys and values in every node of a tree (`kdecore.tree`)."""
+    """Summarise the keys and values in every node of a tree (`kdecore.core.tree`)."""
 
     def __call__(
         self,

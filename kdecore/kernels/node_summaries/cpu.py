@@ -4,12 +4,13 @@ from functools import partial
 
 import numpy as np
 
-from kdecore.kernels.jit import kernel
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import depth, node_count
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.kernels.simd import copy_rows, prefetch
-from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
-from kdecore.tree import depth, node_count
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import copy_rows, prefetch
+from kdecore.kernels.runtime.threads import run_tasks
 
 TASK_ROWS = 512
 """Rows of a subtree, at most: they and their nodes stay in the second-level cache."""

@@ -4,10 +4,11 @@ from functools import partial
 
 import numpy as np
 
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, host_view
-from kdecore.tree import depth
+from kdecore.arrays.memory import host_view
+from kdecore.arrays.namespace import Array
+from kdecore.core.tree import depth
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.threads import run_tasks
 
 TASK_LEAVES = 256
 """Leaves in a task."""

@@ -14,10 +14,10 @@ from typing import Any
 
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, from_number, launch
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import depth, node_count
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.namespaces import Array, Namespace
-from kdecore.tree import depth, node_count
+from kdecore.kernels.runtime.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, from_number, launch
 
 LEVELS = 5
 """Levels that a launch goes up."""

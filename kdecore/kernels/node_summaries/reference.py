@@ -1,8 +1,9 @@
 """`node_summaries` in the array API: level by level, from the leaves up."""
 
+from kdecore.arrays.namespace import Array, Namespace, host
+from kdecore.arrays.rows import take_rows
+from kdecore.core.tree import bounds, depth
 from kdecore.kernels.node_summaries.contract import TreeNodes
-from kdecore.namespaces import Array, Namespace, host, take_rows
-from kdecore.tree import bounds, depth
 
 
 def node_summaries(

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kdecore.kernels.grids import flat_grid
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import depth, node_count
 from kdecore.kernels.node_summaries.contract import NUMBERS, TreeNodes
-from kdecore.namespaces import Array, Namespace
-from kdecore.tree import depth, node_count
+from kdecore.kernels.runtime.grids import flat_grid
 
 KINDS = 4
 """Keys, values, coordinates and sizes, a program each: together they would hold more than the registers do."""
@@ -76,7 +76,7 @@ def shares_of(node, level, n):
 
 
 @triton.jit
-def merge(means, variances, shares, TOGETHER: tl.constexpr):
+def merge_states(means, variances, shares, TOGETHER: tl.constexpr):
     """Return means [N, C] and variances of what children [N, K, C] make; TOGETHER adds up those of all columns, [N, 1]."""
     mean = tl.sum(means * shares[:, :, None], 1)
     gaps = means - mean[:, None, :]
@@ -109,13 +109,13 @@ def climb(
     """
     V_WIDTH: tl.constexpr = 1 if TOGETHER else WIDTH
     V_COLUMNS: tl.constexpr = 1 if TOGETHER else COLUMNS
-    mean, variance = merge(children, children_variances, shares, TOGETHER)
+    mean, variance = merge_states(children, children_variances, shares, TOGETHER)
     for up in tl.static_range(LEVELS):
         node = nodes_of(subtree, 1 << (LEVELS - 1 - up))
         if up > 0:
             means_below = tl.reshape(mean, (node.shape[0], 2, COLUMNS))
             variances_below = tl.reshape(variance, (node.shape[0], 2, V_COLUMNS))
-            mean, variance = merge(means_below, variances_below, shares_of(node, level - up, n), TOGETHER)
+            mean, variance = merge_states(means_below, variances_below, shares_of(node, level - up, n), TOGETHER)
         row = (1 << (level - up)) - 1 + node[:, None]
         every = row >= 0
         if means is not None:

@@ -1,10 +1,10 @@
 """What every implementation of `open_tree` promises."""
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.site import Largest, beyond
-from kdecore.namespaces import Array, Namespace
-from kdecore.tree import depth_of
 
 START_SHARE = 12
 """A list begins with the nodes of a level that are no more than one in so many of its slots, where there are such."""
@@ -41,60 +41,6 @@ def triton_limit(largest: Largest) -> str | None:
 
 
 LIMITS = {"triton": triton_limit}
-
-
-class BlockQueries(NamedTuple):
-    """Queries, some or all of which stand in blocks.
-
-    All numbers but those of q are of the dtype that is computed in, float64 for float64 and float32 for the others.
-
-    Attributes
-    ----------
-    q
-        (G, n_q, d), of half precision on accelerators only. One with a number that is not finite counts as 0.
-    scale
-        Finite factor on ⟨q, k⟩.
-    coordinates
-        (G, n_q, p) of the queries, times scale. One whose square is not finite counts as 0.
-    index
-        (G, B, b) int64: the queries of each block.
-    apart
-        Whether half variances are each query's own where errors are estimated, as blocks of queries that are less alike
-        need; or the block's, in proportion to the query's squared norm, which takes less time.
-    """
-
-    q: Array
-    scale: float
-    coordinates: Array
-    index: Array
-    apart: bool = False
-
-
-class Tree(NamedTuple):
-    """What decides how a tree of N nodes over n_k keys is opened.
-
-    Attributes
-    ----------
-    keys
-        (G, N + n_k, d): mean keys of the nodes, and the keys in the order of the tree.
-    spread, variances, sizes
-        (G, N), (G, N, p) and (G, N), at least 0: as the method scales what `node_summaries` finds.
-    """
-
-    keys: Array
-    spread: Array
-    variances: Array
-    sizes: Array
-
-    @property
-    def nodes(self) -> int:
-        """Number of nodes."""
-        return int(self.spread.shape[1])
-
-    @property
-    def n(self) -> int:
-        """Number of keys."""
-        return int(self.keys.shape[1]) - self.nodes
 
 
 class OpenTree(Protocol):

@@ -4,13 +4,14 @@ from functools import partial
 
 import numpy as np
 
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.attend_blocks.cpu import LN2, round_up
-from kdecore.kernels.descent import descend, host_queries, host_tree, leaf_level, list_leaves, load_block, memory
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree
-from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, exp2_columns
-from kdecore.kernels.threads import fair_chunk, run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.kernels.runtime.descent import descend, host_queries, host_tree, leaf_level, list_leaves, load_block, memory
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import TILE_ROWS, VECTOR_BYTES, exp2_columns
+from kdecore.kernels.runtime.threads import fair_chunk, run_tasks
 
 TASKS = 8
 """Blocks a thread takes at a time, at most."""

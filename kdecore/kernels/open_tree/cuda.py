@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
+from kdecore.arrays.namespace import Array, Namespace, dtype_name
+from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.open_tree import contract
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, BlockQueries, Tree
-from kdecore.namespaces import Array, Namespace, dtype_name
-from kdecore.tree import depth_of
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
+from kdecore.kernels.runtime.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
 
 THREADS = 128
 SIDE = 4

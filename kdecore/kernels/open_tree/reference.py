@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, BlockQueries, Tree
-from kdecore.namespaces import Array, Namespace, take_rows
-from kdecore.tree import depth_of
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import take_rows
+from kdecore.core.tree import BlockQueries, Tree, depth_of
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
 
 
 class Loaded(NamedTuple):

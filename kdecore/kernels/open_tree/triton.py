@@ -20,12 +20,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.attend_blocks.triton import one_run
-from kdecore.kernels.grids import flat_grid
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, BlockQueries, Tree, triton_limit
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, triton_limit
+from kdecore.kernels.runtime.grids import flat_grid
 from kdecore.kernels.site import Largest
-from kdecore.namespaces import Array, Namespace
-from kdecore.tree import depth_of
 
 LOG2E = tl.constexpr(math.log2(math.e))
 HALF_ALONG = tl.constexpr(0.5 * ALONG)

@@ -2,8 +2,9 @@
 
 from typing import Protocol
 
-from kdecore.kernels.open_tree.contract import BlockQueries, Tree, triton_limit
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import BlockQueries, Tree
+from kdecore.kernels.open_tree.contract import triton_limit
 
 ABOVE = 1.0 + 2.0**-18
 """The threshold is so much above the bound of a node that is to stay closed, so that rounding doesn't open it."""

@@ -4,15 +4,16 @@ from functools import partial
 
 import numpy as np
 
+from kdecore.arrays.memory import from_host_like
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.attend_blocks.cpu import round_up
-from kdecore.kernels.descent import LOWEST, host_queries, host_tree, load_block, memory, weigh_level
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.open_tree.contract import STEP, BlockQueries, Tree
+from kdecore.kernels.open_tree.contract import STEP
 from kdecore.kernels.pick_threshold.contract import ABOVE
-from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, copy_rows
-from kdecore.kernels.threads import fair_chunk, run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like
-from kdecore.tree import depth_of
+from kdecore.kernels.runtime.descent import LOWEST, host_queries, host_tree, load_block, memory, weigh_level
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import TILE_ROWS, VECTOR_BYTES, copy_rows
+from kdecore.kernels.runtime.threads import fair_chunk, run_tasks
 
 
 def pick_threshold(

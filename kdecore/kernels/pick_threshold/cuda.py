@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.open_tree import cuda as opening
-from kdecore.kernels.open_tree.contract import STEP, BlockQueries, Tree
+from kdecore.kernels.open_tree.contract import STEP
 from kdecore.kernels.open_tree.cuda import (
     BLOCK,
     bounds_of,
@@ -38,8 +39,7 @@ from kdecore.kernels.open_tree.cuda import (
     weigh,
 )
 from kdecore.kernels.pick_threshold.contract import ABOVE, BINS, OCTAVES, STEPS, TOP_OCTAVE
-from kdecore.namespaces import Array, Namespace
-from kdecore.tree import depth_of
+from kdecore.kernels.runtime.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
 
 LEAST_BOUND, LARGEST_BOUND = 2.0 ** (TOP_OCTAVE - OCTAVES), 2.0**TOP_OCTAVE
 TINY: dict[str, int] = {}

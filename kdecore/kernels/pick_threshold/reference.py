@@ -1,10 +1,11 @@
 """`pick_threshold` in the array API. Widths of levels are read from the arrays."""
 
-from kdecore.kernels.open_tree.contract import STEP, BlockQueries, Tree
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import take_along_rows
+from kdecore.core.tree import BlockQueries, Tree, depth_of
+from kdecore.kernels.open_tree.contract import STEP
 from kdecore.kernels.open_tree.reference import Sums, compact, descendants, first_level, load, weigh
 from kdecore.kernels.pick_threshold.contract import ABOVE
-from kdecore.namespaces import Array, Namespace, take_along_rows
-from kdecore.tree import depth_of
 
 
 def pick_threshold(

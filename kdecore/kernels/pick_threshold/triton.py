@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kdecore.kernels.grids import flat_grid
-from kdecore.kernels.open_tree.contract import STEP, BlockQueries, Tree
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import BlockQueries, Tree, depth_of
+from kdecore.kernels.open_tree.contract import STEP
 from kdecore.kernels.open_tree.triton import (
     BELOW,
     LEVELS,
@@ -28,8 +29,7 @@ from kdecore.kernels.open_tree.triton import (
     weigh,
 )
 from kdecore.kernels.pick_threshold import contract
-from kdecore.namespaces import Array, Namespace
-from kdecore.tree import depth_of
+from kdecore.kernels.runtime.grids import flat_grid
 
 STEPS, BINS, ABOVE = (tl.constexpr(x) for x in (contract.STEPS, contract.BINS, contract.ABOVE))
 LOWER_OCTAVES = tl.constexpr(contract.OCTAVES - contract.TOP_OCTAVE)

@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile
-from kdecore.kernels.threads import run_tasks, small_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import TILE_ROWS, VECTOR_BYTES, multiply_tile
+from kdecore.kernels.runtime.threads import run_tasks, small_tasks
 
 TASK_ROWS = 512
 """Rows in a task."""

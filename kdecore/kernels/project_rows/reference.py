@@ -1,6 +1,6 @@
 """`project_rows` in the array API."""
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
 
 
 def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:

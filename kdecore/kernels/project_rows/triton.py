@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.attend_blocks.triton import PRECISION
-from kdecore.kernels.grids import flat_grid
-from kdecore.namespaces import Array, Namespace
+from kdecore.kernels.runtime.grids import flat_grid
 
 ROWS = 64
 """Rows of a program, which four warps multiply 16 each."""

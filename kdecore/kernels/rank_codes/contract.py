@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.site import Largest, beyond
-from kdecore.namespaces import Array, Namespace
 
 SAMPLE = 1023
 """Rows, evenly spaced, that quantiles and variances are taken from."""
@@ -43,7 +43,7 @@ class RankCodes(Protocol):
         bits
             Of a code, at most 30.
         in_order
-            The first so many bits are the node of level ``in_order`` of a tree (`kdecore.tree`) that holds the row's
+            The first so many bits are the node of level ``in_order`` of a tree (`kdecore.core.tree`) that holds the row's
             position.
 
         Returns

@@ -8,9 +8,9 @@ TB/s. Ranks take ten reads of shared memory for each coordinate, 0.3 · 10⁹ in
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import cuda_kernel, launch
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.rank_codes.contract import MOST_COLUMNS, RATIO, SAMPLE
-from kdecore.namespaces import Array, Namespace
+from kdecore.kernels.runtime.cuda_jit import cuda_kernel, launch
 
 THREADS = 128
 """Rows of a tile, a thread each; and threads that sort a sample."""

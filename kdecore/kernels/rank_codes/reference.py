@@ -1,7 +1,9 @@
 """`rank_codes` in the array API."""
 
+from kdecore.arrays.memory import contiguous
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import searchsorted_rows, take_along_rows
 from kdecore.kernels.rank_codes.contract import RATIO, SAMPLE
-from kdecore.namespaces import Array, Namespace, contiguous, searchsorted_rows, take_along_rows
 
 
 def rank_codes(xp: Namespace, x: Array, bits: int, in_order: int = 0) -> Array:

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kdecore.kernels.grids import flat_grid
+from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.rank_codes.contract import RATIO, SAMPLE
-from kdecore.namespaces import Array, Namespace
+from kdecore.kernels.runtime.grids import flat_grid
 
 PLACES = tl.constexpr(triton.next_power_of_2(SAMPLE + 1))
 """Of a sorted sample, with room for infinity beyond it."""

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import VECTOR_BYTES, largest_size, scaled_squares
-from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import VECTOR_BYTES, largest_size, scaled_squares
+from kdecore.kernels.runtime.threads import run_tasks
 
 TASK_ROWS = 4096
 """Rows in a task."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from kdecore.kernels.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
-from kdecore.namespaces import ACCUMULATION, Array, Namespace, dtype_name
+from kdecore.arrays.namespace import ACCUMULATION, Array, Namespace, dtype_name
+from kdecore.kernels.runtime.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
 
 THREADS = 128
 """Rows of a tile, a thread each; and threads that look for the largest number."""

@@ -1,6 +1,7 @@
 """`row_norms` in the array API."""
 
-from kdecore.namespaces import Array, Namespace, without_gradient
+from kdecore.arrays.gradients import without_gradient
+from kdecore.arrays.namespace import Array, Namespace
 
 
 def row_norms(xp: Namespace, rows: Array) -> Array:

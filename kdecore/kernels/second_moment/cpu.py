@@ -4,10 +4,11 @@ from functools import partial
 
 import numpy as np
 
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import TILE_ROWS, VECTOR_BYTES, copy_vector, multiply_tile
-from kdecore.kernels.threads import run_tasks
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import TILE_ROWS, VECTOR_BYTES, copy_vector, multiply_tile
+from kdecore.kernels.runtime.threads import run_tasks
 
 TASK_ROWS = 512
 """Rows in a task; the result doesn't depend on how many threads share the tasks."""

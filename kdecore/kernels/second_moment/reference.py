@@ -2,7 +2,8 @@
 
 import math
 
-from kdecore.namespaces import Array, Namespace, cross_moment
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.rows import cross_moment
 
 
 def second_moment(xp: Namespace, rows: Array, step: int, centred: bool) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from kdecore.namespaces import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace
 
 SAMPLE = 256
 """Rows of a node, evenly spaced, that its direction is found from."""
@@ -14,7 +14,7 @@ class TreeOrder(Protocol):
     """Order rows by a balanced tree of median splits along each node's leading principal direction."""
 
     def __call__(self, xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:
-        """Return the order in which the tree (`kdecore.tree`) holds the rows.
+        """Return the order in which the tree (`kdecore.core.tree`) holds the rows.
 
         Every node of more than ``leaf_size`` rows is cut where its children meet, by the projection on its direction (ties:
         the lower row first); its children hold their rows in ascending order. The direction is found from

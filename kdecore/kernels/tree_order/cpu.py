@@ -8,12 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from kdecore.kernels.jit import kernel
-from kdecore.kernels.simd import VECTOR_BYTES, add_multiples, add_squared_gaps, copy_rows, inner_product
-from kdecore.kernels.threads import run_tasks, small_tasks
+from kdecore.arrays.memory import from_host_like, host_view
+from kdecore.arrays.namespace import Array, Namespace
+from kdecore.core.tree import depth
+from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.simd import VECTOR_BYTES, add_multiples, add_squared_gaps, copy_rows, inner_product
+from kdecore.kernels.runtime.threads import run_tasks, small_tasks
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
-from kdecore.namespaces import Array, Namespace, from_host_like, host_view
-from kdecore.tree import depth
 
 TASK_ROWS = 2048
 """Rows of a subtree that is one task, at most."""

@@ -1,8 +1,9 @@
 """`tree_order` in the array API: level by level, all nodes of a level at once."""
 
+from kdecore.arrays.namespace import Array, Namespace, host
+from kdecore.arrays.rows import row_norms, take_along_rows, take_rows
+from kdecore.core.tree import bounds, depth
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
-from kdecore.namespaces import Array, Namespace, host, row_norms, take_along_rows, take_rows
-from kdecore.tree import bounds, depth
 
 
 def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:

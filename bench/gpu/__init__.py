@@ -1,0 +1,1 @@
+"""What is run on a CUDA device: `python -m bench.gpu`; METHOD.md says how."""

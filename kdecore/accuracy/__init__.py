@@ -1,0 +1,1 @@
+"""How far off a result is, and how to stay within a tolerance."""

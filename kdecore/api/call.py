@@ -1,0 +1,70 @@
+"""`CallOptions`: what a call asks for besides its arrays, checked by itself: adapters do so before there are any."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kdecore.accuracy.certificate import check_share
+from kdecore.accuracy.search import candidate, check_tolerance
+from kdecore.arrays.scalars import check_boolean, integer, one_of
+from kdecore.core.options import Options, set_integers
+from kdecore.methods.plan import check_method, check_settings
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """Options of `kdecore.attention` that mean the same whatever the arrays are; attributes as its parameters.
+
+    Raises
+    ------
+    OptionError
+        One is out of its range, or two contradict each other; the message names it.
+    """
+
+    method: str | Options = "auto"
+    budget: int | None = None
+    rtol: float | None = None
+    rtol_norm: str = "frobenius"
+    causal: bool = False
+    window: int | None = None
+    diagonal: int | None = None
+    seed: int = 0
+    kernels: str = "auto"
+    threads: int | None = None
+    certificate: float = 0.1
+    check_finite: bool = False
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        set_integers(self, budget=1, window=1, threads=1, max_memory=1)
+        if self.diagonal is not None:
+            object.__setattr__(self, "diagonal", integer("diagonal", self.diagonal))
+        check_method(self.method, self.budget)
+        check_tolerance(self.rtol, self.rtol_norm)
+        if self.rtol is not None:
+            candidate(self.method, self.budget)
+        check_boolean("causal", self.causal)
+        check_boolean("check_finite", self.check_finite)
+        check_settings(self.seed, self.kernels, self.threads)
+        check_share(self.certificate)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all plans of the call share: seed, kernels and threads."""
+        return check_settings(self.seed, self.kernels, self.threads)
+
+    @property
+    def limit(self) -> float:
+        """Bytes that temporaries may take."""
+        return math.inf if self.max_memory is None else float(self.max_memory)
+
+
+NAMES = tuple(field.name for field in fields(CallOptions))
+
+
+def call_options(options: Mapping[str, Any], *others: str) -> CallOptions:
+    """Return options given by name, or raise `OptionError` for a name that is neither one of them nor among ``others``."""
+    for name in options:
+        one_of((*NAMES, *others), "options", name)
+    return CallOptions(**{name: value for name, value in options.items() if name not in others})

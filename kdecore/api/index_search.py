@@ -1,0 +1,109 @@
+"""``rtol=`` of an index: budgets are doubled until one is certified."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from kdecore.accuracy.certificate import FEWEST_ROWS, Certificate, estimate_errors, stratified
+from kdecore.accuracy.search import SearchStep
+from kdecore.accuracy.trial import CERTIFIED_STREAM, PILOT_STREAM
+from kdecore.api.segments import Segment
+from kdecore.arrays.gradients import without_gradient
+from kdecore.arrays.memory import to_host
+from kdecore.arrays.namespace import Array, host
+from kdecore.arrays.rows import take_along_rows
+from kdecore.core.problem import Problem
+from kdecore.core.selection import Slots
+from kdecore.core.state import AttentionState
+from kdecore.methods.base import Plan, expected_cost
+from kdecore.methods.costs import exact_row_cost
+
+CERTIFIED_SHARE = 20
+"""One in so many queries is compared to certify a budget, but `FEWEST_ROWS` at least."""
+
+
+class IndexResult(NamedTuple):
+    """Attention of queries to all keys of an index.
+
+    Attributes
+    ----------
+    part
+        The result.
+    plans
+        What was done with each segment.
+    slots
+        How many slots counted in each.
+    """
+
+    part: AttentionState
+    plans: list[Plan]
+    slots: list[Slots]
+
+
+def costs(problem: Problem, segments: Sequence[Segment], plans: list[Plan]) -> tuple[float, float]:
+    """Return what evaluating all queries is expected to take as planned, and one exact row of each group."""
+    sizes = [replace(segment.problem, q=problem.q, repeats=problem.repeats) for segment in segments]
+    planned = sum(expected_cost(some, plan.options).evaluate for some, plan in zip(sizes, plans, strict=True))
+    return planned, sum(exact_row_cost(some) * some.groups for some in sizes)
+
+
+def doubled(
+    problem: Problem,
+    first: int,
+    n_k: int,
+    attend: Callable[[int | None], IndexResult],
+    exact_rows: Callable[[Array], Array],
+    costs: Callable[[list[Plan]], tuple[float, float]],
+    seed: int,
+    rtol: float,
+    norm: str,
+) -> tuple[IndexResult, Certificate | None, tuple[SearchStep, ...]]:
+    """Return attention within a tolerance, and what it rests on.
+
+    As `kdecore.accuracy.search`, but all queries are evaluated with each budget: they take little, trees being there.
+
+    Parameters
+    ----------
+    problem
+        The queries.
+    first
+        Budget that is tried first, of ``n_k`` keys.
+    attend, exact_rows
+        What evaluates all queries with a budget, exactly for None; and some of them exactly.
+    costs
+        What that is expected to take as planned, and one exact row.
+    seed, rtol, norm
+        As in `kdecore.attention`.
+    """
+    xp, n_q = problem.xp, problem.n_q
+    rounds: list[SearchStep] = []
+    spent, exact_cost = 0.0, 0.0
+    samples: dict[str, tuple[Array, Array]] = {}
+    certified = max(FEWEST_ROWS, n_q // CERTIFIED_SHARE)
+    numbers = {"pilot": (FEWEST_ROWS, PILOT_STREAM), "certified": (certified, CERTIFIED_STREAM)}
+
+    def compare(found: IndexResult, kind: str) -> Certificate:
+        if kind not in samples:
+            count, stream = numbers[kind]
+            rows = xp.astype(stratified(xp, problem.groups, count, seed, stream, problem.device) * n_q, xp.int64)
+            samples[kind] = rows, exact_rows(rows)
+        rows, exact = samples[kind]
+        shape = (problem.groups, int(rows.shape[1]), 1, int(exact.shape[2]))
+        some = take_along_rows(xp, without_gradient(found.part.out), rows)
+        return estimate_errors(host.reshape(to_host(some), shape), host.reshape(to_host(exact), shape), n_q)
+
+    budget = first
+    while n_q > 2 * FEWEST_ROWS and 2 * budget < n_k and problem.groups * problem.d_v > 0:
+        found = attend(budget)
+        cost, row_cost = costs(found.plans)
+        spent, exact_cost = spent + cost, row_cost * n_q
+        for kind in numbers:
+            bound = compare(found, kind)
+            error, upper = float(getattr(bound, norm)), bound.upper(norm)
+            rounds.append(SearchStep("treecode", budget, kind, bound.rows, error, upper, spent / exact_cost))
+            if upper > rtol:
+                break
+        else:
+            return found, bound, tuple(rounds)
+        budget *= 2
+    return attend(None), None, tuple(rounds)

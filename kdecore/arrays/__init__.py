@@ -1,0 +1,1 @@
+"""Arrays of any library: namespaces, backends, gradients, memory, rows, scalars, random numbers, files; and all errors."""

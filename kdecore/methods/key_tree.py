@@ -1,0 +1,117 @@
+"""The tree over the keys: ordered, summarised, and ready to be opened for any queries and budget."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from kdecore.arrays.gradients import outside_inference_mode, without_gradient
+from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
+from kdecore.arrays.rows import column_ranges
+from kdecore.core.problem import Problem
+from kdecore.core.tree import Tree
+from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.methods.base import Plan
+from kdecore.methods.view import LEAF_SIZE, View, balanced_view, unseen_share
+
+DEEPER = 0.15
+"""An error of a level counts so many octaves more than one of the level above: nodes of fewer keys take fewer slots until
+what they hide is found. 0 to 0.2: bench/NOTES.md. Not in trees whose first levels are chunks."""
+CODE_BITS = 24
+"""Of codes that rows are sorted by: two passes of a radix sort; 16 err as much (bench/NOTES.md)."""
+
+
+@dataclass(frozen=True)
+class KeyTree:
+    """What of the treecode follows from the keys and from how queries look: built once for any queries and budgets.
+
+    Attributes
+    ----------
+    view
+        Coordinates of queries and keys.
+    order
+        (G, n_k) int64: the key at each position of the tree.
+    nodes
+        Summaries of the tree's nodes, and the keys and values in its order.
+    unseen
+        (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`).
+    sizes
+        (G, N): sizes of the nodes' values, times 2^(`DEEPER` · level).
+    limits
+        (G, d_v) and (G, d_v), of the values' dtype: the least and the largest of each of their columns, beyond which no mean
+        of them lies.
+    """
+
+    view: View
+    order: Array
+    nodes: TreeNodes
+    unseen: Array
+    sizes: Array
+    limits: tuple[Array, Array]
+
+    def without_gradient(self) -> "KeyTree":
+        """Return the same tree, of whose nodes no gradients are recorded."""
+        return replace(self, nodes=TreeNodes(*(without_gradient(x) for x in self.nodes)))
+
+
+def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
+    """Build the tree over a problem's keys for queries whose `query_moment` is ``moment``."""
+    view, coordinates, sizes = described_keys(problem, plan, moment)
+    return grow(problem, plan, view, coordinates, sizes, moment)
+
+
+def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, Array, Array]:
+    """Return the view, the keys' coordinates (G, n_k, p) and the sizes of the values (G, n_k), relative to the largest."""
+    xp, kernels = problem.xp, plan.kernels
+    k, v = without_gradient(problem.k), without_gradient(problem.v)
+    view = balanced_view(problem, plan, moment)
+    coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
+    norms = kernels["row_norms"].function(xp, v)
+    top = xp.max(norms, axis=1, keepdims=True)
+    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), problem.dtype, copy=False)
+
+
+def grow(
+    problem: Problem, plan: Plan, view: View, coordinates: Array, sizes: Array, moment: Array, in_order: int = 0
+) -> KeyTree:
+    """Order the keys by a tree, its first levels as they are, and summarise its nodes."""
+    xp, kernels = problem.xp, plan.kernels
+    order = similar_together(problem, plan, coordinates, LEAF_SIZE, in_order)
+    nodes: TreeNodes = kernels["node_summaries"].function(
+        xp, problem.k, problem.v, coordinates, sizes, order, LEAF_SIZE, view.half_norm
+    )
+    still = TreeNodes(*(without_gradient(x) for x in nodes))
+    unseen = still.spread * unseen_share(problem, view, moment, still, kernels["project_rows"].function)[:, None]
+    # Chunks, whose nodes are the first levels, err more with it.
+    sizes = (
+        still.sizes if in_order else still.sizes * deeper(xp, still.sizes.shape[1], problem.dtype, named_device(problem.k))
+    )
+    return KeyTree(view, order, nodes, unseen, sizes, column_ranges(xp, without_gradient(problem.v)))
+
+
+@lru_cache(maxsize=16)
+@outside_inference_mode()
+def deeper(xp: Namespace, nodes: int, dtype: Any, on: NamedDevice) -> Array:
+    """Return 2^(`DEEPER` · level) for each of so many nodes: (nodes,). The last few are kept, as many steps make them."""
+    number = xp.arange(1, nodes + 1, dtype=xp.float64, device=on.device)
+    return xp.astype(2.0 ** (DEEPER * xp.floor(xp.log2(number))), dtype)
+
+
+def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size: int, in_order: int) -> Array:
+    """Return the order of a tree over rows, int64 (G, n), whose first levels are as they are.
+
+    A sort of codes (`kdecore.kernels.rank_codes`) cuts all levels at once.
+    """
+    xp, kernels = problem.xp, plan.kernels
+    order: Array
+    if "rank_codes" in kernels:
+        codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
+        order = kernels["bucket_order"].function(xp, codes, CODE_BITS)
+    else:
+        order = kernels["tree_order"].function(xp, coordinates, leaf_size, in_order)
+    return order
+
+
+def summaries(keys: KeyTree) -> Tree:
+    """Return what of a tree decides how it is opened."""
+    still = keys.without_gradient().nodes
+    return Tree(still.keys, keys.unseen, still.variances, keys.sizes)
