@@ -32,7 +32,8 @@ SUPPORTED: dict[str, Callable[[object], bool]] = {
 }
 """Array libraries that kdecore is written for, the last one for tests → whether an object is an array of theirs.
 
-Others follow the array API too, and yet fail late: they know of no assignment, or of no devices.
+Those that a backend is brought for are taken too. Others follow the array API, and yet fail late: they know of no
+assignment, or of no devices.
 """
 
 ACCUMULATION = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
