@@ -15,7 +15,7 @@ import kdecore
 from kdecore import DeviceError, DTypeError, KeyIndex, OptionError, ShapeError, Treecode
 from kdecore.accuracy.metrics import errors
 from kdecore.arrays.namespace import host
-from kdecore.methods import first_order, treecode
+from kdecore.methods import first_order, tree_pilot
 from tests import oracles
 
 
@@ -324,8 +324,8 @@ def test_what_was_found_out_is_kept_for_every_library(rng, monkeypatch):
     k, v = (torch.from_numpy(rng.standard_normal((1, 900, 8))) for _ in range(2))
     index = KeyIndex(k, v, budget=40)
     calls = []
-    calibrate = treecode.calibrate
-    monkeypatch.setattr(treecode, "calibrate", lambda *arguments: calls.append(1) or calibrate(*arguments))
+    calibrate = tree_pilot.calibrate
+    monkeypatch.setattr(tree_pilot, "calibrate", lambda *arguments: calls.append(1) or calibrate(*arguments))
     q = torch.from_numpy(rng.standard_normal((1, 5, 8)))
     expected = index.attend(q)
     found = index.attend(q.requires_grad_())

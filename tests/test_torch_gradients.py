@@ -15,7 +15,7 @@ from kdecore.kernels import registry
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.second_moment.reference import second_moment
 from kdecore.methods import METHODS as ALL
-from kdecore.methods import key_tree, treecode
+from kdecore.methods import key_tree, tree_pilot, treecode
 from kdecore.methods.first_order import first_order
 from kdecore.methods.plan import make_plan
 from kdecore.methods.view import query_moment
@@ -60,7 +60,7 @@ def test_gradcheck_with_what_was_chosen_held_fixed(listed, options):
         moment = query_moment(problem.xp, fixed.q, second_moment)
         view, coordinates, sizes = key_tree.described_keys(fixed, plan, moment)
         prepared = treecode.prepare(fixed, plan)
-        _, key_index, share = treecode.open_pilot(fixed, plan, prepared)
+        _, key_index, share = tree_pilot.open_pilot(fixed, plan, prepared)
 
     def estimate(q, k, v):
         found, selection = replace(problem, q=q, k=k, v=v), chosen

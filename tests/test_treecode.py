@@ -1,5 +1,6 @@
 """The treecode: its kernels against oracles, and what the whole estimator promises."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from kdecore.arrays.errors import OptionError
 from kdecore.arrays.namespace import host, namespace_of
 from kdecore.arrays.rows import column_ranges
 from kdecore.core.problem import canonicalise
+from kdecore.core.selection import equal_blocks
 from kdecore.core.tree import bounds, depth, node_count
 from kdecore.kernels.balanced_view.reference import with_ridge
 from kdecore.kernels.gap_moments.reference import gap_moments
@@ -20,7 +22,7 @@ from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.rank_codes import reference as rank_reference
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.second_moment.reference import second_moment
-from kdecore.methods import first_order, key_tree, treecode
+from kdecore.methods import first_order, key_tree, tree_pilot, tree_queries, treecode
 from kdecore.methods.first_order import key_draws
 from kdecore.methods.plan import make_plan
 from kdecore.methods.view import balanced_view, query_moment
@@ -481,3 +483,20 @@ def test_errors_of_deeper_nodes_count_more_but_not_under_chunks(rng, level):
 @pytest.mark.parametrize(("blocks", "draws"), [(1, 512), (64, 512), (65, 480), (100, 320), (512, 64), (10_000, 64)])
 def test_matrices_of_many_blocks_are_measured_with_fewer_keys_each(blocks, draws):
     assert key_draws(blocks) == draws
+
+
+def test_pilots_of_many_chunks_are_those_of_some(rng):
+    """Every second of 64 groups, of which none has a matrix; all of 32, which have."""
+    with_matrices = {}
+    for groups in (32, 64):
+        problem = canonicalise(*rng.standard_normal((3, groups, 128, 4)))
+        plan = make_plan(problem, method=Treecode(block_size=16), budget=24)
+        tree = treecode.prepare_in_order(problem, plan, 1, treecode.describe(problem, plan))
+        blocks = equal_blocks(host, tree.order[:, 64:], 16)
+        given = tree_queries.with_queries(problem, plan, replace(tree, blocks=blocks, seen=(1, 0, 1)), (64, 128), (0, 64))
+        found = tree_pilot.calibrate(problem, plan, given)
+        with_matrices[groups] = found.slope is not None
+        of_every, of_second = (tree_pilot.threshold_of_some(problem, plan, given, step).threshold for step in (1, 2))
+        assert of_every != of_second
+        assert found.threshold == (of_every if groups == 32 else of_second)
+    assert with_matrices == {32: True, 64: False}

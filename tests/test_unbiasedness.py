@@ -20,7 +20,7 @@ from kdecore.core.tree import BlockQueries, bounds, node_count
 from kdecore.kernels.draw_uniform import reference
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
-from kdecore.methods import METHODS, key_tree, sortlsh, tree_lists, treecode
+from kdecore.methods import METHODS, key_tree, sortlsh, tree_lists, tree_pilot, treecode
 from kdecore.methods.plan import make_plan
 from kdecore.methods.sortlsh import hash_codes, sort_codes
 from kdecore.methods.view import LEAF_SIZE
@@ -220,7 +220,7 @@ def test_treecode_with_a_sampled_far_field_is_unbiased(rng, n_q, budget, block_s
             return METHODS["treecode"].select(problem, plan)
 
     prepared = treecode.prepare(problem, plan)
-    known = treecode.calibrate(problem, plan, prepared)
+    known = tree_pilot.calibrate(problem, plan, prepared)
     where = known.threshold, known.most, known.start
     key_index, _, _, _ = plan.kernels["open_tree"].function(
         host,

@@ -9,7 +9,7 @@ from kdecore.arrays.memory import in_library_of
 from kdecore.arrays.namespace import Array, namespace_name
 from kdecore.core.options import Options
 from kdecore.core.problem import Problem
-from kdecore.methods import treecode
+from kdecore.methods import tree_pilot, treecode
 from kdecore.methods.base import Plan
 from kdecore.methods.key_tree import KeyTree
 from kdecore.methods.tree_queries import Calibration
@@ -100,7 +100,7 @@ def calibration(
         examples = replace(keys, q=rows, repeats=1)
         planned = plan_for(examples, options)
         prepared = treecode.prepare_queries(examples, planned, tree)
-        segment.known[options] = treecode.calibrate(examples, planned, prepared)
+        segment.known[options] = tree_pilot.calibrate(examples, planned, prepared)
     known = segment.known[options]
     threshold, slope = (x if x is None else in_library_of(problem.k, x) for x in (known.threshold, known.slope))
     return known._replace(threshold=threshold, slope=slope)

@@ -28,27 +28,24 @@ from kdecore.core.chunks import ChunkRange, Features
 from kdecore.core.options import DEFAULT_BUDGET, Options, set_integers
 from kdecore.core.problem import Problem
 from kdecore.core.selection import Opening, Selected, Selection, equal_blocks
-from kdecore.core.tree import BlockQueries, node_count
+from kdecore.core.tree import node_count
 from kdecore.kernels.attend_tree.contract import AT_ONCE
-from kdecore.kernels.open_tree.contract import RESIDENT, first_nodes
+from kdecore.kernels.open_tree.contract import RESIDENT
 from kdecore.kernels.pick_threshold.contract import BINS
 from kdecore.kernels.registry import Choice
 from kdecore.kernels.site import Largest, Site
 from kdecore.methods.base import Chunked, Method, Plan, Priors, Stages
 from kdecore.methods.choices import item_bytes
 from kdecore.methods.costs import CostModel, modelled_cost
-from kdecore.methods.first_order import DRAWS, first_order
+from kdecore.methods.first_order import DRAWS
 from kdecore.methods.key_tree import KeyTree, build, described_keys, grow, similar_together, summaries
 from kdecore.methods.levels import Step
 from kdecore.methods.memory import norm_bytes, workspace_bytes
 from kdecore.methods.tree_lists import drawn, of_nodes, unlisted
+from kdecore.methods.tree_pilot import FEWEST_NODES, WIDEST, asking, calibrate, calibrated, longest_list
 from kdecore.methods.tree_queries import PILOT_BLOCKS, Calibration, PreparedTree, pilot_blocks, restrict, with_queries
 from kdecore.methods.view import DIRECTIONS, LEAF_SIZE, query_moment
 
-WIDEST, FEWEST_NODES = 2, 64
-"""A block of the pilot has at most so many times the budget's nodes in a level, or so many."""
-LONGEST, LONGEST_EVALUATED = 4, 2
-"""A list of the treecode has at most so many times the budget's slots; fewer where all that there may be are evaluated."""
 LARGE_BLOCK, SMALL_BLOCK, MANY_QUERIES = 64, 16, 1024
 """Queries of a block of the treecode on accelerators, and of so many queries; and of fewer, which are less alike."""
 
@@ -228,53 +225,6 @@ def open_for(problem: Problem, plan: Plan, prepared: PreparedTree) -> Selected:
     return of_nodes(problem, keys, Selection(blocks, key_index, log_weight, slope=slope, limits=limits, own=own))
 
 
-def asking(problem: Problem, plan: Plan, prepared: PreparedTree, index: Array) -> BlockQueries:
-    """Return blocks of a problem's queries as kernels take them."""
-    assert isinstance(plan.options, Treecode)
-    return BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, index, plan.options.apart)
-
-
-def calibrated(problem: Problem, plan: Plan, prepared: PreparedTree) -> PreparedTree:
-    """Return the same with what the pilot finds for a plan's budget, so that any of its blocks can be opened."""
-    return replace(prepared, calibration=calibrate(problem, plan, prepared))
-
-
-def calibrate(problem: Problem, plan: Plan, prepared: PreparedTree) -> Calibration:
-    """Find out with the pilot how far to open trees, and what their closed nodes leave out."""
-    found, key_index, share = open_pilot(problem, plan, prepared)
-    sampled = isinstance(plan.options, Treecode) and plan.options.far_field == "sample"
-    # Without values there is nothing that a matrix could lead to.
-    if sampled or problem.d_v == 0:
-        return found
-    # From lists, queries would have to be gathered in the order of blocks for matrices of their own: not on accelerators.
-    each_block = "attend_tree" in plan.kernels or not on_accelerator(problem.q)
-    multiply = plan.kernels["gap_moments"].function
-    slope = first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply, each_block)
-    return found._replace(slope=slope)
-
-
-def open_pilot(problem: Problem, plan: Plan, prepared: PreparedTree) -> tuple[Calibration, Array, Array]:
-    """Find the threshold at which lists are as long as the budget in the mean; return it, and the pilot's lists.
-
-    Returns
-    -------
-    calibration
-        Without first-order matrices.
-    key_index, share
-        (G, C, s) of the pilot's C blocks, as `kdecore.kernels.open_tree` returns them.
-    """
-    xp, pilot, tree, kernels = problem.xp, prepared.pilot, summaries(prepared.keys), plan.kernels
-    assert pilot is not None
-    assert plan.options.budget is not None
-    budget = plan.options.budget - (prepared.own is not None and plan.options.budget > 1)
-    start = first_nodes(budget, tree.nodes, *prepared.seen)
-    most = max(start[2] - start[1], longest_list(kernels, budget, problem.n_k))
-    given = xp, asking(problem, plan, prepared, pilot), tree
-    threshold = kernels["pick_threshold"].function(*given, budget, max(WIDEST * budget, FEWEST_NODES), start)
-    key_index, _, share, _ = kernels["open_tree"].function(*given, threshold, most, start)
-    return Calibration(threshold, most, start), key_index, share
-
-
 def temporary_bytes(
     problem: Problem, options: Treecode, cuts: tuple[Step, ...], kernels: dict[str, Choice], threads: int
 ) -> int:
@@ -321,12 +271,6 @@ def temporary_bytes(
         # A tile's keys, values and logits; results in the order of blocks and of queries, and where each query is.
         total += size * (8 * TILE_ELEMENTS + 2 * slots * max(d, d_v) + 3 * rows_q * (d_v + 1)) + 6 * 8 * rows_q
     return total
-
-
-def longest_list(kernels: dict[str, Choice], budget: int, n_k: int) -> int:
-    """Return how long a list of the treecode may be."""
-    every = kernels["open_tree"].computed_by == "numba-cuda"
-    return min(n_k, (LONGEST_EVALUATED if every else LONGEST) * budget)
 
 
 def _pilot_bytes(problem: Problem, options: Treecode, cuts: tuple[Step, ...], kernels: dict[str, Choice], size: int) -> int:
