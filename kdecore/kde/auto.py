@@ -1,7 +1,7 @@
-"""`primitive="auto"`: a few queries are evaluated exactly, and each primitive's cost is worked out from their terms.
+"""`primitive="auto"`: a few queries are evaluated exactly, and the cost of others is worked out from their terms.
 
 First as if its search and its bounds were perfect. What could win even so is set up, and its cost worked out again with its
-own bounds and its own near points.
+own bounds and its own near points. Hashing is the theory's primitive, and wins nowhere (docs/kde.md): ask for it by name.
 """
 
 import math
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kdecore.arrays.namespace import Array
-from kdecore.kde.hashing_based import DENSITY_STEP, FIRST_DRAWS, FIRST_TABLES
 from kdecore.kde.levels import Outcome
 from kdecore.kde.moments import lifted_points, lifted_queries, log_first, logit_moments
 from kdecore.kde.neighbours import PROBES, Neighbours
@@ -20,14 +19,12 @@ from kdecore.kde.uniform import Uniform, draws_at, draws_needed
 
 EXACT_COST = (2.6, 0.03)
 """Nanoseconds of one exact kernel evaluation, and more for each dimension (bench/kde_time.py, NumPy float32)."""
-EVALUATION_COST = {"uniform": 1.3, "neighbours": 3.0, "hbe": 40.0}
+EVALUATION_COST = {"uniform": 1.3, "neighbours": 3.0}
 """Nanoseconds that one kernel evaluation takes beyond an exact one."""
 SETUP_COST = {"uniform": (800.0, 6.0), "neighbours": (1000.0, 8.0)}
 """Nanoseconds to set up, for each point, and more for each dimension."""
 CALL_COST = {"uniform": 2e6, "neighbours": 2e6}
 """Nanoseconds whatever the size."""
-TABLE_COST = 500.0
-"""Nanoseconds to hash and sort one point for one table."""
 LEAST_WORK = 2**23
 """Kernel evaluations below which nothing but exact is looked at."""
 PILOT = (8, 32, 256)
@@ -94,40 +91,36 @@ def choose(form: GaussianForm, accuracy: Accuracy, order: Array, make: Callable[
     size = max(PILOT[0], min(PILOT[1], m // PILOT[2]))
     pilot = order[:size]
     logits = xp.take(lifted_queries(form), pilot, axis=0) @ xp.matrix_transpose(lifted_points(form))
-    outcome, log_density = _answers(form, pilot, logits)
+    outcome = _answers(form, pilot, logits)
     ordered = xp.sort(xp.exp(logits - xp.max(logits, axis=1, keepdims=True)), axis=1, descending=True, stable=False)
     hopes = {
         "uniform": setup["uniform"] + unit["uniform"] * _hope(form, accuracy, ordered, 0),
         "neighbours": setup["neighbours"] + unit["neighbours"] * (near + lists + _hope(form, accuracy, ordered, near)),
-        "hbe": _hashing_cost(n, m, log_density, exact, unit["hbe"]),
     }
     best: Primitive | None = None
     best_cost, notes = float(n), []
     for name in sorted(hopes, key=lambda name: hopes[name]):
         hope = hopes[name]
         notes.append(f"{name} at best {hope / n:.2g}")
-        affordable = setup.get(name, 0.0) <= TRY_SHARE * best_cost or hope <= (1.0 - GAIN) * best_cost
+        affordable = setup[name] <= TRY_SHARE * best_cost or hope <= (1.0 - GAIN) * best_cost
         if hope >= best_cost or not affordable:
             continue
         primitive = make(name)
-        cost = hope
-        if isinstance(primitive, Uniform | Neighbours):
-            cost = unit[name] * float(xp.mean(primitive.foresee(pilot, logits)))
-            notes[-1] += f", set up and found {cost / n:.2g}"
+        assert isinstance(primitive, Uniform | Neighbours)
+        cost = unit[name] * float(xp.mean(primitive.foresee(pilot, logits)))
+        notes[-1] += f", set up and found {cost / n:.2g}"
         if cost < best_cost:
             best, best_cost = primitive, cost
     reason = f"auto: cost in exact's, from {size} queries: {'; '.join(notes)}"
     return Choice(best, outcome, order[size:], reason)
 
 
-def _answers(form: GaussianForm, rows: Array, logits: Array) -> tuple[Outcome, float]:
-    """Return the pilot's exact answers, and the median log-density."""
+def _answers(form: GaussianForm, rows: Array, logits: Array) -> Outcome:
+    """Return the pilot's exact answers."""
     xp, n, count = form.xp, form.n, int(rows.shape[0])
     log_sum = log_first(xp, logit_moments(xp, xp.asarray(logits, copy=True), squares=False))
     level = LevelReport("exact", 0, 0.0, n, count, count, float(count) * n)
-    y = xp.take(form.y, rows, axis=0)
-    density = xp.sort(log_sum - 0.5 * xp.sum(y * y, axis=1))[count // 2] - math.log(n)
-    return Outcome((rows,), (log_sum,), rows[:0], (level,)), float(density)
+    return Outcome((rows,), (log_sum,), rows[:0], (level,))
 
 
 def _hope(form: GaussianForm, accuracy: Accuracy, ordered: Array, known: int) -> float:
@@ -138,13 +131,3 @@ def _hope(form: GaussianForm, accuracy: Accuracy, ordered: Array, known: int) ->
     xp = form.xp
     rest = ordered[:, min(known, form.n - 1) :]
     return float(xp.mean(draws_needed(xp, rest, xp.sum(ordered, axis=1), float(rest.shape[1]), rest[:, 0], accuracy)))
-
-
-def _hashing_cost(n: int, m: int, log_density: float, exact: float, unit: float) -> float:
-    """Return the cost of a query by hashing, its levels down to the density, tables shared by all queries."""
-    levels = max(1, math.ceil(-log_density / math.log(DENSITY_STEP)))
-    if levels > math.log(n) / math.log(DENSITY_STEP):
-        return math.inf
-    tables = sum(FIRST_TABLES * DENSITY_STEP ** (0.25 * index) for index in range(levels))
-    draws = sum(FIRST_TABLES * FIRST_DRAWS * DENSITY_STEP ** (0.5 * index) for index in range(levels))
-    return float(tables * TABLE_COST * n / (exact * m) + draws * unit)
