@@ -106,7 +106,10 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
 
 @pytest.mark.parametrize(
     ("method", "most", "diagonal"),
-    [("exact", 25, None), ("sortlsh", 85, None), ("hyper", 75, None), ("treecode", 140, None), ("treecode", 150, 0)],
+    [
+        *(("exact", 25, None), ("sortlsh", 85, None), ("hyper", 75, None), ("treecode", 140, None), ("treecode", 150, 0)),
+        (kdecore.Treecode(ordering="given"), 130, None),
+    ],
 )
 def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method, most, diagonal):
     """References stand for the kernels that a CUDA device would run, and count as so many launches as these have."""

@@ -107,7 +107,7 @@ def test_one_sort_under_restrictions(backend, rng, options):
 
 
 def test_unknown_ordering():
-    with pytest.raises(kdecore.OptionError, match="ordering must be one of auto, sort, tree, got 'hash'"):
+    with pytest.raises(kdecore.OptionError, match="ordering must be one of auto, sort, tree, given, got 'hash'"):
         Treecode(ordering="hash")
 
 

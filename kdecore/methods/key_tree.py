@@ -103,7 +103,10 @@ def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size
     """
     xp, kernels = problem.xp, plan.kernels
     order: Array
-    if "rank_codes" in kernels:
+    if "tree_order" not in kernels and "rank_codes" not in kernels:
+        every = xp.arange(int(coordinates.shape[1]), dtype=xp.int64, device=problem.device)
+        order = xp.broadcast_to(every, tuple(coordinates.shape[:2]))
+    elif "rank_codes" in kernels:
         codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
         order = kernels["bucket_order"].function(xp, codes, CODE_BITS)
     else:

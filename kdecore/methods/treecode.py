@@ -67,8 +67,8 @@ class Treecode(Options):
         at random, which is unbiased in numerator and denominator, and errs more on all data measured.
     ordering
         How rows that are alike come to lie side by side: ``"tree"``, cut in halves level by level; ``"sort"``, by one sort
-        of codes, which errs more and is for GPUs (docs/treecode.md); ``"auto"``, by one sort on accelerators and by a tree
-        on the CPU.
+        of codes, which errs more and is for GPUs (docs/treecode.md); ``"given"``, as they come, for rows whose neighbours
+        are alike, such as patches along a curve; ``"auto"``, by one sort on accelerators and by a tree on the CPU.
     """
 
     name: ClassVar[str] = "treecode"
@@ -86,7 +86,7 @@ class Treecode(Options):
             "balanced_view",
             "project_rows",
             "row_norms",
-            *(("rank_codes", "bucket_order") if self.ordering == "sort" else ("tree_order",)),
+            *{"sort": ("rank_codes", "bucket_order"), "given": ()}.get(self.ordering, ("tree_order",)),
             "node_summaries",
             "pick_threshold",
             "open_tree",
@@ -96,7 +96,7 @@ class Treecode(Options):
 
     def __post_init__(self) -> None:
         set_integers(self, num_slots=1, block_size=1)
-        for name, known in (("far_field", ("mean", "sample")), ("ordering", ("auto", "sort", "tree"))):
+        for name, known in (("far_field", ("mean", "sample")), ("ordering", ("auto", "sort", "tree", "given"))):
             one_of(known, name, getattr(self, name))
 
     @property
@@ -108,7 +108,7 @@ class Treecode(Options):
     @property
     def apart(self) -> bool:
         """Whether a block's queries differ so much that each one's own half variances count (`BlockQueries.apart`)."""
-        return self.ordering == "sort"
+        return self.ordering in ("sort", "given")
 
     def at(self, accelerator: bool, n_q: int = MANY_QUERIES) -> Self:
         """Return these options with what is left open as suits so many queries on an accelerator, or on the CPU."""
