@@ -7,15 +7,14 @@ import numpy as np
 
 from kdecore.arrays.namespace import Array, Namespace, namespace_name, on_accelerator
 
-# A tile of this many logits is 1 MiB in float32: measured best on two cores with 512 KiB of L2 each (bench/NOTES.md).
 TILE_ELEMENTS = 2**18
-
-# Multiplications of one matrix product: of more, NumPy's threads would spin for long afterwards (bench/NOTES.md).
+"""Logits of a tile, 1 MiB in float32: measured best on two cores with 512 KiB of L2 each (bench/NOTES.md)."""
 SMALL_PRODUCT = 2**18
-
+"""Multiplications of one matrix product: of more, NumPy's threads would spin for long afterwards (bench/NOTES.md)."""
 WIDE_ROW = 4096
-
+"""Numbers that rows side by side have where their columns are compared."""
 FEWEST_ROWS = 16
+"""Rows of a product, below which one product of all is taken."""
 
 
 def take_rows(xp: Namespace, rows: Array, index: Array) -> Array:

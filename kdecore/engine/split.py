@@ -9,10 +9,7 @@ from dataclasses import dataclass, replace
 
 from kdecore.arrays.gradients import gradient_mode
 from kdecore.arrays.memory import contiguous, from_host, to_host
-from kdecore.arrays.namespace import (
-    Array,
-    host,
-)
+from kdecore.arrays.namespace import Array, host
 from kdecore.arrays.rows import take_along_rows
 from kdecore.core.chunks import Span
 from kdecore.core.key_ranges import KeyRanges, Mask, as_intervals, both, hides, sliding

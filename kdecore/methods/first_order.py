@@ -13,6 +13,9 @@ from kdecore.kernels.node_summaries.contract import TreeNodes
 
 DAMPING = 0.85
 """Of the term, since nodes open along the directions that matter most, which leaves less of them within (bench/NOTES.md)."""
+ALL_DRAWS, DRAWS, FEWEST_DRAWS = 2**15, 512, 64
+"""Keys that the matrices of all blocks are measured with, and of one block, at most and at least: chunks of causal
+attention have a pilot each."""
 
 
 def first_order(
@@ -57,11 +60,6 @@ def certain(xp: Namespace, matrices: Array, chances: Array) -> Array:
     """Return what of matrices (…, d, d_v) is more than chance, the expected sum of its squares (> 0), leaves."""
     signal = xp.sum(matrices * matrices, axis=(-2, -1), keepdims=True)
     return matrices * (1.0 - chances / xp.maximum(signal, chances))
-
-
-ALL_DRAWS, DRAWS, FEWEST_DRAWS = 2**15, 512, 64
-"""Keys that the matrices of all blocks are measured with, and of one block, at most and at least: chunks of causal
-attention have a pilot each."""
 
 
 def key_draws(blocks: int) -> int:

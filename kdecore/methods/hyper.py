@@ -29,14 +29,7 @@ class Hyper(SortLSH):
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels that the method needs."""
-        return (
-            "hash_codes",
-            "bucket_order",
-            "bucket_windows",
-            "draw_uniform",
-            "draw_indices",
-            "attend_blocks",
-        )
+        return ("hash_codes", "bucket_order", "bucket_windows", "draw_uniform", "draw_indices", "attend_blocks")
 
 
 def select(problem: Problem, plan: Plan) -> Selection:

@@ -31,6 +31,17 @@ from kdecore.methods.choices import item_bytes
 from kdecore.methods.levels import Step
 from kdecore.methods.memory import lists_bytes
 
+KEYS_STREAM, COLUMNS_STREAM = 2, 3
+"""Random streams of the sampled keys, and of the columns that ‖A‖ is estimated from."""
+DELTA = 0.01
+"""Probability, for each query, that the density estimates may miss their accuracy."""
+COLUMN_ACCURACY = 1 / 3
+"""Relative accuracy of the column norms: the sampling bound loses only a constant factor by it."""
+COLUMN_SEED = 0x9E3779B97F4A7C15
+"""Added to the seed for the column norms, so that both density estimates use numbers of their own."""
+NORM_COLUMNS = 512
+"""Columns sampled to estimate ‖A‖."""
+
 
 @dataclass(frozen=True)
 class KDEformer(Options):
@@ -65,11 +76,7 @@ class KDEformer(Options):
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels that the method needs."""
-        return (
-            "row_norms",
-            "attend_blocks",
-            "attend_dense",
-        )
+        return ("row_norms", "attend_blocks", "attend_dense")
 
     def __post_init__(self) -> None:
         set_integers(self, num_samples=1)
@@ -109,18 +116,6 @@ class KDEformer(Options):
     def needs_operator_norm(self) -> bool:
         """Whether ‖A‖ has to be estimated."""
         return self.num_samples is None or self.probabilities == "paper"
-
-
-KEYS_STREAM, COLUMNS_STREAM = 2, 3
-"""Random streams of the sampled keys, and of the columns that ‖A‖ is estimated from."""
-DELTA = 0.01
-"""Probability, for each query, that the density estimates may miss their accuracy."""
-COLUMN_ACCURACY = 1 / 3
-"""Relative accuracy of the column norms: the sampling bound loses only a constant factor by it."""
-COLUMN_SEED = 0x9E3779B97F4A7C15
-"""Added to the seed for the column norms, so that both density estimates use numbers of their own."""
-NORM_COLUMNS = 512
-"""Columns sampled to estimate ‖A‖."""
 
 
 def select(problem: Problem, plan: Plan) -> Selection:

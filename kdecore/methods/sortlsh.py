@@ -37,10 +37,13 @@ from kdecore.methods.memory import lists_bytes
 DEFAULT_HASHES = 12
 """Hyperplanes: 4,096 buckets, several times the number of blocks up to n = 131,072 (more splits no bucket usefully)."""
 MAX_HASHES = 30
-
-
+"""Codes fit 32-bit integers."""
 SAMPLED_ROWS = 64
 """Queries in a block that has no keys of its own."""
+CHUNK_ROWS = 64
+"""Queries in a block of a chunk, at least: none has its own keys among those chosen from, and small blocks take long."""
+PLANES_STREAM = 0
+"""Random stream of the hyperplanes."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,7 @@ class SortLSH(Options):
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels that the method needs."""
-        return (
-            "row_norms",
-            "hash_codes",
-            "bucket_order",
-            "bucket_windows",
-            "draw_uniform",
-            "draw_indices",
-            "attend_blocks",
-        )
+        return ("row_norms", "hash_codes", "bucket_order", "bucket_windows", "draw_uniform", "draw_indices", "attend_blocks")
 
     def __post_init__(self) -> None:
         set_integers(self, block_size=0, num_samples=1, num_hashes=1)
@@ -123,12 +118,6 @@ class SortLSH(Options):
         if self.block_size is None or self.num_samples is None:
             return None
         return self.block_size + self.num_samples
-
-
-CHUNK_ROWS = 64
-"""Queries in a block of a chunk, at least: none has its own keys among those chosen from, and small blocks take long."""
-PLANES_STREAM = 0
-"""Random stream of the hyperplanes."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ from kdecore.core.selection import Blocks
 from kdecore.methods.base import Plan
 from kdecore.methods.key_tree import KeyTree
 
+PILOT_BLOCKS = 64
+"""Of the treecode: blocks of all groups that the threshold and first-order matrices come from."""
+PILOT_SHARE = 8
+"""The pilot has at most one in so many of a group's blocks."""
+
 
 class Calibration(NamedTuple):
     """What a pilot found.
@@ -146,12 +151,6 @@ def restrict(problem: Problem, prepared: PreparedTree, numbers: Array) -> tuple[
         prepared, coordinates=coordinates, order=queries, blocks=blocks, pilot=None, own=own, calibration=calibration
     )
     return problem.with_queries(queries), some_only, rows
-
-
-PILOT_BLOCKS = 64
-"""Of the treecode: blocks of all groups that the threshold and first-order matrices come from."""
-PILOT_SHARE = 8
-"""The pilot has at most one in so many of a group's blocks."""
 
 
 def pilot_blocks(groups: int, blocks: int) -> int:
