@@ -453,9 +453,9 @@ def test_one_sort_is_exact_at_full_budget(rng):
     np.testing.assert_allclose(attention(q, k, v, method=Treecode(ordering="sort"), budget=400), exact, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("options", "sort", "tree"), [({}, 0.12, 0.06), ({"causal": True}, 0.27, 0.18)], ids=str)
+@pytest.mark.parametrize(("options", "sort", "tree"), [({}, 0.13, 0.07), ({"causal": True}, 0.24, 0.15)], ids=str)
 def test_one_sort_errs_a_fraction_of_sortlsh_where_keys_are_grouped(rng, options, sort, tree):
-    """0.11 of it, and by a tree 0.05; 0.26 and 0.16 where causal."""
+    """0.125 of it, and by a tree 0.067, with 244 of 256 keys; 0.23 and 0.14 where causal."""
     errors = {"tree": 0.0, "sort": 0.0, "sortlsh": 0.0}
     methods = [*(Treecode(block_size=16, ordering=x) for x in ("tree", "sort")), "sortlsh"]
     for _ in range(3):
@@ -530,3 +530,14 @@ def test_a_given_order_needs_no_kernel(rng):
     assert not {"tree_order", "rank_codes", "bucket_order"} & report.kernels.keys()
     exact = attention(q, k, v, method="exact")
     np.testing.assert_allclose(attention(q, k, v, method=Treecode(ordering="given"), budget=400), exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("options", "off"), [({}, 0.25), ({"causal": True}, 0.03), ({"window": 900}, 0.03)], ids=str)
+def test_the_budget_is_the_mean_of_few_blocks_too(options, off):
+    """Of 63 blocks, whose lists differ in length: 0.98 to 1.24, 1.00 and 1.00 times the budget."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        k, v = words_like(rng, 4000), rng.standard_normal((4000, 5))
+        call = {"method": "treecode", "budget": 200, "scale": 0.1, "return_report": True, "certificate": 0.0}
+        _, report = attention(k, k, v, **call, **options)
+        assert abs(report.keys_per_query / 200 - 1.0) < off

@@ -15,8 +15,9 @@ from kdecore.methods.key_tree import KeyTree
 
 PILOT_BLOCKS = 64
 """Of the treecode: blocks of all groups that the threshold and first-order matrices come from."""
-PILOT_SHARE = 8
-"""The pilot has at most one in so many of a group's blocks."""
+PILOT_SHARE, FEWEST_PILOT_BLOCKS = 8, 16
+"""The pilot has at most one in so many of a group's blocks, or so many of all groups: lists differ in length, and the mean
+of few says little."""
 
 
 class Calibration(NamedTuple):
@@ -155,4 +156,5 @@ def restrict(problem: Problem, prepared: PreparedTree, numbers: Array) -> tuple[
 
 def pilot_blocks(groups: int, blocks: int) -> int:
     """Return how many of the blocks of each group are the treecode's pilot."""
-    return max(1, min(PILOT_BLOCKS // groups, -(-blocks // PILOT_SHARE)))
+    share = max(-(-blocks // PILOT_SHARE), -(-FEWEST_PILOT_BLOCKS // groups))
+    return max(1, min(PILOT_BLOCKS // groups, share, blocks))
