@@ -1,5 +1,6 @@
 """`rtol=`: what is tried, that it is kept, and that exact is the last resort."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -12,10 +13,13 @@ from kdecore import Certificate, Exact, KDEformer, OptionError, SortLSH, Treecod
 from kdecore.accuracy.metrics import errors
 from kdecore.accuracy.search import FURTHER, MOST_REFUSED, THINNED_SHARE
 from kdecore.accuracy.trial import Trial, thinned
+from kdecore.api.run import find
 from kdecore.arrays.namespace import host
 from kdecore.core.key_ranges import sliding
 from kdecore.core.problem import canonicalise
 from kdecore.engine.attend import attend
+from kdecore.engine.restrictions import check_restrictions
+from kdecore.engine.split import subproblems
 from kdecore.methods import METHODS
 from kdecore.methods.base import expected_cost
 from kdecore.methods.plan import make_plan
@@ -257,3 +261,19 @@ def test_the_upper_limit_decides(rng, monkeypatch):
     assert "certified" in {one.step for one in report.rounds}
     _, report = kdecore.attention(*arrays, rtol=0.31, return_report=True)
     assert report.method != "exact"
+
+
+def test_samples_of_different_lengths_draw_different_numbers(rng):
+    """Each is searched by itself: the first as if there were no others."""
+    problem = canonicalise(*clustered(rng, 3, 400, 8))
+    lengths = np.array([400, 390, 380])
+    restrictions = check_restrictions(problem, False, None, None, lengths, None, problem.q)
+    settings = {"seed": 5, "kernels": "auto", "threads": 1}
+    found = [
+        result
+        for one in subproblems(problem, restrictions)
+        for result in find(one, settings, SortLSH(), 0.3, "frobenius", math.inf)
+    ]
+    assert [result.subproblem.groups for result in found] == [(0,), (1,), (2,)]
+    assert [result.plan.piece for result in found] == [(), (1, 0), (2, 0)]
+    assert len({result.plan.draw_seed for result in found}) == 3

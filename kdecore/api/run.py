@@ -87,9 +87,7 @@ def run(
     problem = subproblem.problem
     assert problem is not None
     plan = plan_for(problem, limit=limit - held)
-    # Other groups and queries of a call draw other numbers.
-    place = (subproblem.groups[0] if subproblem.groups else 0, subproblem.queries[0])
-    plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=() if place == (0, 0) else place)
+    plan = replace(plan, temporary_bytes=plan.temporary_bytes + held, piece=piece_of(subproblem))
     if plan.temporary_bytes <= limit:
         slots: list[Slots] = []
         part = evaluate(problem, plan, slots.append if count else None)
@@ -102,6 +100,12 @@ def run(
         held = 3 * item_bytes(problem) * problem.groups * problem.n_q * (problem.d_v + 1)
     for half in in_halves(subproblem):
         yield from run(half, plan_for, limit, count=count, held=held)
+
+
+def piece_of(subproblem: Subproblem) -> tuple[int, ...]:
+    """Return the path that tells a subproblem from others of a call, which draw other numbers; () for the first."""
+    place = (subproblem.groups[0] if subproblem.groups else 0, subproblem.queries[0])
+    return () if place == (0, 0) else place
 
 
 def run_all(problem: Problem, restrictions: Restrictions, options: Options, settings: dict[str, Any]) -> AttentionState:
@@ -125,7 +129,10 @@ def find(
     In parts where even exact attention would take more, each of which keeps the tolerance.
     """
     assert subproblem.problem is not None
-    plan_for: Callable[..., Plan] = partial(make_plan, **settings)
+
+    def plan_for(problem: Problem, **options: Any) -> Plan:
+        return replace(make_plan(problem, **options, **settings), piece=piece_of(subproblem))
+
     exact = plan_for(subproblem.problem, method=Exact())
     if exact.temporary_bytes <= limit:
         found = search(subproblem.problem, plan_for, exact, tried, rtol, norm, limit)
