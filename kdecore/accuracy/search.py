@@ -209,38 +209,38 @@ def try_budgets(
     whole = Trial(problem, plan_for, options, 1)
     stride = stride_of(problem, options)
     share = WHOLE_SHARE if stride == 1 else THINNED_SHARE
-    ground = whole if stride == 1 else Trial(thinned(problem.without_gradient(), stride), plan_for, options, stride)
+    trial = whole if stride == 1 else Trial(thinned(problem.without_gradient(), stride), plan_for, options, stride)
     kind, decay = "pilot", priors.decay
     wanted = foretold(priors.first_budget, max(1.0, priors.easy_error / rtol), decay)
     # No more than a quarter of thinned keys: of so many the error says little.
-    quarter = most = ground.problem.n_k // (4 * BUDGET_STEP) * BUDGET_STEP
+    quarter = most = trial.problem.n_k // (4 * BUDGET_STEP) * BUDGET_STEP
     while 4 * wanted <= problem.n_k:
-        budget = wanted if ground is whole else min(wanted, most)
-        step = ground.step(budget, kind)
-        left = ground.left(budget) if ground is whole else expected_cost(problem, options.resolve(wanted)).total
+        budget = wanted if trial is whole else min(wanted, most)
+        step = trial.step(budget, kind)
+        left = trial.left(budget) if trial is whole else expected_cost(problem, options.resolve(wanted)).total
         pilots = share * (FURTHER if rounds else 1.0)
         dear = spent + step + left > (1.0 + share) * exact or (kind == "pilot" and spent + step > pilots * exact)
         refused = sum(one.step == "certified" for one in rounds)
         if dear or refused == MOST_REFUSED or whole.plan(wanted).temporary_bytes > limit:
             return None
         spent += step
-        found = ground.measure(budget, kind)
+        found = trial.measure(budget, kind)
         error, upper = float(getattr(found, norm)), found.upper(norm)
-        decay = min(decay, observed_decay(budget, error, rounds[-1] if rounds else None, ground.stride))
-        rounds.append(SearchStep(method, budget, kind, found.rows, error, upper, spent / exact, ground.stride))
+        decay = min(decay, observed_decay(budget, error, rounds[-1] if rounds else None, trial.stride))
+        rounds.append(SearchStep(method, budget, kind, found.rows, error, upper, spent / exact, trial.stride))
         if kind == "certified" and upper <= rtol:
             plan = replace(whole.plan(budget), reason=f"rtol {rtol:g}: its {norm} error is certified")
             return SearchResult(plan, *whole.evaluate(budget), found, tuple(rounds))
         excess = upper / rtol
         wanted = foretold(budget, excess, decay)
-        if kind == "certified" or (ground is whole and excess > 1.0):
+        if kind == "certified" or (trial is whole and excess > 1.0):
             wanted = max(wanted, foretold(budget, LEAST_GROWTH, 1.0))
-        elif ground is whole:
+        elif trial is whole:
             kind, wanted = "certified", budget
         else:
             most = min(quarter, FARTHEST * budget)
             if wanted <= FARTHEST * budget or budget == quarter:
-                ground, kind = whole, "certified"
+                trial, kind = whole, "certified"
     return None
 
 

@@ -155,15 +155,15 @@ def of_level(
     for number, queries in enumerate(cut(problem.n_q, 1 << level)):
         seen = problem.visible.rows(slice(*queries))
         some, (first, end) = inner_keys(seen, problem.n_k, level)
-        own = plan.part(level, number)
+        piece = plan.part(level, number)
         if first == end:
             pass
         elif plan.method == "exact" or (budget is not None and end - first <= budget):
             apart.append(every_key(problem, queries, (first, end)))
         elif method is not None and shared and some is not None:
-            chosen.append(method.select(problem, own, prepared(), level, number, some))
+            chosen.append(method.select(problem, piece, prepared(), level, number, some))
         else:
-            apart.append(of_part(problem, own, queries, (first, end)))
+            apart.append(of_part(problem, piece, queries, (first, end)))
         rest = remainder(queries, seen, (first, end))
         if rest.visible.pairs:
             remainders.append(rest)

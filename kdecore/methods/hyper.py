@@ -1,23 +1,14 @@
 """HyperAttention (Han, Jayaram, Karbasi, Mirrokni, Woodruff, Zandieh 2023): sortlsh with uniform sampling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kdecore.core.chunks import Features
 from kdecore.core.problem import Problem
 from kdecore.core.selection import Selection
-from kdecore.methods.base import Chunked, Method, Plan, Stages
-from kdecore.methods.sortlsh import (
-    COST,
-    PRIORS,
-    SortedHashes,
-    SortLSH,
-    block_and_sample,
-    hashed,
-    select_chunk,
-    sort_described,
-    temporary_bytes,
-)
+from kdecore.methods import sortlsh
+from kdecore.methods.base import Chunked, Plan, Stages
+from kdecore.methods.sortlsh import SortedHashes, SortLSH, block_and_sample, hashed, select_chunk, sort_described
 
 
 @dataclass(frozen=True)
@@ -29,7 +20,7 @@ class Hyper(SortLSH):
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels that the method needs."""
-        return ("hash_codes", "bucket_order", "bucket_windows", "draw_uniform", "draw_indices", "attend_blocks")
+        return tuple(name for name in super().kernels if name != "row_norms")
 
 
 def select(problem: Problem, plan: Plan) -> Selection:
@@ -48,12 +39,10 @@ def describe(problem: Problem, plan: Plan) -> Features:
     return hashed(problem, plan, xp.ones((problem.groups, problem.n_k), dtype=xp.float64, device=problem.device))
 
 
-METHOD = Method(
-    Hyper,
-    select,
-    temporary_bytes=temporary_bytes,
-    cost=COST,
+METHOD = replace(
+    sortlsh.METHOD,
+    options=Hyper,
+    select=select,
     stages=Stages(prepare, block_and_sample),
     chunked=Chunked(describe, sort_described, select_chunk, False),
-    priors=PRIORS,
 )

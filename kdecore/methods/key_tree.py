@@ -99,18 +99,18 @@ def deeper(xp: Namespace, nodes: int, dtype: Any, on: NamedDevice) -> Array:
 def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size: int, in_order: int) -> Array:
     """Return the order of a tree over rows, int64 (G, n), whose first levels are as they are.
 
-    A sort of codes (`kdecore.kernels.rank_codes`) cuts all levels at once.
+    A sort of codes (`kdecore.kernels.rank_codes`) cuts all levels at once; without either kernel rows stay as they come.
     """
     xp, kernels = problem.xp, plan.kernels
     order: Array
-    if "tree_order" not in kernels and "rank_codes" not in kernels:
-        every = xp.arange(int(coordinates.shape[1]), dtype=xp.int64, device=problem.device)
-        order = xp.broadcast_to(every, tuple(coordinates.shape[:2]))
+    if "tree_order" in kernels:
+        order = kernels["tree_order"].function(xp, coordinates, leaf_size, in_order)
     elif "rank_codes" in kernels:
         codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
         order = kernels["bucket_order"].function(xp, codes, CODE_BITS)
     else:
-        order = kernels["tree_order"].function(xp, coordinates, leaf_size, in_order)
+        every = xp.arange(int(coordinates.shape[1]), dtype=xp.int64, device=problem.device)
+        order = xp.broadcast_to(every, tuple(coordinates.shape[:2]))
     return order
 
 

@@ -290,15 +290,13 @@ def temporary_bytes(
     return hashed + lists_bytes(problem, options, kernels, threads, options.rows)
 
 
-COST = partial(modelled_cost, CostModel(0.7, 0.0, 75.0, 16_000.0, 0.0, 1e7))
-PRIORS = Priors(("block_size", "num_samples"), first_budget=128, easy_error=0.6, decay=0.5)
-"""Error on a vision transformer (bench/NOTES.md); that of samples falls so by theory."""
 METHOD = Method(
     SortLSH,
     select,
     temporary_bytes=temporary_bytes,
-    cost=COST,
+    cost=partial(modelled_cost, CostModel(0.7, 0.0, 75.0, 16_000.0, 0.0, 1e7)),
     stages=Stages(prepare, block_and_sample),
     chunked=Chunked(describe, sort_described, select_chunk, False),
-    priors=PRIORS,
+    # The error is that on a vision transformer (bench/NOTES.md); that of samples falls so by theory.
+    priors=Priors(("block_size", "num_samples"), first_budget=128, easy_error=0.6, decay=0.5),
 )

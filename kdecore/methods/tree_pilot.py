@@ -24,7 +24,7 @@ LONGEST, LONGEST_EVALUATED = 4, 2
 
 
 def asking(problem: Problem, plan: Plan, prepared: PreparedTree, index: Array) -> BlockQueries:
-    """Return blocks of a problem's queries as kernels take them."""
+    """Return blocks of a problem's queries as kernels take them: taken apart where no tree made them alike."""
     apart = "tree_order" not in plan.kernels
     return BlockQueries(without_gradient(problem.q), problem.scale, prepared.coordinates, index, apart)
 

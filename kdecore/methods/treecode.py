@@ -105,11 +105,6 @@ class Treecode(Options):
         assert self.block_size is not None
         return self.block_size
 
-    @property
-    def apart(self) -> bool:
-        """Whether a block's queries differ so much that each one's own half variances count (`BlockQueries.apart`)."""
-        return self.ordering in ("sort", "given")
-
     def at(self, accelerator: bool, n_q: int = MANY_QUERIES) -> Self:
         """Return these options with what is left open as suits so many queries on an accelerator, or on the CPU."""
         return replace(
@@ -213,11 +208,11 @@ def open_for(problem: Problem, plan: Plan, prepared: PreparedTree) -> Selected:
     sampled = options.far_field == "sample"
     threshold, most, start, slope = prepared.calibration or calibrate(problem, plan, prepared)
     limits = None if slope is None else keys.limits
+    queries = asking(problem, plan, prepared, blocks.index)
     if "attend_tree" in plan.kernels:
         tree, values = summaries(keys)._replace(keys=keys.nodes.keys), keys.nodes.values
-        how = prepared.coordinates, options.apart, tree, values, threshold, most, start
+        how = prepared.coordinates, queries.apart, tree, values, threshold, most, start
         return Opening(blocks, *how, slope, limits, prepared.own)
-    queries = asking(problem, plan, prepared, blocks.index)
     key_index, log_weight, _, _ = plan.kernels["open_tree"].function(xp, queries, summaries(keys), threshold, most, start)
     if sampled:
         return drawn(problem, plan, prepared, key_index, log_weight)

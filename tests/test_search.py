@@ -160,14 +160,14 @@ def test_what_is_tried_is_what_all_queries_get(rng, options):
     arrays = clustered(rng, 2, 1500, 12, dtype=np.float64)
     problem = canonicalise(*arrays)
 
-    ground = Trial(problem, partial(make_plan, seed=2), options, 1)
-    found = ground.measure(96, "certified")
-    sample, plan = ground._samples["certified"], ground.plan(96)
-    _, part = ground.evaluate(96)
+    trial = Trial(problem, partial(make_plan, seed=2), options, 1)
+    found = trial.measure(96, "certified")
+    sample, plan = trial._samples["certified"], trial.plan(96)
+    _, part = trial.evaluate(96)
     exact = kdecore.attention(*arrays, method="exact")
     if METHODS[options.name].staged.restrict is not None:
         stages = METHODS[options.name].staged
-        of_blocks, prepared, _ = stages.restrict(problem, ground.prepared(96), sample.numbers)
+        of_blocks, prepared, _ = stages.restrict(problem, trial.prepared(96), sample.numbers)
         some = attend(of_blocks, plan, stages.select(of_blocks, plan, prepared))
         tried = np.stack([x[place] for x, place in zip(some.out, sample.place, strict=True)])
         distance = np.linalg.norm(part.out[:, None] - tried[:, :, None], axis=-1)
@@ -233,10 +233,10 @@ def test_wrong_arguments(rng, options, message):
 def test_what_is_certified_was_not_in_the_pilot(rng, monkeypatch):
     monkeypatch.setattr("kdecore.accuracy.trial.PILOT_PART", 1)
     problem = canonicalise(*clustered(rng, 1, 3000, 8))
-    ground = Trial(problem, make_plan, Treecode(), 1)
+    trial = Trial(problem, make_plan, Treecode(), 1)
     for kind in ("pilot", "certified"):
-        ground.measure(96, kind)
-    pilot, certified = (ground._samples[kind].exact for kind in ("pilot", "certified"))
+        trial.measure(96, kind)
+    pilot, certified = (trial._samples[kind].exact for kind in ("pilot", "certified"))
     assert pilot.shape == certified.shape
     assert np.mean(np.all(pilot == certified, axis=-1)) < 0.2
 
@@ -244,12 +244,12 @@ def test_what_is_certified_was_not_in_the_pilot(rng, monkeypatch):
 def test_every_budget_has_its_own_threshold(rng):
     """What a budget needs is kept for the result, and for no other budget."""
     problem = canonicalise(*clustered(rng, 1, 3000, 8))
-    ground, fresh = (Trial(problem, make_plan, Treecode(), 1) for _ in range(2))
-    few = ground.measure(64, "certified")
-    many = ground.measure(400, "certified")
+    trial, fresh = (Trial(problem, make_plan, Treecode(), 1) for _ in range(2))
+    few = trial.measure(64, "certified")
+    many = trial.measure(400, "certified")
     assert many == fresh.measure(400, "certified")
     assert many.frobenius < 0.7 * few.frobenius
-    np.testing.assert_array_equal(ground.evaluate(400)[1].out, fresh.evaluate(400)[1].out)
+    np.testing.assert_array_equal(trial.evaluate(400)[1].out, fresh.evaluate(400)[1].out)
 
 
 def test_the_upper_limit_decides(rng, monkeypatch):
