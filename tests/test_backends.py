@@ -40,6 +40,12 @@ def test_where_kdecore_is_not_installed(monkeypatch, nothing_known):
     assert kdecore.attention(*torch.ones(3, 4, 2)).shape == (4, 2)
 
 
+def test_a_backend_can_be_replaced(nothing_known):
+    assert backend_of(torch.ones(2)) is torch_backend.BACKEND
+    register("torch", other := torch_backend.TorchBackend())
+    assert backend_of(torch.ones(2)) is other
+
+
 def test_one_backend_of_a_library(monkeypatch, nothing_known):
     entries(monkeypatch, SimpleNamespace(name="torch", value="a:B"), SimpleNamespace(name="torch", value="c:D"))
     with pytest.raises(kdecore.OptionError, match="one backend for torch is needed, got a:B, c:D"):

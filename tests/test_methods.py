@@ -137,6 +137,7 @@ def test_auto_is_a_method_like_others(rng):
         np.testing.assert_array_equal(
             kdecore.attention(q, k, v, method=auto(), **options), kdecore.attention(q, k, v, **options)
         )
+    assert [auto(30).resolve(x).budget for x in (None, 30)] == [30, 30]
     with pytest.raises(kdecore.OptionError, match="budget must be None or num_keys = 30, got 40"):
         kdecore.attention(q, k, v, method=auto(30), budget=40)
     with pytest.raises(kdecore.OptionError, match="num_keys must be an integer of at least 1, got -5"):

@@ -524,6 +524,15 @@ def test_rows_that_come_in_order_are_left_in_it(backend, rng, options):
     assert errors["mixed", "given"] > 5.0 * errors["mixed", "tree"]
 
 
+@pytest.mark.parametrize(("ordering", "apart"), [("tree", False), ("sort", True), ("given", True)])
+def test_queries_are_taken_apart_where_no_tree_made_them_alike(rng, ordering, apart):
+    problem = canonicalise(*rng.standard_normal((3, 200, 6)))
+    plan = make_plan(problem, method=Treecode(ordering=ordering), budget=50)
+    prepared = treecode.prepare(problem, plan)
+    assert tree_pilot.asking(problem, plan, prepared, prepared.blocks.index).apart is apart
+    assert treecode.open_for(problem, plan, prepared).apart is apart
+
+
 def test_a_given_order_needs_no_kernel(rng):
     q, k, v = rng.standard_normal((3, 400, 6))
     _, report = attention(q, k, v, method=Treecode(ordering="given"), budget=50, return_report=True, certificate=0.0)
