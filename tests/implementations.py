@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kdecore.arrays.namespace import device_name, namespace_name
+from kdecore.core.state import AttentionState
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
 from tests.conftest import BACKENDS
@@ -29,6 +30,8 @@ def run(implementation, backend, *arguments, dtype="float64"):
     """Call an implementation with NumPy arguments on a backend, or skip where it says that it cannot run there."""
 
     def given(argument):
+        if isinstance(argument, AttentionState):
+            return AttentionState(given(argument.out), given(argument.lse))
         if isinstance(argument, tuple) and hasattr(argument, "_fields"):
             return type(argument)(*map(given, argument))
         return backend.array(argument) if isinstance(argument, np.ndarray) else argument

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kdecore.arrays.errors import KernelUnavailable
+from kdecore.core.state import AttentionState
 from kdecore.core.tree import BlockQueries, Tree, node_count
 from kdecore.kernels.runtime import grids
 
@@ -53,6 +54,8 @@ def gradients(triton_backward):
 
 NUMBA = {
     "finite_rows": lambda: (meta(G, N, D),),
+    "spoil_groups": lambda: (meta(G, N), meta(G, N, D), meta(G, N, D_V)),
+    "spoil_rows": lambda: (AttentionState(meta(G, N, D_V), meta(G, N)), meta(G, N, dtype="bool"), meta(1, dtype="bfloat16")),
     "row_norms": lambda: (meta(G, N, D),),
     "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
     "bucket_order": lambda: (meta(G, N, dtype="int16"), 12),

@@ -9,6 +9,7 @@ import pytest
 
 from kdecore.arrays.errors import KernelUnavailable, OptionError
 from kdecore.arrays.namespace import host
+from kdecore.core.state import AttentionState
 from kdecore.core.tree import node_count
 from kdecore.kernels import registry
 from kdecore.kernels.registry import KERNELS, Implementation, choose
@@ -389,6 +390,13 @@ def spoilt_rows(rng, *shape):
     return np.where(rng.random(shape) < 0.05, np.inf, 3.0 + rng.standard_normal(shape))
 
 
+def spoilt_groups(rng, n, dtype):
+    """Return keys of two groups and values, one number of which is not finite."""
+    k, v = (rng.standard_normal((2, n, width)).astype(dtype) for width in (9, 7))
+    v[1, n - 2, 3] = -np.inf
+    return k, v
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("kernel", "implementation"),
@@ -402,6 +410,12 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
         "row_norms": (rng.standard_normal((2, n, 9)).astype(dtype),),
         "hash_codes": (rng.standard_normal((2, n, 9)), rng.standard_normal((9, 13))),
         "finite_rows": (spoilt_rows(rng, 2, n, 9).astype(dtype),),
+        "spoil_groups": (rng.standard_normal((2, n)).astype(dtype), *spoilt_groups(rng, n, dtype)),
+        "spoil_rows": (
+            AttentionState(rng.standard_normal((2, n, 5)).astype(dtype), spoilt_rows(rng, 2, n).astype(dtype)),
+            rng.random((2, n)) < 0.9,
+            rng.standard_normal(3).astype(dtype),
+        ),
         "bucket_order": (rng.integers(0, 700, (2, n)).astype(np.int16), 10),
         "bucket_windows": (*np.sort(rng.integers(0, 90, (2, 2, n)), axis=2).astype(np.int16), 77, 65),
         "draw_indices": (1 + rng.random((2, n)), rng.integers(0, n - 65, (2, 40)), 64, rng.random((2, 40)), 100),
@@ -431,7 +445,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     }[kernel]
     found = run(implementation, backend, *arguments, dtype=dtype)
     reference = KERNELS[kernel][-1].function(host, *arguments)
-    if kernel in ("finite_rows", "hash_codes", "bucket_order", "bucket_windows", "tree_order", "rank_codes"):
+    if kernel in ("finite_rows", "spoil_groups", "hash_codes", "bucket_order", "bucket_windows", "tree_order", "rank_codes"):
         np.testing.assert_array_equal(found, reference)
     elif kernel == "node_summaries":
         for part, expected in zip(found, reference, strict=True):

@@ -231,9 +231,29 @@ def attend_dense(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     return (*(Rows(rng.standard_normal((2, n, columns))) for columns in (d, d, d + 1)), d**-0.5)
 
 
+def spoil_groups(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments, of which two groups of three are spoilt."""
+    rows = [rng.standard_normal((3, n, columns)) for columns in (width(n), 7)]
+    rows[0][1, n // 2, 3], rows[1][2, n - 1, 0] = np.nan, np.inf
+    return Numbers(lse_with_holes(rng, n)), *map(Rows, rows)
+
+
+def spoil_rows(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    out = Numbers(rng.standard_normal((3, n, width(n))))
+    return AttentionState(out, Numbers(lse_with_holes(rng, n))), rng.random((3, n)) < 0.9, Rows(np.zeros(1))
+
+
+def lse_with_holes(rng: np.random.Generator, n: int) -> Array:
+    """Return logarithms of denominators, of queries that see no key among them."""
+    return np.where(rng.random((3, n)) < 0.05, -np.inf, rng.standard_normal((3, n)))
+
+
 ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "finite_rows": rows_alone,
     "row_norms": rows_alone,
+    "spoil_groups": spoil_groups,
+    "spoil_rows": spoil_rows,
     "hash_codes": hash_codes,
     "bucket_order": bucket_order,
     "bucket_windows": bucket_windows,

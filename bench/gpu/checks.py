@@ -30,6 +30,7 @@ ROUNDED_ROWS = {
     "attend_dense": ("out", "lse"),
     "attend_tree": ("out", "lse"),
     "node_summaries": ("keys", "values"),
+    "spoil_rows": ("out",),
 }
 """Results that are as accurate as the dtype that rows are stored in; the others are as accurate as the one computed in."""
 ROUNDED = {"hash_codes": 1e-4, "tree_order": 2e-2, "open_tree": 5e-2, "attend_tree": 5e-2, "draw_indices": 1e-4}

@@ -216,7 +216,7 @@ def attention(
                 results += run(one, plan_for, call.limit, count=return_report, held=held)
             else:
                 results += find(one, settings, tried, float(call.rtol), call.rtol_norm, call.limit)
-        part = spoilt(problem.xp, assembled(problem, results, finite=False), finite)
+        part = spoilt(problem, assembled(problem, results, finite=False), finite, call.kernels, problem.q)
         found, seconds = None, 0.0
         if return_report and call.certificate > 0 and call.rtol is None:
             found, seconds = certify_all(problem, whole, results, float(call.certificate), settings["seed"])

@@ -118,7 +118,8 @@ def run_all(problem: Problem, restrictions: Restrictions, options: Options, sett
             results.append(unseen(problem, one, settings))
         else:
             results += run(one, plan_for, math.inf, count=False)
-    return spoilt(problem.xp, assembled(problem, results, finite=False), finite)
+    part = assembled(problem, results, finite=False)
+    return spoilt(problem, part, finite, settings["kernels"], part.out)
 
 
 def find(

@@ -7,11 +7,12 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
-from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.gradients import outside_inference_mode
+from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
 from kdecore.arrays.rows import first_places, take_along_rows, take_columns, take_rows
 from kdecore.core.tree import Tree
 
@@ -231,9 +232,17 @@ def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     starts = tuple(i * n // count for i in range(count + 1))
     if count * longest == n:
         return Blocks(xp.reshape(order, (-1, count, longest)), starts)
-    # Which ordered query each row holds: the same in every group. On the order's device, so that nothing is copied there.
-    edges = xp.arange(0, (count + 1) * n, n, dtype=xp.int64, device=order.device) // count
-    row = xp.arange(longest, dtype=xp.int64, device=order.device)
-    position = xp.minimum(edges[:-1, None] + row, edges[1:, None] - 1)
-    held = take_columns(xp, order, xp.reshape(position, (-1,)))
+    held = take_columns(xp, order, positions(xp, n, count, named_device(order)))
     return Blocks(xp.reshape(held, (-1, count, longest)), starts)
+
+
+@lru_cache(maxsize=4)
+@outside_inference_mode()
+def positions(xp: Namespace, n: int, count: int, on: NamedDevice) -> Array:
+    """Return which of n ordered queries each row of ``count`` equal blocks holds: int64 (count · ⌈n / count⌉,).
+
+    Made on the device, so that nothing is copied there. The last few are kept, as several steps make them.
+    """
+    edges = xp.arange(0, (count + 1) * n, n, dtype=xp.int64, device=on.device) // count
+    row = xp.arange(-(-n // count), dtype=xp.int64, device=on.device)
+    return xp.reshape(xp.minimum(edges[:-1, None] + row, edges[1:, None] - 1), (-1,))

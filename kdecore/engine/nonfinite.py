@@ -60,12 +60,16 @@ def finite_queries(problem: Problem, target: str) -> tuple[Problem, Array | None
     return replace(problem, q=xp.where(finite[..., None], problem.q, 0.0)), finite
 
 
-def spoilt(xp: Namespace, part: AttentionState, finite: Array | None) -> AttentionState:
-    """Return a result that is NaN for queries (G, n_q) which are not ``finite`` and see a key, and where lse is NaN."""
+def spoilt(problem: Problem, part: AttentionState, finite: Array | None, target: str, like: Array) -> AttentionState:
+    """Return a result that is NaN for queries (G, n_q) which are not ``finite`` and see a key, and where lse is NaN.
+
+    With ``out`` of the dtype of ``like``, but where all queries are known to be finite; by the kernel that ``target`` means.
+    """
     if finite is None:
         return part
-    lse = xp.where(finite | (part.lse == -xp.inf), part.lse, xp.nan)
-    return AttentionState(xp.where(xp.isnan(lse)[..., None], xp.nan, part.out), lse)
+    spoil = choose("spoil_rows", site_of(problem), target).function
+    found: AttentionState = spoil(problem.xp, part, finite, like)
+    return found
 
 
 def spoilt_by_keys(problem: Problem, plan: Plan, part: AttentionState) -> AttentionState:
@@ -75,10 +79,7 @@ def spoilt_by_keys(problem: Problem, plan: Plan, part: AttentionState) -> Attent
     """
     if not on_accelerator(problem.k):
         return part
-    xp = problem.xp
-    k, v = (plan.kernels["finite_rows"].function(xp, x) for x in (problem.k, problem.v))
-    kept = xp.all(k & v, axis=1, keepdims=True) | (part.lse == -xp.inf)
-    return AttentionState(part.out, xp.where(kept, part.lse, xp.nan))
+    return AttentionState(part.out, plan.kernels["spoil_groups"].function(problem.xp, part.lse, problem.k, problem.v))
 
 
 def not_finite_part(problem: Problem) -> AttentionState:

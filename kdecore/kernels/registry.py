@@ -221,6 +221,8 @@ def _implementations(
 
 KERNELS: dict[str, tuple[Implementation, ...]] = {
     "finite_rows": _implementations("finite_rows", others=("numba-cuda",)),
+    "spoil_groups": _implementations("spoil_groups", host=_host_floats, others=("numba-cuda",)),
+    "spoil_rows": _implementations("spoil_rows", host=_host_floats, others=("numba-cuda",)),
     "row_norms": _implementations("row_norms", others=("numba-cuda",)),
     "hash_codes": _implementations("hash_codes", others=("numba-cuda",)),
     "bucket_order": _implementations("bucket_order", slower=_sorted_by_torch, others=("numba-cuda",)),

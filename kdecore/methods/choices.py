@@ -24,7 +24,7 @@ def choices(problem: Problem, options: Options, site: Site, kernels: str) -> dic
     """Choose an implementation of every kernel that options need."""
     needed = dict.fromkeys(options.kernels)
     if on_accelerator(problem.q):
-        needed |= dict.fromkeys(("finite_rows",))
+        needed |= dict.fromkeys(("finite_rows", "spoil_groups", "spoil_rows"))
     restricted = problem.visible is not None or problem.mask is not None
     if restricted:
         needed |= dict.fromkeys(("attend_dense", "attend_blocks"))

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
+from kdecore.arrays.gradients import outside_inference_mode
 from kdecore.arrays.memory import from_host
-from kdecore.arrays.namespace import Array, host
+from kdecore.arrays.namespace import Array, NamedDevice, Namespace, host, named_device
 from kdecore.arrays.rows import invert_permutation, take_along_rows, take_columns
 from kdecore.core.chunks import Span
 from kdecore.core.problem import Problem
@@ -82,9 +84,15 @@ def with_queries(problem: Problem, plan: Plan, prepared: PreparedTree, queries: 
     if prepared.calibration is not None:
         return replace(prepared, own=own)
     groups, count, _ = blocks.index.shape
-    some = pilot_blocks(groups, count)
-    number = xp.arange(count, 2 * some * count, 2 * count, dtype=xp.int64, device=problem.device) // (2 * some)
+    number = evenly_spaced(xp, count, pilot_blocks(groups, count), named_device(blocks.index))
     return replace(prepared, pilot=take_columns(xp, blocks.index, number), own=own)
+
+
+@lru_cache(maxsize=4)
+@outside_inference_mode()
+def evenly_spaced(xp: Namespace, count: int, some: int, on: NamedDevice) -> Array:
+    """Return the numbers, int64 (some,), of so many of ``count`` blocks. The last few are kept."""
+    return xp.arange(count, 2 * some * count, 2 * count, dtype=xp.int64, device=on.device) // (2 * some)
 
 
 def own_on_device(problem: Problem, queries: Span, seen: Span) -> Array | None:

@@ -1,13 +1,18 @@
-"""`finite_rows` and `row_norms` in the simulator, against their references on the same numbers."""
+"""What looks at rows, and what becomes of them, in the simulator: against references on the same numbers."""
 
 import numpy as np
 import pytest
 
 from kdecore.arrays.namespace import host
+from kdecore.core.state import AttentionState
 from kdecore.kernels.finite_rows import cuda as finite_cuda
 from kdecore.kernels.finite_rows import reference as finite_reference
 from kdecore.kernels.row_norms import cuda as norms_cuda
 from kdecore.kernels.row_norms import reference as norms_reference
+from kdecore.kernels.spoil_groups import cuda as groups_cuda
+from kdecore.kernels.spoil_groups import reference as groups_reference
+from kdecore.kernels.spoil_rows import cuda as spoil_cuda
+from kdecore.kernels.spoil_rows import reference as spoil_reference
 from tests.simulated.rows import DTYPES, stored
 from tests.tolerances import assert_close
 
@@ -20,9 +25,9 @@ def rows_with_holes(rng, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 17, 5), (1, 1, 1), (2, 40, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 17, 5), (1, 1, 1), (2, 40, 33), (1, 3, 90), (2, 70, 0)], ids=str)
 def test_finite_rows(rng, shape, dtype):
-    xp, rows, wide = stored(rows_with_holes(rng, shape), dtype)
+    xp, rows, wide = stored(rows_with_holes(rng, shape) if shape[2] else np.zeros(shape), dtype)
     found = finite_cuda.finite_rows(xp, rows)
     np.testing.assert_array_equal(found, finite_reference.finite_rows(host, wide))
 
@@ -42,3 +47,39 @@ def test_row_norms(rng, shape, dtype):
 def test_row_norms_of_groups_of_any_size(rng):
     rows = rng.standard_normal((4, 9, 5)) * np.array([1e-300, 1e300, 0.0, 1.0])[:, None, None]
     assert_close(norms_cuda.row_norms(host, rows), norms_reference.row_norms(host, rows))
+
+
+def logarithms(rng, shape, dtype):
+    """Return logarithms of denominators, of queries that see no key and of spoilt ones among them."""
+    found = rng.standard_normal(shape)
+    found[-1, :3] = -np.inf
+    found[0, 1:2] = np.nan
+    return found.astype("float64" if dtype == "float64" else "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("spoilt", "place", "number"), [("k", 0, np.nan), ("v", -1, -np.inf), ("k", 8, np.inf), ("", 0, 0)])
+def test_spoil_groups(rng, dtype, spoilt, place, number):
+    rows = {"k": rng.standard_normal((3, 9, 7)), "v": rng.standard_normal((3, 9, 5))}
+    if spoilt:
+        rows[spoilt][1, place, -1] = number
+        rows[spoilt][2, place, 0] = number
+    (xp, k, wide_k), (_, v, wide_v) = (stored(x, dtype) for x in rows.values())
+    lse = logarithms(rng, (3, 21), dtype)
+    found = np.asarray(groups_cuda.spoil_groups(xp, xp.asarray(lse), k, v))
+    np.testing.assert_array_equal(found, groups_reference.spoil_groups(host, lse, wide_k, wide_v))
+    assert np.isnan(found[1:]).any() == bool(spoilt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 21, 5), (1, 1, 1), (3, 9, 0), (1, 5, 70)], ids=str)
+def test_spoil_rows_and_round_them(rng, dtype, shape):
+    xp, like, _ = stored(np.zeros(1), dtype)
+    out = np.exp(3.0 * rng.standard_normal(shape)).astype("float64" if dtype == "float64" else "float32")
+    part = AttentionState(xp.asarray(out), xp.asarray(logarithms(rng, shape[:2], dtype)))
+    finite = xp.asarray(rng.random(shape[:2]) < 0.7)
+    found, expected = (one.spoil_rows(xp, part, finite, like) for one in (spoil_cuda, spoil_reference))
+    assert found.out.dtype == like.dtype
+    # Rounded the same, bit by bit.
+    for a, b in ((found.out, expected.out), (found.lse, expected.lse)):
+        np.testing.assert_array_equal(*(np.asarray(x.to(xp.float64) if dtype == "bfloat16" else x) for x in (a, b)))
