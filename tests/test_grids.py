@@ -64,7 +64,9 @@ NUMBA = {
     "draw_indices": lambda: (
         *(meta(G, N, dtype="float64"), meta(G, B, dtype="int64"), 7, meta(G, B, dtype="float64"), COUNT),
     ),
-    "balanced_view": lambda: (meta(G, D, D, dtype="float64"), meta(G, D, D, dtype="float64"), P),
+    "balanced_view": lambda: (*[meta(G, D, D, dtype="float64")] * 2, meta(G, D, dtype="float64"), 0.1, P, meta(G, N, D)),
+    "second_moment": lambda: (meta(G, N, D), 3, True),
+    "shrink_matrices": lambda: (meta(G, B, D, D_V), meta(G, B), True, 0.5),
     "rank_codes": lambda: (meta(G, N, P), 24),
     "node_summaries": tree,
     "open_tree": opening,

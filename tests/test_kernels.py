@@ -20,6 +20,7 @@ from tests import oracles
 from tests.implementations import here, implementations, run
 from tests.tolerances import assert_close
 from tests.trees import assert_same_lists, pass_problem
+from tests.views import arguments as view_arguments
 from tests.views import graded_moments
 
 IMPLEMENTATIONS = [(kernel, found) for kernel, all_found in KERNELS.items() for found in all_found]
@@ -421,8 +422,14 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
         "draw_indices": (1 + rng.random((2, n)), rng.integers(0, n - 65, (2, 40)), 64, rng.random((2, 40)), 100),
         "attend_blocks": (*block_problem(rng, dtype, N=47, b=64, s=190, R_k=n, d=16, d_v=17), 0.2),
         "attend_dense": (*(rng.standard_normal((2, m, 8)).astype(dtype) for m in (400, n, n)), 0.2),
-        "balanced_view": (*graded_moments(rng, 20), 16),
+        "balanced_view": view_arguments(graded_moments(rng, 20), 16, -0.3),
         "second_moment": (spoilt_rows(rng, 2, n, 21).astype(dtype), 2, True),
+        "shrink_matrices": (
+            rng.standard_normal((2, 3, 9, 7)).astype(dtype),
+            (40.0 * rng.random((2, 3))).astype(dtype),
+            True,
+            0.7,
+        ),
         "project_rows": (rng.standard_normal((2, n, 9)).astype(dtype), rng.standard_normal((2, 9, 7)).astype(dtype)),
         "rank_codes": (rng.standard_normal((2, n, 9)).astype(dtype), 20),
         "tree_order": (rng.standard_normal((2, n, 9)), 4),
@@ -459,7 +466,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     elif kernel == "gap_moments":
         for part, expected in zip(found, reference, strict=True):
             assert_close(part, expected, dtype=dtype, ulps=512)
-    elif kernel in ("row_norms", "project_rows", "pick_threshold"):
+    elif kernel in ("row_norms", "project_rows", "shrink_matrices", "pick_threshold"):
         in_double = kernel == "row_norms" and implementation.target != "numba-cuda"
         assert_close(found, reference, dtype="float64" if in_double else dtype)
     elif kernel == "balanced_view":

@@ -16,6 +16,7 @@ from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.registry import KERNELS
+from kdecore.kernels.shrink_matrices.reference import shrink_matrices
 from kdecore.methods.first_order import DAMPING, first_order
 from kdecore.methods.treecode import Treecode
 from tests import oracles
@@ -249,7 +250,7 @@ def flat_tree(rng, n, v):
 def test_the_matrix_is_the_map_from_keys_to_values(rng):
     """Values linear in the keys: a node of unit spread gains Cov(v, k) q, the map over d where keys are isotropic."""
     linear = rng.standard_normal((6, 3))
-    found = first_order(host, *flat_tree(rng, 4096, lambda k: k @ linear), gap_moments)
+    found = first_order(host, *flat_tree(rng, 4096, lambda k: k @ linear), gap_moments, shrink_matrices)
     assert found.shape == (1, 1, 6, 3)
     # 512 keys drawn: their covariance is off by some √(1/512) of its size.
     np.testing.assert_allclose(found[0, 0], DAMPING * linear / 6, atol=0.25 * np.abs(linear).max() / 6)
@@ -258,7 +259,7 @@ def test_the_matrix_is_the_map_from_keys_to_values(rng):
 def test_no_matrix_is_read_from_chance(rng):
     """Values that have nothing to do with the keys: what 512 keys show is chance, most of it dropped."""
     norms = [
-        np.linalg.norm(first_order(host, *flat_tree(rng, 4096, v), gap_moments))
+        np.linalg.norm(first_order(host, *flat_tree(rng, 4096, v), gap_moments, shrink_matrices))
         for v in (lambda k: rng.standard_normal((1, k.shape[1], 6)), lambda k: k @ np.eye(6))
     ]
     # Chance alone would leave √(36 / 512) against √6 / 6 times 6: 0.26 of 2.4.

@@ -14,6 +14,7 @@ from kdecore.engine.attend import attend
 from kdecore.kernels import registry
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.second_moment.reference import second_moment
+from kdecore.kernels.shrink_matrices.reference import shrink_matrices
 from kdecore.methods import METHODS as ALL
 from kdecore.methods import key_tree, tree_pilot, treecode
 from kdecore.methods.first_order import first_order
@@ -66,7 +67,7 @@ def test_gradcheck_with_what_was_chosen_held_fixed(listed, options):
         found, selection = replace(problem, q=q, k=k, v=v), chosen
         if chosen.keys is not None:
             tree = key_tree.grow(found, plan, view, coordinates, sizes, moment)
-            slope = first_order(problem.xp, tree.nodes, key_index, share, gap_moments)
+            slope = first_order(problem.xp, tree.nodes, key_index, share, gap_moments, shrink_matrices)
             selection = replace(chosen, keys=tree.nodes.keys, values=tree.nodes.values, slope=slope)
         part = attend(found, plan, selection)
         return part.out, part.lse

@@ -133,7 +133,7 @@ def build_tree(dtype: torch.dtype, d: int, d_v: int) -> None:
     k, v = torch.zeros(groups, n, d, dtype=dtype), torch.zeros(groups, n, d_v, dtype=dtype)
     coordinates, norms, order = torch.zeros(groups, n, p), torch.zeros(groups, n), torch.zeros(groups, n, dtype=torch.int64)
     for width in (p, d_v):
-        project.project_rows(torch, k, torch.zeros(groups, d, width))
+        project.project_rows(torch, k, torch.zeros(groups, d, width), torch.zeros(groups, 1, width))
     codes.rank_codes(torch, coordinates, 24)
     nodes = summaries.node_summaries(torch, k, v, coordinates, norms, order, 4, torch.zeros(groups))
     tree = sizes.Tree(nodes.keys, nodes.spread, nodes.variances, nodes.sizes)

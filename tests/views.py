@@ -6,6 +6,13 @@ from kdecore.arrays.namespace import host
 from kdecore.kernels.balanced_view.reference import with_ridge
 
 
+def arguments(given, p, scale=1.0):
+    """Return what `balanced_view` takes beside the namespace, of two moments (G, d, d) and a mean key."""
+    groups, d, _ = given[0].shape
+    centre = np.sin(np.arange(groups * d, dtype=np.float64)).reshape(groups, d)
+    return *given, centre, scale, p, centre[:, None, :]
+
+
 def moments(rows):
     """Return the second moments of rows (…, n, d)."""
     return np.swapaxes(rows, -1, -2) @ rows / rows.shape[-2]

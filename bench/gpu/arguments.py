@@ -140,7 +140,7 @@ def balanced_view(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     d = width(n)
     rows = rng.standard_normal((2, 3, 8 * d, d)) * np.geomspace(1.0, 0.1, d)
     queries, keys = np.swapaxes(rows, 2, 3) @ rows / (8 * d)
-    return 0.1 * queries, keys, 16
+    return queries, keys, rng.standard_normal((3, d)), 0.3, 16, Rows(np.zeros(1))
 
 
 def second_moment(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -231,6 +231,12 @@ def attend_dense(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     return (*(Rows(rng.standard_normal((2, n, columns))) for columns in (d, d, d + 1)), d**-0.5)
 
 
+def shrink_matrices(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments: of some matrices chance makes more than there is."""
+    shape = (3, 5, width(n), width(n) + 1)
+    return Numbers(rng.standard_normal(shape)), Numbers(rng.random((3, 5)) * 1.2 * shape[2] * shape[3]), True, 0.85
+
+
 def spoil_groups(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments, of which two groups of three are spoilt."""
     rows = [rng.standard_normal((3, n, columns)) for columns in (width(n), 7)]
@@ -261,6 +267,7 @@ ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "draw_indices": draw_indices,
     "balanced_view": balanced_view,
     "second_moment": second_moment,
+    "shrink_matrices": shrink_matrices,
     "project_rows": project_rows,
     "rank_codes": rank_codes,
     "tree_order": tree_order,

@@ -230,7 +230,7 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "draw_uniform": _implementations("draw_uniform", others=("numba-cuda",)),
     "draw_indices": _implementations("draw_indices", others=("numba-cuda",)),
     "balanced_view": _implementations("balanced_view", others=("numba-cuda",)),
-    "second_moment": _implementations("second_moment"),
+    "second_moment": _implementations("second_moment", others=("numba-cuda",)),
     "project_rows": _implementations("project_rows", host=_host_floats, others=("triton",)),
     "rank_codes": _implementations("rank_codes", others=("triton", "numba-cuda")),
     "tree_order": _implementations("tree_order"),
@@ -240,6 +240,7 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "pick_threshold": _implementations("pick_threshold", others=("triton", "numba-cuda")),
     "open_tree": _implementations("open_tree", others=("triton", "numba-cuda")),
     "gap_moments": _implementations("gap_moments", host=_host_floats, others=("triton", "torch-autograd")),
+    "shrink_matrices": _implementations("shrink_matrices", host=_host_floats, others=("numba-cuda",)),
     "attend_tree": _implementations(
         "attend_tree", host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
     ),

@@ -19,7 +19,13 @@ attention have a pilot each."""
 
 
 def first_order(
-    xp: Namespace, nodes: TreeNodes, key_index: Array, share: Array, multiply: Callable[..., Any], each_block: bool = True
+    xp: Namespace,
+    nodes: TreeNodes,
+    key_index: Array,
+    share: Array,
+    multiply: Callable[..., Any],
+    shrink: Callable[..., Array],
+    each_block: bool = True,
 ) -> Array:
     """Return for each of C blocks `DAMPING` times what the mean value of a node of unit spread gains for a unit of a query.
 
@@ -35,8 +41,8 @@ def first_order(
         Summaries of the tree, and the keys and values in its order.
     key_index, share
         (G, C, s), as `kdecore.kernels.open_tree` returns them.
-    multiply
-        The kernel `gap_moments`.
+    multiply, shrink
+        The kernels `gap_moments` and `shrink_matrices`.
     each_block
         Whether each block has a matrix of its own, or what they have in common is that of all.
 
@@ -48,18 +54,8 @@ def first_order(
     groups, blocks, _ = key_index.shape
     draws = key_draws(groups * blocks)
     matrices, chances = multiply(xp, nodes.keys, nodes.values, key_index, share, int(nodes.spread.shape[1]), draws)
-    # Neither 0, nor a mean of them, nor infinite: all of a matrix of nothing is nothing.
-    numbers = xp.finfo(chances.dtype)
-    chances = xp.clip(chances[..., None, None], 2.0**20 * float(numbers.smallest_normal), float(numbers.max))
-    of_common = xp.mean(chances, axis=1, keepdims=True) / blocks
-    common = certain(xp, xp.mean(matrices, axis=1, keepdims=True), of_common)
-    return DAMPING * (common + certain(xp, matrices - common, chances) if each_block else common)
-
-
-def certain(xp: Namespace, matrices: Array, chances: Array) -> Array:
-    """Return what of matrices (…, d, d_v) is more than chance, the expected sum of its squares (> 0), leaves."""
-    signal = xp.sum(matrices * matrices, axis=(-2, -1), keepdims=True)
-    return matrices * (1.0 - chances / xp.maximum(signal, chances))
+    found: Array = shrink(xp, matrices, chances, each_block, DAMPING)
+    return found
 
 
 def key_draws(blocks: int) -> int:

@@ -9,9 +9,10 @@ from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
 from kdecore.arrays.rows import column_ranges
 from kdecore.core.problem import Problem
 from kdecore.core.tree import Tree
+from kdecore.kernels.balanced_view.contract import View
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.methods.base import Plan
-from kdecore.methods.view import LEAF_SIZE, View, balanced_view, unseen_share
+from kdecore.methods.view import LEAF_SIZE, balanced_view, unseen_share
 
 DEEPER = 0.15
 """An error of a level counts so many octaves more than one of the level above: nodes of fewer keys take fewer slots until
@@ -64,7 +65,7 @@ def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, A
     xp, kernels = problem.xp, plan.kernels
     k, v = without_gradient(problem.k), without_gradient(problem.v)
     view = balanced_view(problem, plan, moment)
-    coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
+    coordinates = kernels["project_rows"].function(xp, k, view.keys, view.centre)
     norms = kernels["row_norms"].function(xp, v)
     top = xp.max(norms, axis=1, keepdims=True)
     return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), problem.dtype, copy=False)

@@ -48,8 +48,8 @@ def calibrate(problem: Problem, plan: Plan, prepared: PreparedTree) -> Calibrati
         return found
     # From lists, queries would have to be gathered in the order of blocks for matrices of their own: not on accelerators.
     each_block = "attend_tree" in plan.kernels or not on_accelerator(problem.q)
-    multiply = plan.kernels["gap_moments"].function
-    slope = first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply, each_block)
+    multiply, shrink = (plan.kernels[name].function for name in ("gap_moments", "shrink_matrices"))
+    slope = first_order(problem.xp, prepared.keys.nodes, key_index, share, multiply, shrink, each_block)
     return found._replace(slope=slope)
 
 

@@ -90,7 +90,7 @@ class Treecode(Options):
             "node_summaries",
             "pick_threshold",
             "open_tree",
-            *(("gap_moments", "attend_tree") if self.far_field == "mean" else ("draw_uniform",)),
+            *(("gap_moments", "shrink_matrices", "attend_tree") if self.far_field == "mean" else ("draw_uniform",)),
             "attend_blocks",
         )
 
@@ -159,7 +159,7 @@ def describe(problem: Problem, plan: Plan) -> Features:
 def prepare_in_order(problem: Problem, plan: Plan, level: int, described: Features) -> PreparedTree:
     """Build trees that have the 2**level equal chunks of keys, and of queries, as nodes."""
     (of_queries,), (coordinates, sizes), (half_norm, queries, moment) = described.queries, described.keys, described.groups
-    view = replace(described.shared, half_norm=half_norm, queries=queries)
+    view = described.shared._replace(half_norm=half_norm, queries=queries)
     keys = grow(problem, plan, view, coordinates, sizes, moment, level)
     order = order_queries(problem, plan, of_queries, level)
     # Chunks have blocks, pilots and own keys of their own.

@@ -1,13 +1,13 @@
 """How queries and keys see each other: in few coordinates whose products add up to nearly the whole logit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kdecore.arrays.gradients import without_gradient
 from kdecore.arrays.namespace import Array, Namespace
 from kdecore.arrays.rows import take_columns
 from kdecore.core.problem import Problem
 from kdecore.core.tree import depth, node_count
+from kdecore.kernels.balanced_view.contract import View
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import ALONG
 from kdecore.methods.base import Plan
@@ -21,26 +21,6 @@ LEAF_ROWS, FEWEST_LEAF_ROWS = 8192, 64
 one: chunks of causal attention are many groups."""
 MOMENT_ROWS = 1024
 """Rows, evenly spaced, that moments are taken from, at least."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Coordinates of queries and keys.
-
-    Attributes
-    ----------
-    queries, keys
-        (G, d, p): what turns queries and keys into coordinates.
-    centre
-        (G, 1, p): coordinates of the mean key.
-    half_norm
-        (G,): mean ‖scale q‖² / 2d, by which a spread becomes half the variance of a query's logits.
-    """
-
-    queries: Array
-    keys: Array
-    centre: Array
-    half_norm: Array
 
 
 def query_moment(xp: Namespace, q: Array, measure: Callable[..., tuple[Array, Array]]) -> Array:
@@ -65,15 +45,10 @@ def balanced_view(problem: Problem, plan: Plan, moment: Array) -> View:
     a fixed start, and balanced within their span (`kdecore.kernels.balanced_view`). Other scalings err more
     (bench/NOTES.md). O(G (d² p + `MOMENT_ROWS` · d²)).
     """
-    xp, dtype, scale, d = problem.xp, problem.dtype, problem.scale, int(problem.k.shape[2])
-    keys, kernels = without_gradient(problem.k), plan.kernels
-    of_scaled = moment * scale**2
-    half_norm = xp.astype(xp.linalg.trace(of_scaled) * (0.5 / d), dtype)
-    of_centred, centre = kernels["second_moment"].function(xp, keys, spacing(keys), True)
-    queries, of_keys = kernels["balanced_view"].function(xp, of_scaled, of_centred, min(DIRECTIONS, d))
-    of_keys = xp.astype(of_keys, dtype)
-    of_centre = kernels["project_rows"].function(xp, xp.astype(centre[:, None, :], dtype), of_keys)
-    return View(xp.astype(queries * scale, dtype), of_keys, of_centre, half_norm)
+    keys, kernels, p = without_gradient(problem.k), plan.kernels, min(DIRECTIONS, problem.d)
+    of_centred, centre = kernels["second_moment"].function(problem.xp, keys, spacing(keys), True)
+    found: View = kernels["balanced_view"].function(problem.xp, moment, of_centred, centre, problem.scale, p, keys)
+    return found
 
 
 def unseen_share(problem: Problem, view: View, moment: Array, nodes: TreeNodes, project: Callable[..., Array]) -> Array:

@@ -180,10 +180,11 @@ def test_variances_that_overflow_deal_bits(rng, small_samples):
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize(("d", "p"), [(1, 1), (19, 16), (64, 16), (65, 65), (130, 70)])
 def test_project_rows(rng, dtype, n, d, p):
-    (x,), (matrix,) = rows(rng, dtype, (2, n, d)), rows(rng, "float32", (2, d, p))
+    (x,), (matrix, less) = rows(rng, dtype, (2, n, d)), rows(rng, "float32", (2, d, p), (2, 1, p))
     x[0, n // 2, d // 2] = torch.nan
-    found = project.project_rows(xp, x, matrix)
-    truth = project_reference.project_rows(xp, x.double(), matrix.double())
+    less = less if p != 16 else None
+    found = project.project_rows(xp, x, matrix, less)
+    truth = project_reference.project_rows(xp, x.double(), matrix.double(), None if less is None else less.double())
     assert found.dtype == torch.float32
     assert found.is_contiguous()
     assert found[0, n // 2].isnan().all()

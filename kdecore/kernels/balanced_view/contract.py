@@ -1,6 +1,6 @@
 """What every implementation of `balanced_view` promises, and how much it takes."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.site import Largest, beyond
@@ -22,10 +22,31 @@ def numba_cuda_limit(largest: Largest) -> str | None:
 LIMITS = {"numba-cuda": numba_cuda_limit}
 
 
+class View(NamedTuple):
+    """Coordinates of queries and keys.
+
+    Attributes
+    ----------
+    queries, keys
+        (G, d, p): what turns queries and keys into coordinates; those of queries are scaled.
+    centre
+        (G, 1, p): coordinates of the mean key.
+    half_norm
+        (G,): mean ‖scale q‖² / 2d, by which a spread becomes half the variance of a query's logits.
+    """
+
+    queries: Array
+    keys: Array
+    centre: Array
+    half_norm: Array
+
+
 class BalancedView(Protocol):
     """Find coordinates in which queries and keys have the same second moment, a diagonal one."""
 
-    def __call__(self, xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:
+    def __call__(
+        self, xp: Namespace, query_moment: Array, key_moment: Array, centre: Array, scale: float, p: int, like: Array
+    ) -> View:
         """Return what turns queries and keys into coordinates whose products add up to nearly the whole logit.
 
         `RIDGE` times the mean eigenvalue is added to the diagonal of each moment, or 1 where that is 0: C and S. Of the d
@@ -41,12 +62,19 @@ class BalancedView(Protocol):
         xp
             Array namespace of the arrays.
         query_moment, key_moment
-            (G, d, d) float64, symmetric, positive semidefinite: mean x xᵀ of scaled queries and of centred keys.
+            (G, d, d) float64, symmetric, positive semidefinite: mean x xᵀ of queries, which are times ``scale`` above, and
+            of centred keys.
+        centre
+            (G, d) float64: the mean key.
+        scale
+            Finite factor on queries.
         p
             Coordinates, 1 ≤ p ≤ d.
+        like
+            An array of rows: results are of the dtype that these are computed in. Everything else is in float64.
 
         Returns
         -------
-        queries, keys
-            (G, d, p) float64 each. O(G d² p).
+        View
+            O(G d² p).
         """

@@ -10,8 +10,10 @@ import math
 import numpy as np
 
 from kdecore.arrays.memory import from_host_like, host_view
-from kdecore.arrays.namespace import Array, Namespace
-from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE
+from kdecore.arrays.namespace import Array, Namespace, host
+from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE, View
+from kdecore.kernels.balanced_view.reference import view
+from kdecore.kernels.project_rows.cpu import project_rows
 from kdecore.kernels.runtime.jit import kernel
 from kdecore.kernels.runtime.threads import run_tasks
 
@@ -23,13 +25,16 @@ SMALLEST = 1e-300
 """Stands for the squared length of a column that vanished, which stays zero."""
 
 
-def balanced_view(xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:
+def balanced_view(
+    xp: Namespace, query_moment: Array, key_moment: Array, centre: Array, scale: float, p: int, like: Array
+) -> View:
     """Follow `kdecore.kernels.balanced_view.contract.BalancedView`."""
-    c, s = host_view(query_moment), host_view(key_moment)
+    c, s = host_view(query_moment) * scale**2, host_view(key_moment)
     groups, d, _ = c.shape
     queries, keys = np.empty((2, groups, d, p))
     run_tasks(lambda first, last: balance(c, s, queries, keys, first, last), groups, chunk=1)
-    return from_host_like(xp, queries, query_moment), from_host_like(xp, keys, query_moment)
+    found = view(host, c, queries, keys, host_view(centre), scale, host_view(like).dtype, project_rows)
+    return View(*(from_host_like(xp, x, query_moment) for x in found))
 
 
 @kernel()

@@ -17,13 +17,14 @@ import math
 import numpy as np
 from numba import cuda
 
-from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace, accumulation_dtype, dtype_name
 from kdecore.kernels.balanced_view.contract import (
     MOST_COLUMNS,
     MOST_ROWS,
     ORTHOGONAL_ITERATIONS,
     RIDGE,
     SMALLEST_SQUARE,
+    View,
 )
 from kdecore.kernels.runtime.cuda_jit import cuda_kernel, launch
 
@@ -42,15 +43,21 @@ TINY = {"THREADS": 32, "PARTS": 2}
 """What tests in the simulator put in their place."""
 
 
-def balanced_view(xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:
+def balanced_view(
+    xp: Namespace, query_moment: Array, key_moment: Array, centre: Array, scale: float, p: int, like: Array
+) -> View:
     """Follow `kdecore.kernels.balanced_view.contract.BalancedView`, within its `numba_cuda_limit`."""
     groups, d, _ = query_moment.shape
     assert d <= ROWS
     assert p <= COLUMNS
     images = xp.empty((2, groups, d, COLUMNS), dtype=xp.float64, device=query_moment.device)
-    queries, keys = (xp.empty((groups, d, p), dtype=xp.float64, device=query_moment.device) for _ in "qk")
-    launch(balance, groups, THREADS, query_moment, key_moment, images, queries, keys)
-    return queries, keys
+    dtype = accumulation_dtype(xp, dtype_name(like))
+    queries, keys, of_centre, half_norm = found = View(
+        *(xp.empty(shape, dtype=dtype, device=like.device) for shape in (*[(groups, d, p)] * 2, (groups, 1, p), (groups,)))
+    )
+    scale = float(scale)
+    launch(balance, groups, THREADS, query_moment, key_moment, centre, scale, images, queries, keys, of_centre, half_norm)
+    return found
 
 
 @cuda.jit(device=True)
@@ -79,8 +86,8 @@ def choose_columns(weights, d, p, basis):
 
 
 @cuda.jit(device=True)
-def multiply(moment, size, ridge, basis, image):
-    """Write (moment / size + ridge) times a basis."""
+def multiply(moment, unit, ridge, basis, image):
+    """Write (moment times unit + ridge) times a basis."""
     d = moment.shape[0]
     for task in range(cuda.threadIdx.x, d * (COLUMNS // TOGETHER), THREADS):
         # Neighbouring threads take neighbouring rows: columns, as they lie in memory, since the moment is symmetric.
@@ -92,10 +99,10 @@ def multiply(moment, size, ridge, basis, image):
             x += number * basis[t, column + 1]
             y += number * basis[t, column + 2]
             z += number * basis[t, column + 3]
-        image[row, column] = w / size + ridge * basis[row, column]
-        image[row, column + 1] = x / size + ridge * basis[row, column + 1]
-        image[row, column + 2] = y / size + ridge * basis[row, column + 2]
-        image[row, column + 3] = z / size + ridge * basis[row, column + 3]
+        image[row, column] = w * unit + ridge * basis[row, column]
+        image[row, column + 1] = x * unit + ridge * basis[row, column + 1]
+        image[row, column + 2] = y * unit + ridge * basis[row, column + 2]
+        image[row, column + 3] = z * unit + ridge * basis[row, column + 3]
     cuda.syncthreads()
 
 
@@ -178,9 +185,11 @@ def diagonalise(matrix, axes, rotations):
 
 
 @cuda_kernel(
-    "float64[:, :, ::1], float64[:, :, ::1], float64[:, :, :, ::1], float64[:, :, ::1], float64[:, :, ::1]", THREADS
+    "float64[:, :, ::1], float64[:, :, ::1], float64[:, ::1], float64, float64[:, :, :, ::1], number[:, :, ::1], "
+    "number[:, :, ::1], number[:, :, ::1], number[::1]",
+    THREADS,
 )
-def balance(query_moments, key_moments, images, queries, keys):
+def balance(query_moments, key_moments, centres, scale, images, queries, keys, of_centres, half_norms):
     """Write the view of a group."""
     thread, group = cuda.threadIdx.x, cuda.blockIdx.x
     d, p = queries.shape[1], queries.shape[2]
@@ -193,24 +202,28 @@ def balance(query_moments, key_moments, images, queries, keys):
     rotations = cuda.shared.array((PAIRS, 2), np.float64)
     place = cuda.shared.array(COLUMNS, np.int32)
     for i in range(thread, d, THREADS):
-        diagonals[0, i], diagonals[1, i] = c[i, i], s[i, i]
+        diagonals[0, i], diagonals[1, i] = c[i, i] * scale * scale, s[i, i]
     cuda.syncthreads()
     c_size, c_ridge = size_and_ridge(diagonals[0], d)
     s_size, s_ridge = size_and_ridge(diagonals[1], d)
+    c_unit, s_unit = scale * scale / c_size, 1.0 / s_size
+    if thread == 0:
+        # Of a moment of 0 the size that stands for it is none.
+        half_norms[group] = 0.5 * c_size if c_ridge != 1.0 else 0.0
     cuda.syncthreads()
     for i in range(thread, d, THREADS):
-        diagonals[0, i] = (diagonals[1, i] / s_size + s_ridge) * (diagonals[0, i] / c_size + c_ridge)
+        diagonals[0, i] = (diagonals[1, i] * s_unit + s_ridge) * (diagonals[0, i] / c_size + c_ridge)
     cuda.syncthreads()
     choose_columns(diagonals[0], d, p, basis)
     if p < d:
         for _ in range(ORTHOGONAL_ITERATIONS):
-            multiply(c, c_size, c_ridge, basis, image)
-            multiply(s, s_size, s_ridge, image, basis)
+            multiply(c, c_unit, c_ridge, basis, image)
+            multiply(s, s_unit, s_ridge, image, basis)
             orthonormalise(basis, basis, d, p, sums)
-    multiply(c, c_size, c_ridge, basis, seen)
+    multiply(c, c_unit, c_ridge, basis, seen)
     orthonormalise(basis, seen, d, p, sums)
-    multiply(c, c_size, c_ridge, basis, seen)
-    multiply(s, s_size, s_ridge, seen, image)
+    multiply(c, c_unit, c_ridge, basis, seen)
+    multiply(s, s_unit, s_ridge, seen, image)
     for task in range(thread, COLUMNS * COLUMNS, THREADS):
         a, b = task // COLUMNS, task % COLUMNS
         low, high, total = min(a, b), max(a, b), 0.0
@@ -228,7 +241,7 @@ def balance(query_moments, key_moments, images, queries, keys):
         place[before] = a
     cuda.syncthreads()
     column, part = thread % COLUMNS, thread // COLUMNS
-    cubes, from_axis = 0.0, 0
+    cubes, along, from_axis = 0.0, 0.0, 0
     if column < p:
         from_axis = place[column]
         largest = matrix[place[p - 1], place[p - 1]]
@@ -241,10 +254,18 @@ def balance(query_moments, key_moments, images, queries, keys):
                 of_query += basis[t, a] * axes[a, from_axis]
                 of_key += seen[t, a] * axes[a, from_axis]
             cubes += of_query * of_query * of_query
-            queries[group, t, column], keys[group, t, column] = of_query * root, of_key / root
+            queries[group, t, column], keys[group, t, column] = of_query * root * scale, of_key / root
+            along += centres[group, t] * (of_key / root)
     sums[part, column] = cubes
     cuda.syncthreads()
-    if column < p and sum_parts(sums, column) < 0.0:
+    turned = column < p and sum_parts(sums, column) < 0.0
+    if turned:
         for t in range(part, d, PARTS):
-            queries[group, t, column] *= -1.0
-            keys[group, t, column] *= -1.0
+            queries[group, t, column] = -queries[group, t, column]
+            keys[group, t, column] = -keys[group, t, column]
+    cuda.syncthreads()
+    sums[part, column] = along
+    cuda.syncthreads()
+    if part == 0 and column < p:
+        total = sum_parts(sums, column)
+        of_centres[group, 0, column] = -total if turned else total

@@ -1,11 +1,41 @@
 """`balanced_view` in the array API."""
 
-from kdecore.arrays.namespace import Array, Namespace
-from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE
+from collections.abc import Callable
+from typing import Any
+
+from kdecore.arrays.namespace import Array, Namespace, accumulation_dtype, dtype_name
+from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE, View
+from kdecore.kernels.project_rows.reference import project_rows
 
 
-def balanced_view(xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:
+def balanced_view(
+    xp: Namespace, query_moment: Array, key_moment: Array, centre: Array, scale: float, p: int, like: Array
+) -> View:
     """Follow `kdecore.kernels.balanced_view.contract.BalancedView`."""
+    of_scaled = query_moment * scale**2
+    directions = balanced_directions(xp, of_scaled, key_moment, p)
+    return view(xp, of_scaled, *directions, centre, scale, accumulation_dtype(xp, dtype_name(like)), project_rows)
+
+
+def view(
+    xp: Namespace,
+    query_moment: Array,
+    queries: Array,
+    keys: Array,
+    centre: Array,
+    scale: float,
+    dtype: Any,
+    project: Callable[..., Array],
+) -> View:
+    """Return a view in a dtype, from the moment of scaled queries and directions for these and for keys."""
+    half_norm = xp.astype(xp.linalg.trace(query_moment) * (0.5 / int(query_moment.shape[1])), dtype)
+    keys = xp.astype(keys, dtype)
+    of_centre = project(xp, xp.astype(centre[:, None, :], dtype), keys)
+    return View(xp.astype(queries * scale, dtype), keys, of_centre, half_norm)
+
+
+def balanced_directions(xp: Namespace, query_moment: Array, key_moment: Array, p: int) -> tuple[Array, Array]:
+    """Return what turns scaled queries and keys into coordinates: (G, d, p) float64 each."""
     d = int(query_moment.shape[1])
     c, s = with_ridge(xp, query_moment), with_ridge(xp, key_moment)
     # The columns that are largest where both moments are.

@@ -12,8 +12,8 @@ class ProjectRows(Protocol):
     of the time of all that followed (bench/NOTES.md).
     """
 
-    def __call__(self, xp: Namespace, rows: Array, matrix: Array) -> Array:
-        """Return the products.
+    def __call__(self, xp: Namespace, rows: Array, matrix: Array, less: Array | None = None) -> Array:
+        """Return the products, less a row of each group.
 
         Parameters
         ----------
@@ -23,6 +23,8 @@ class ProjectRows(Protocol):
             (G, n, d) floating-point, of half precision on accelerators only.
         matrix
             (G, d, p), float64 for float64 rows and float32 for others.
+        less
+            (G, 1, p) of the matrix's dtype; None for nothing.
 
         Returns
         -------

@@ -15,13 +15,15 @@ DEPTH = 256
 """Columns multiplied together: their products are added up in two levels, so that errors grow little with d."""
 
 
-def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
+def project_rows(xp: Namespace, rows: Array, matrix: Array, less: Array | None = None) -> Array:
     """Follow `kdecore.kernels.project_rows.contract.ProjectRows`."""
     rows_, matrix_ = host_view(rows), host_view(matrix)
     groups, n, _ = rows_.shape
     out = np.empty((groups, n, matrix_.shape[2]), rows_.dtype)
     chunk = small_tasks(min(n, TASK_ROWS) * rows_.shape[2])
     run_tasks(lambda first, last: project(rows_, matrix_, out, first, last), groups * -(-n // TASK_ROWS), chunk=chunk)
+    if less is not None:
+        out -= host_view(less)
     return from_host_like(xp, out, rows)
 
 

@@ -3,6 +3,7 @@
 from kdecore.arrays.namespace import Array, Namespace
 
 
-def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
+def project_rows(xp: Namespace, rows: Array, matrix: Array, less: Array | None = None) -> Array:
     """Follow `kdecore.kernels.project_rows.contract.ProjectRows`."""
-    return xp.astype(rows, matrix.dtype, copy=False) @ matrix
+    found = xp.astype(rows, matrix.dtype, copy=False) @ matrix
+    return found if less is None else found - less

@@ -23,8 +23,9 @@ STEP = 32
 
 @triton.jit
 def project_tile(
-    rows, matrix, out, n, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr
-):
+    rows, matrix, less, out, n,
+    D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Write some columns of the products of a tile of a group's rows."""
     parts, tiles = tl.cdiv(P, COLUMNS), tl.cdiv(n, ROWS)
     part, tile, group = tl.program_id(0) % parts, tl.program_id(0) // parts % tiles, tl.program_id(0) // parts // tiles
@@ -39,6 +40,8 @@ def project_tile(
         some = tl.load(rows + first, mask=(row < n)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         factors = tl.load(matrix + first * P, mask=inside[:, None] & (column < P)[None, :], other=0.0)
         found = tl.dot(some, factors, found, input_precision=PRECISION)
+    if less is not None:
+        found -= tl.load(less + group.to(tl.int64) * P + column, mask=column < P, other=0.0)[None, :]
     tl.store(out + place[:, None] * P + column[None, :], found, mask=(row < n)[:, None] & (column < P)[None, :])
 
 
@@ -48,7 +51,7 @@ def padded(width: int, most: int) -> int:
     return min(most, max(16, whole))
 
 
-def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
+def project_rows(xp: Namespace, rows: Array, matrix: Array, less: Array | None = None) -> Array:
     """Follow `kdecore.kernels.project_rows.contract.ProjectRows`."""
     groups, n, d = rows.shape
     p = matrix.shape[2]
@@ -57,5 +60,6 @@ def project_rows(xp: Namespace, rows: Array, matrix: Array) -> Array:
         out = torch.empty((groups, n, p), dtype=torch.float32, device=rows.device)
         grid = flat_grid("project_tile", groups * triton.cdiv(n, ROWS) * triton.cdiv(p, columns))
         # Eight warps for so few columns have been seen to read beyond shared memory (Triton 3.6, sm_90).
-        project_tile[grid](rows.contiguous(), matrix.contiguous(), out, n, d, p, ROWS, step, columns, num_warps=4)
+        given = rows.contiguous(), matrix.contiguous(), less if less is None else less.contiguous()
+        project_tile[grid](*given, out, n, d, p, ROWS, step, columns, num_warps=4)
     return out
