@@ -29,6 +29,7 @@ LAUNCHES = {
     "row_norms": 3,
     "spoil_groups": 2,
     "node_summaries": 7,
+    "scaled_nodes": 2,
     "draw_indices": 2,
     "rank_codes": 3,
     "pick_threshold": 7,

@@ -10,6 +10,7 @@ import torch
 from kdecore.arrays.errors import KernelUnavailable
 from kdecore.core.state import AttentionState
 from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.runtime import grids
 
 G, N, D, D_V, P, LEAF, ROWS, SLOTS, COUNT = 16, 2**27 - 1, 3, 2, 3, 4, 16, 5, 200
@@ -23,6 +24,12 @@ def meta(*shape, dtype="float32"):
 
 def tree():
     return meta(G, N, D), meta(G, N, D_V), meta(G, N, P), meta(G, N), meta(G, N, dtype="int64"), LEAF, meta(G)
+
+
+def summarised():
+    nodes = node_count(N, LEAF)
+    found = TreeNodes(meta(G, nodes + N, D), meta(), *(meta(G, nodes, *more) for more in ((), (P,), ())))
+    return found, meta(G, D, D, dtype="float64"), meta(G, D, P), meta(G), 0.1, 0.15
 
 
 def opening(n=N):
@@ -69,6 +76,7 @@ NUMBA = {
     "shrink_matrices": lambda: (meta(G, B, D, D_V), meta(G, B), True, 0.5),
     "rank_codes": lambda: (meta(G, N, P), 24),
     "node_summaries": tree,
+    "scaled_nodes": summarised,
     "open_tree": opening,
     "pick_threshold": pilot,
 }

@@ -10,8 +10,10 @@ import pytest
 from kdecore.arrays.errors import KernelUnavailable, OptionError
 from kdecore.arrays.namespace import host
 from kdecore.core.state import AttentionState
-from kdecore.core.tree import node_count
+from kdecore.core.tree import bounds, depth_of, node_count
 from kdecore.kernels import registry
+from kdecore.kernels.node_summaries.contract import TreeNodes
+from kdecore.kernels.open_tree.contract import ALONG
 from kdecore.kernels.registry import KERNELS, Implementation, choose
 from kdecore.kernels.runtime.threads import team
 from kdecore.kernels.site import Site
@@ -19,7 +21,7 @@ from kdecore.kernels.tree_order.cpu import nth_smallest
 from tests import oracles
 from tests.implementations import here, implementations, run
 from tests.tolerances import assert_close
-from tests.trees import assert_same_lists, pass_problem
+from tests.trees import assert_same_lists, pass_problem, scaling_problem
 from tests.views import arguments as view_arguments
 from tests.views import graded_moments
 
@@ -440,6 +442,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             4,
             np.asarray([0.1, 3.0], dtype=dtype),
         ),
+        "scaled_nodes": in_dtype(scaling_problem(rng, n), dtype),
         "pick_threshold": (*pass_problem(rng, 150, n=n)[0], 150, 4 * n, (3, 0, 8)),
         "open_tree": (*pass_problem(rng, 150, n=n)[0], np.asarray(0.1), 4 * n, (3, 0, 8)),
         "gap_moments": (
@@ -454,7 +457,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     reference = KERNELS[kernel][-1].function(host, *arguments)
     if kernel in ("finite_rows", "spoil_groups", "hash_codes", "bucket_order", "bucket_windows", "tree_order", "rank_codes"):
         np.testing.assert_array_equal(found, reference)
-    elif kernel == "node_summaries":
+    elif kernel in ("node_summaries", "scaled_nodes"):
         for part, expected in zip(found, reference, strict=True):
             assert_close(part, expected, dtype=dtype)
     elif kernel == "open_tree":
@@ -478,6 +481,76 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     else:
         assert_close(found[0], reference.out, dtype=dtype)
         assert_close(found[1], reference.lse, dtype=dtype)
+
+
+# scaled_nodes
+
+
+def in_dtype(arguments, dtype):
+    """Return arguments of `scaled_nodes`, all but the moment in a dtype."""
+    nodes, moment, directions, half_norm, *numbers = arguments
+    nodes = TreeNodes(*(x.astype(dtype) for x in nodes))
+    return nodes, moment, directions.astype(dtype), half_norm.astype(dtype), *numbers
+
+
+def naive_shares(nodes, moment, directions, half_norm, scale):
+    """The part of each group's spreads that coordinates don't see, row by row, in float64."""
+    keys, _, spread, variances, _ = (x.astype(np.float64) for x in nodes)
+    (groups, count), d = spread.shape, keys.shape[2]
+    n, shares = keys.shape[1] - count, []
+    starts = bounds(n, depth_of(count))
+    step = max(1, n // max(64, min(1024, 8192 // groups)))
+    for g in range(groups):
+        whole, seen, around = 0.0, 0.0, 0.0
+        for j in range(0, n, step + (step % 2 == 0)):
+            leaf = count // 2 + np.searchsorted(starts, j, side="right") - 1
+            gap = keys[g, count + j] - keys[g, leaf]
+            whole += 0.5 * scale**2 * (gap @ moment[g] @ gap)
+            squares = [one @ moment[g] @ one for one in directions[g].T.astype(np.float64)]
+            seen += ALONG * 0.5 * np.dot(squares, variances[g, leaf])
+            around += half_norm[g] * spread[g, leaf]
+        shares.append(min(max((whole - seen) / around, 0.0), d) if around > 0 else 0.0)
+    return np.array(shares)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("n", "d", "p", "groups"), [(1, 1, 1, 1), (5, 2, 1, 3), (37, 33, 16, 2), (700, 6, 3, 100), (5000, 6, 3, 2)], ids=str
+)
+@implementations("scaled_nodes")
+def test_scaled_nodes(backend, rng, implementation, n, d, p, groups, dtype):
+    """All rows of trees of few keys; every seventh where there are many groups, and every fifth of many keys."""
+    nodes, *rest = in_dtype(scaling_problem(rng, n, d, p, groups), dtype)
+    spread, sizes = run(implementation, backend, nodes, *rest, dtype=dtype)
+    assert spread.dtype == sizes.dtype == dtype
+    shares = naive_shares(nodes, *rest[:4])
+    if n > 1:
+        assert ((shares > 0.02) & (shares < d)).all()
+    assert_close(spread, nodes.spread * shares[:, None], dtype=dtype)
+    levels = np.array([(node + 1).bit_length() - 1 for node in range(spread.shape[1])])
+    assert_close(sizes, nodes.sizes * 2.0 ** (0.15 * levels), dtype=dtype)
+
+
+@pytest.mark.parametrize("share", [0, 6])
+@implementations("scaled_nodes")
+def test_spreads_are_scaled_by_no_less_than_nothing_and_no_more_than_the_dimension(backend, rng, implementation, share):
+    """Where coordinates see more than there is, and where a typical query is far shorter than their moment says."""
+    nodes, moment, directions, half_norm, scale, _ = scaling_problem(rng, 300)
+    given = (moment, directions * 9.0, half_norm) if share == 0 else (moment, directions, half_norm * 1e-9)
+    spread, sizes = run(implementation, backend, nodes, *given, scale, 0.0)
+    np.testing.assert_array_equal(spread, share * nodes.spread)
+    np.testing.assert_array_equal(sizes, nodes.sizes)
+
+
+@implementations("scaled_nodes")
+def test_spreads_of_nothing_stay_nothing(backend, rng, implementation):
+    """Leaves of one key, of which alone there are no gaps, and queries of no length."""
+    nodes, moment, *rest = scaling_problem(rng, 1)
+    spread, _ = run(implementation, backend, nodes, moment, *rest)
+    np.testing.assert_array_equal(spread, 0.0)
+    nodes, moment, directions, half_norm, *rest = scaling_problem(rng, 50)
+    spread, _ = run(implementation, backend, nodes, 0.0 * moment, directions, 0.0 * half_norm, *rest)
+    np.testing.assert_array_equal(spread, 0.0)
 
 
 # second_moment

@@ -27,6 +27,7 @@ from kdecore.kernels.node_summaries import contract as node_summaries
 from kdecore.kernels.open_tree import contract as open_tree
 from kdecore.kernels.rank_codes import contract as rank_codes
 from kdecore.kernels.registry import KERNELS, choose
+from kdecore.kernels.scaled_nodes import contract as scaled_nodes
 from kdecore.kernels.site import Largest, Site
 from kdecore.methods import auto, choices, memory, treecode
 from kdecore.methods.treecode import Treecode
@@ -44,6 +45,7 @@ LIMITS = {
     "view": balanced_view.numba_cuda_limit,
     "codes": rank_codes.numba_cuda_limit,
     "summaries": node_summaries.triton_limit,
+    "scaled nodes": scaled_nodes.numba_cuda_limit,
     "lists": open_tree.triton_limit,
 }
 EDGES = [
@@ -58,6 +60,7 @@ EDGES = [
     ("summaries", {"d": 1024, "d_v": 1024, **TREE}, {"d_v": 1025}, "takes d_v ≤ 1024, got 1025"),
     ("summaries", {"d": 1024, **TREE}, {"leaf_size": 5}, "takes d ≤ 512, got 1024"),
     ("summaries", {"n_k": 2**30, "nodes": 2**30 - 1, **TREE}, {"nodes": 2**30}, "nodes and keys ≤ 2147483647, got 21474836"),
+    ("scaled nodes", {"d": 1200, "directions": 32}, {"directions": 33}, "takes directions ≤ 32, got 33"),
     ("lists", LISTS, {"d": 129}, "takes d ≤ 128, got 129"),
     ("lists", LISTS, {"rows": 65}, "takes bytes of a block's queries ≤ 32768, got 33280"),
     ("lists", LISTS | {"rows": 128, **HALF}, {"rows": 129}, "takes queries of a block ≤ 128, got 129"),
@@ -213,6 +216,9 @@ def given_sizes(kernel, xp, *given):
         return found | {"nodes": tree.nodes, "item_bytes": tree.keys.dtype.itemsize}
     if kernel == "balanced_view":
         return {"d": given[0].shape[1], "directions": given[2]}
+    if kernel == "scaled_nodes":
+        nodes, _, directions, *_ = given
+        return {"d": directions.shape[1], "directions": directions.shape[2], "nodes": nodes.spread.shape[1]}
     return {"directions": given[0].shape[2]} if kernel == "rank_codes" else {}
 
 

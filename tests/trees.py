@@ -54,6 +54,17 @@ def pass_problem(rng, budget=40, groups=2, n=300, n_q=70, rows=16, d=6, p=3, sca
     return (BlockQueries(q, scale, scale * q[:, :, :p], query_index, apart), tree), start
 
 
+def scaling_problem(rng, n, d=6, p=3, groups=2, octaves=0.15):
+    """Arguments of `scaled_nodes`: keys in the order of a tree, and coordinates that hold most of the logits."""
+    keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
+    sizes, half_norm, scale = 0.5 + rng.random((groups, n)), 0.05 + 0.1 * rng.random(groups), 0.4
+    order = tree_order(host, keys, LEAF_SIZE)
+    nodes = node_summaries(host, keys, keys[:, :, :1], keys[:, :, :p], sizes, order, LEAF_SIZE, half_norm)
+    q = rng.standard_normal((groups, 50, d)) * np.geomspace(1.5, 0.7, d) + 0.3 * rng.standard_normal((groups, 1, d))
+    directions = np.tile(scale * np.eye(d)[:, :p], (groups, 1, 1))
+    return nodes, q.swapaxes(1, 2) @ q / 50, directions, half_norm, scale, octaves
+
+
 class OneBlock:
     """A block of queries, and what `open_tree`'s contract says of nodes (level, i) for it; sums in the order of a set."""
 

@@ -10,6 +10,7 @@ import torch
 from kdecore.arrays.namespace import ACCUMULATION, Array, host
 from kdecore.core.state import AttentionState
 from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.tree_order.reference import tree_order as order_tree
@@ -54,7 +55,7 @@ def for_reference(argument: Any, dtype: str) -> Any:
             return AttentionState(for_reference(out, dtype), for_reference(lse, dtype))
         case Device():
             return "cpu"
-        case BlockQueries() | Tree():
+        case BlockQueries() | Tree() | TreeNodes():
             return type(argument)(*(for_reference(x, dtype) for x in argument))
     return argument
 
@@ -72,7 +73,7 @@ def for_library(argument: Any, dtype: str, convert: Callable[[Array, str | None]
             return convert(np.zeros(1), None).device
         case np.ndarray():
             return convert(argument, None)
-        case BlockQueries() | Tree():
+        case BlockQueries() | Tree() | TreeNodes():
             return type(argument)(*(for_library(x, dtype, convert) for x in argument))
     return argument
 
@@ -170,6 +171,17 @@ def node_summaries(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     k, v = (Rows(rng.standard_normal((2, n, width(n)))) for _ in "kv")
     coordinates, sizes = Numbers(rng.standard_normal((2, n, 16))), Numbers(0.5 + rng.random((2, n)))
     return k, v, coordinates, sizes, permutations(rng, 2, n), LEAF_SIZE, Numbers(np.array([0.1, 5.0]))
+
+
+def scaled_nodes(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
+    """Make arguments."""
+    d, scale, half_norm = width(n), 0.2, np.array([0.03, 0.1])
+    k, sizes, order = rng.standard_normal((2, n, d)), 0.5 + rng.random((2, n)), permutations(rng, 2, n)
+    keys, values, *others = summarise(host, k, k[:, :, :1], k[:, :, :16], sizes, order, LEAF_SIZE, half_norm)
+    nodes = TreeNodes(Rows(keys), *(Numbers(x) for x in (values, *others)))
+    queries = rng.standard_normal((2, 8 * d, d))
+    directions = np.tile(0.5 * scale * np.eye(d)[:, :16], (2, 1, 1))
+    return nodes, np.swapaxes(queries, 1, 2) @ queries / (8 * d), Numbers(directions), Numbers(half_norm), scale, 0.15
 
 
 def pick_threshold(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -272,6 +284,7 @@ ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "rank_codes": rank_codes,
     "tree_order": tree_order,
     "node_summaries": node_summaries,
+    "scaled_nodes": scaled_nodes,
     "pick_threshold": pick_threshold,
     "open_tree": open_tree,
     "attend_tree": attend_tree,

@@ -186,14 +186,15 @@ def _implementations(
     name: str,
     *,
     host: Unsupported = _host_constants,
+    cuda: Unsupported = _cuda_constants,
     slower: Unsupported = _anywhere,
     recorded: Unsupported = _recorded_tensors,
     others: tuple[str, ...] = (),
 ) -> tuple[Implementation, ...]:
     """Return the implementations of the kernel in the folder of its name, with some of ``others``, fastest first.
 
-    ``slower`` is of the one in Numba CUDA, ``recorded`` of the one that knows its gradients. What sizes an implementation
-    takes, the kernel's contract says in ``LIMITS``.
+    ``cuda`` and ``slower`` are of the one in Numba CUDA, ``recorded`` of the one that knows its gradients. What sizes an
+    implementation takes, the kernel's contract says in ``LIMITS``.
     """
     folder = f"kdecore.kernels.{name}"
     reference = getattr(import_module(f"{folder}.reference"), name)
@@ -212,7 +213,7 @@ def _implementations(
 
     return (
         *other("triton", f"{folder}.triton", _triton_floats if host is _host_floats else triton_problem),
-        *other("numba-cuda", f"{folder}.cuda", _cuda_floats if host is _host_floats else _cuda_constants, slower),
+        *other("numba-cuda", f"{folder}.cuda", cuda, slower),
         *(Implementation("numba-cpu", getattr(module, name), host) for module in cpu),
         *((Implementation("torch-autograd", _recorded(name, reference), recorded),) if "torch-autograd" in others else ()),
         Implementation("array-api", reference),
@@ -235,8 +236,10 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "rank_codes": _implementations("rank_codes", others=("triton", "numba-cuda")),
     "tree_order": _implementations("tree_order"),
     "node_summaries": _implementations(
-        "node_summaries", host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")
+        "node_summaries", host=_host_floats, cuda=_cuda_floats, others=("triton", "numba-cuda", "torch-autograd")
     ),
+    # Where gradients are recorded, the host's products are the library's, as those of `project_rows` are.
+    "scaled_nodes": _implementations("scaled_nodes", host=_host_floats, others=("numba-cuda",)),
     "pick_threshold": _implementations("pick_threshold", others=("triton", "numba-cuda")),
     "open_tree": _implementations("open_tree", others=("triton", "numba-cuda")),
     "gap_moments": _implementations("gap_moments", host=_host_floats, others=("triton", "torch-autograd")),

@@ -1,18 +1,16 @@
 """The tree over the keys: ordered, summarised, and ready to be opened for any queries and budget."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
-from kdecore.arrays.gradients import outside_inference_mode, without_gradient
-from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
+from kdecore.arrays.gradients import without_gradient
+from kdecore.arrays.namespace import Array
 from kdecore.arrays.rows import column_ranges
 from kdecore.core.problem import Problem
 from kdecore.core.tree import Tree
 from kdecore.kernels.balanced_view.contract import View
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.methods.base import Plan
-from kdecore.methods.view import LEAF_SIZE, balanced_view, unseen_share
+from kdecore.methods.view import LEAF_SIZE, balanced_view
 
 DEEPER = 0.15
 """An error of a level counts so many octaves more than one of the level above: nodes of fewer keys take fewer slots until
@@ -34,7 +32,7 @@ class KeyTree:
     nodes
         Summaries of the tree's nodes, and the keys and values in its order.
     unseen
-        (G, N): spreads of the nodes, times the part of it that coordinates don't see (`kdecore.methods.view.unseen_share`).
+        (G, N): spreads of the nodes, times the part of them that coordinates don't see (`kdecore.kernels.scaled_nodes`).
     sizes
         (G, N): sizes of the nodes' values, times 2^(`DEEPER` · level).
     limits
@@ -81,20 +79,10 @@ def grow(
         xp, problem.k, problem.v, coordinates, sizes, order, LEAF_SIZE, view.half_norm
     )
     still = TreeNodes(*(without_gradient(x) for x in nodes))
-    unseen = still.spread * unseen_share(problem, view, moment, still, kernels["project_rows"].function)[:, None]
     # Chunks, whose nodes are the first levels, err more with it.
-    sizes = (
-        still.sizes if in_order else still.sizes * deeper(xp, still.sizes.shape[1], problem.dtype, named_device(problem.k))
-    )
+    octaves = 0.0 if in_order else DEEPER
+    unseen, sizes = kernels["scaled_nodes"].function(xp, still, moment, view.queries, view.half_norm, problem.scale, octaves)
     return KeyTree(view, order, nodes, unseen, sizes, column_ranges(xp, without_gradient(problem.v)))
-
-
-@lru_cache(maxsize=16)
-@outside_inference_mode()
-def deeper(xp: Namespace, nodes: int, dtype: Any, on: NamedDevice) -> Array:
-    """Return 2^(`DEEPER` · level) for each of so many nodes: (nodes,). The last few are kept, as many steps make them."""
-    number = xp.arange(1, nodes + 1, dtype=xp.float64, device=on.device)
-    return xp.astype(2.0 ** (DEEPER * xp.floor(xp.log2(number))), dtype)
 
 
 def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size: int, in_order: int) -> Array:

@@ -88,6 +88,7 @@ class Treecode(Options):
             "row_norms",
             *{"sort": ("rank_codes", "bucket_order"), "given": ()}.get(self.ordering, ("tree_order",)),
             "node_summaries",
+            "scaled_nodes",
             "pick_threshold",
             "open_tree",
             *(("gap_moments", "shrink_matrices", "attend_tree") if self.far_field == "mean" else ("draw_uniform",)),
