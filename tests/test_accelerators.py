@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdecore
+from bench.gpu.profile import LAUNCHES as LAUNCHES_AT_MOST
 from kdecore.core.problem import canonicalise
 from kdecore.core.state import AttentionState
 from kdecore.kernels import registry
@@ -107,7 +108,8 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
 @pytest.mark.parametrize(
     ("method", "most", "diagonal"),
     [
-        *(("exact", 25, None), ("sortlsh", 85, None), ("hyper", 75, None), ("treecode", 140, None), ("treecode", 150, 0)),
+        *((method, most, 0) for method, most in LAUNCHES_AT_MOST.items()),
+        ("treecode", 140, None),
         (kdecore.Treecode(ordering="given"), 130, None),
     ],
 )
