@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdecore
+from bench.gpu.profile import LAUNCHES as LAUNCHES_AT_MOST
 from kdecore.core.problem import canonicalise
 from kdecore.core.state import AttentionState
 from kdecore.kernels import registry
@@ -109,8 +110,9 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
 @pytest.mark.parametrize(
     ("method", "most", "diagonal"),
     [
-        *(("exact", 8, None), ("sortlsh", 50, None), ("hyper", 45, None), ("treecode", 122, None), ("treecode", 131, 0)),
-        (kdecore.Treecode(ordering="given"), 112, None),
+        *((method, most, 0) for method, most in LAUNCHES_AT_MOST.items()),
+        ("treecode", 60, None),
+        (kdecore.Treecode(ordering="given"), 50, None),
     ],
 )
 def test_calls_launch_little_where_kernels_are_there(monkeypatch, capsys, method, most, diagonal):

@@ -1,10 +1,15 @@
 """`bench.gpu` without a device: a rehearsal of the whole command, and its parts by numbers worked out by hand."""
 
+import argparse
 import json
 import math
+import os
 import signal
+import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,45 +21,125 @@ from bench.gpu import command as gpu
 from bench.gpu import suite as gpu_suite
 from bench.gpu import table as gpu_table
 from bench.gpu.arguments import ARGUMENTS, Numbers, Rows, for_library, for_reference
-from bench.gpu.calls import check_calls
-from bench.gpu.checks import check_kernel, difference, garbage, judged, lists_differ, torch_library
+from bench.gpu.calls import check_all_gradients, check_calls
+from bench.gpu.checks import check_kernel, check_kernels, difference, garbage, judged, lists_differ, torch_library
 from bench.gpu.errors import cases, error_rows, errors_of, export_vit
-from bench.gpu.profile import COUNTABLE, Work, counted, launches_in, rates, stage_of, summarise, work_of
+from bench.gpu.peers import OTHERS, OWN, peer_rows
+from bench.gpu.profile import LAUNCHES, PAPER, PAPER_ROWS, bounded, launches_in, stage_of, summarise
 from bench.gpu.session import Session, attempted, exact_rows, median_seconds, timed
-from bench.gpu.speed import ceilings, fused_seconds, timings
+from bench.gpu.speed import METHODS, cupy_timings, fused_seconds, graphs, timings
 from kdecore.arrays.namespace import host
-from kdecore.core.state import AttentionState
 from kdecore.kernels.registry import KERNELS, Implementation
 
 HASHED = "_ZN7kdecore7kernels10hash_codes4cuda7project12_3clocals_3e7projectB2v3E5ArrayIfLi3E1C7mutable7alignedE"
 
 
-def session(seconds=60.0, vit=None):
-    return Session("cpu", time.monotonic() + seconds, 5, vit)
+def session(seconds=60.0, vit=None, peers=None):
+    return Session("cpu", time.monotonic() + seconds, 5, vit, peers)
+
+
+PACKAGES = {
+    "flash_attn": """
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale).transpose(1, 2)
+""",
+    "flash_attn_interface": """
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None):
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale).transpose(1, 2)
+""",
+    "sageattention": """
+def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs):
+    assert tensor_layout == "HND"
+    return attention(q, k, v, sm_scale)
+""",
+    "xformers": "from xformers import ops",
+    "xformers/ops": """
+def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+    return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale).transpose(1, 2)
+""",
+    "flashinfer": """
+def single_prefill_with_kv_cache(q, k, v, scale_q=None, causal=False, kv_layout="NHD", sm_scale=None):
+    assert q.ndim == 3
+    assert q.is_contiguous()
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attention(q, k, v, sm_scale)[0].transpose(0, 1).contiguous()
+""",
+}
+"""Packages with the functions that peers have by their documentation; all take what PyTorch's attention takes."""
+COMMON = "from torch.nn.functional import scaled_dot_product_attention\n"
+COMMON += "def attention(q, k, v, scale): return scaled_dot_product_attention(q, k, v, scale=scale)\n"
+
+
+def write_packages(folder, names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(COMMON + PACKAGES[name], encoding="utf-8")
 
 
 def test_rehearsal(tmp_path, capsys):
-    code = gpu.main(["--rehearse", "--out", str(tmp_path), "--seconds", "300", "--seed", "3"])
+    write_packages(tmp_path / "packages", ["flash_attn"])
+    out = tmp_path / "out"
+    given = ["--rehearse", "--out", str(out), "--peers", str(tmp_path / "packages"), "--seed", "3", "--seconds", "900"]
+    code = gpu.main(given)
     printed = capsys.readouterr().out
-    record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    record = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
     assert code == 0, printed
     assert not record["failed"]
-    assert printed.endswith((tmp_path / "gpu.txt").read_text(encoding="utf-8"))
+    assert printed.endswith((out / "gpu.txt").read_text(encoding="utf-8"))
     assert "REHEARSAL" in printed
     assert {"machine", "device", "commit", "seed", "seconds", "goals", "failed", "found"} == set(record)
     found = record["found"]
-    kinds = {"tests", "check", "ceiling", "sdpa", "backend", "timing", "profile", "error", "graph", "left_out", "section"}
+    kinds = {"tests", "check", "ceiling", "timing", "profile", "error", "peer", "graph", "left_out", "section"}
     assert kinds == set(found)
     assert [row["name"] for row in found["section"]] == list(gpu.SECTIONS)
     assert found["tests"][0]["passed"] > 10
     assert all(row["passed"] for row in found["check"])
+    assert {row["section"].split()[0] for row in found["check"]} == {
+        "kernels",
+        "calls",
+        "timings",
+        "float32",
+        "others",
+        "gradients",
+    }
     assert {row["method"] for row in found["timing"] if "speedup" in row} == {"sortlsh", "treecode", "hyper"}
     keys = {"ms", "issue_ms", "sdpa_ms", "sdpa_predicted", "speedup", "spectral", "frobenius"}
     assert all(keys <= set(row) for row in found["timing"] if row["library"] == "torch")
-    figures = [row[key] for kind in ("timing", "error") for row in found[kind] for key in keys & set(row)]
+    figures = [row[key] for kind in ("timing", "error", "peer") for row in found[kind] for key in keys & set(row)]
     figures += [row["value"] for row in found["ceiling"]] + [row["device_ms"] for row in found["profile"]]
     assert all(isinstance(x, bool) or (math.isfinite(x) and x > 0) for x in figures)
-    assert not (tmp_path / "gpu.rows.jsonl").exists()
+    (peer,) = (row for row in found["peer"] if row["peer"] == "FlashAttention 2")
+    assert peer["frobenius"] < 0.01
+    absent = {row["what"].split(", n")[0] for row in found["left_out"] if "ModuleNotFoundError" in row["why"]}
+    assert absent == set(OTHERS) - {"FlashAttention 2"}
+    assert "LEFT OUT" in printed
+    assert not (out / "gpu.rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_packages_are_called_as_they_document(tmp_path, monkeypatch, name):
+    """With the layout and the scale that each takes, queries of one head answer as PyTorch's attention."""
+    for loaded in [module for module in sys.modules if module.split(".")[0] in PACKAGES]:
+        monkeypatch.delitem(sys.modules, loaded)
+    write_packages(tmp_path, PACKAGES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    q, k, v = torch.randn((3, 2, 9, 4), generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+    torch.testing.assert_close(OTHERS[name](q, k, v, 0.3)(), expected)
+
+
+def test_without_a_folder_only_pytorch_is_run(monkeypatch):
+    monkeypatch.setitem(OWN, "flex_attention", lambda *given: 1 / 0)
+    rows = list(peer_rows(session()))
+    named = {row.get("peer") or row["what"].split(",")[0] for _, row in rows}
+    assert named == set(OWN)
+    assert ("left_out", {"what": "flex_attention, n = 256", "why": "ZeroDivisionError: division by zero"}) in rows
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--rehearse", "--out", str(tmp_path), "--peers", str(tmp_path / "none")])
+    assert "--peers is to be a folder" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -64,19 +149,80 @@ def test_without_a_device(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_process_that_hangs_or_crashes_is_a_failure(tmp_path):
+def test_a_process_that_hangs_or_crashes_takes_no_other_with_it(tmp_path):
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
         started = time.monotonic()
-        hung, beside = gpu.run_processes(
-            [[sys.executable, "-c", x] for x in ("import time; time.sleep(60)", "pass")], 2, log
-        )
-        assert time.monotonic() - started < 10
-        (crashed,) = gpu.run_processes([[sys.executable, "-c", "import os; os.abort()"]], 20, log)
-        (fine,) = gpu.run_processes([[sys.executable, "-c", "pass"]], 20, log)
-    assert "limit of time" in hung
-    assert beside is None
-    assert str(-signal.SIGABRT) in crashed
-    assert fine is None
+        scripts = "import time; time.sleep(60)", "pass", "import os; os.abort()"
+        codes = gpu.run_processes([[sys.executable, "-c", script] for script in scripts], 2, log)
+    assert time.monotonic() - started < 10
+    assert codes == [None, 0, -signal.SIGABRT]
+
+
+def test_a_section_that_hangs_ends_its_process_and_says_where():
+    script = "import time; from bench.gpu.command import stopped_after\nwith stopped_after(0.3): time.sleep(60)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert found.returncode == gpu.LATE
+    assert 'File "<string>", line 2' in found.stderr
+    with gpu.stopped_after(0.05):
+        pass
+    time.sleep(0.1)
+
+
+SCRIPT = """
+import json, os, sys, time
+for name in sys.argv[2:]:
+    with open(sys.argv[1], "a") as file:
+        print(json.dumps({"kind": "begun", "name": name, "process": os.getpid()}), file=file)
+    if name == "graphs":
+        os.abort()
+    if name == "others":
+        time.sleep(60)
+"""
+
+
+def canned(options, started, names):
+    """A process whose graphs crash, and whose other sizes hang."""
+    return [sys.executable, "-c", SCRIPT, str(gpu.rows_path(options.out)), *names]
+
+
+def test_sections_behind_one_that_crashes_are_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "command", canned)
+    gpu.rows_path(tmp_path).write_text("", encoding="utf-8")
+    options = argparse.Namespace(out=tmp_path, seconds=300.0)
+    with (tmp_path / "gpu.log").open("w", encoding="utf-8") as log:
+        stage = ("graphs", "float32", "cupy"), ("ceilings",)
+        ((kind, row),) = gpu.run_stage(stage, options, time.monotonic(), log)
+    assert kind == "failure"
+    assert row["what"] == "graphs"
+    assert str(-signal.SIGABRT) in row["error"]
+    begun = {row["name"]: row["process"] for row in gpu.grouped(gpu.rows_path(tmp_path), ())["begun"]}
+    assert set(begun) == {"graphs", "float32", "cupy", "ceilings"}
+    assert begun["float32"] == begun["cupy"] != begun["graphs"]
+
+
+def test_what_was_found_is_written_when_a_signal_ends_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "command", canned)
+    monkeypatch.setattr(gpu, "CHECKS", {"graphs": gpu.SECTIONS["graphs"]})
+    monkeypatch.setattr(gpu, "STAGES", ((), (("timings", "others"),)))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end():
+        while "others" not in gpu.rows_path(tmp_path).read_text(encoding="utf-8"):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    gpu.rows_path(tmp_path).write_text("", encoding="utf-8")
+    threading.Thread(target=end, daemon=True).start()
+    with pytest.raises(SystemExit) as raised:
+        gpu.main(["--rehearse", "--out", str(tmp_path), "--seed", "1"])
+    assert raised.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert [row["what"] for row in record["found"]["failure"]] == ["graphs"]
+    assert [row["what"] for row in record["found"]["left_out"]] == [name for name in gpu.SECTIONS if name != "graphs"]
+    assert record["failed"]
+    assert "LEFT OUT" in (tmp_path / "gpu.txt").read_text(encoding="utf-8")
+    assert "LEFT OUT" in capsys.readouterr().out
 
 
 def test_what_a_process_wrote_before_it_ended_is_kept(tmp_path):
@@ -89,23 +235,42 @@ def test_what_a_process_wrote_before_it_ended_is_kept(tmp_path):
     }
 
 
-@pytest.mark.parametrize("section", [ceilings, timings, error_rows, check_calls])
+@pytest.mark.parametrize(
+    "section",
+    [
+        partial(check_kernels, dtype="float32"),
+        partial(check_calls, dtype="float32"),
+        check_all_gradients,
+        timings,
+        error_rows,
+        peer_rows,
+        graphs,
+        cupy_timings,
+    ],
+)
 def test_what_there_is_no_time_for_is_said(section):
-    started = time.monotonic()
-    found = list(section(session(1.0)))
-    left = [row["what"] for kind, row in found if kind == "left_out"]
-    late = [row for kind, row in found if kind == "sdpa" and row["ms"] is None]
-    assert left or late
-    assert not any(kind in ("timing", "error", "check", "profile") for kind, _ in found)
-    assert time.monotonic() - started < 10
+    rows = list(section(session(seconds=0.0)))
+    assert rows
+    assert {kind for kind, _ in rows} == {"left_out"}
+    assert any(row["why"] == "no time left" for _, row in rows)
 
 
-def test_no_section_is_run_without_time(tmp_path, capsys):
-    assert gpu.main(["--rehearse", "--out", str(tmp_path), "--seconds", "1"]) == 0
+def test_a_rehearsal_without_time_says_so_and_fails(tmp_path, capsys):
+    assert gpu.main(["--rehearse", "--out", str(tmp_path), "--seconds", "1"]) == 1
     printed = capsys.readouterr().out
-    assert "no time left" in printed
     assert "TESTS not run" in printed
     assert "CHECKS not made" in printed
+    left = [line.split(":")[0].strip() for line in printed.splitlines() if "no time left" in line]
+    assert left == list(gpu.SECTIONS)
+
+
+def test_what_is_most_important_comes_first_and_checks_take_a_minute_and_a_half_at_most():
+    ends = gpu.limits(5.0, gpu.SECONDS)
+    assert gpu.SECONDS == 300.0
+    assert max(ends[name] for name in gpu.CHECKS) == 5.0 + 90.0
+    assert list(ends.values()) == sorted(ends.values())
+    assert max(ends.values()) + gpu.GRACE < 5.0 + gpu.SECONDS
+    assert [name for stage in gpu.STAGES for names in stage for name in names] == list(gpu.SECTIONS)
 
 
 def test_stages_by_kernel_names():
@@ -140,42 +305,22 @@ def test_summary_of_canned_events():
     assert [one.name for one in launches_in(events, False)] == ["cudaLaunchKernel"]
 
 
-def test_bytes_and_operations_by_hand():
-    x = torch.zeros((2, 10, 8), dtype=torch.bfloat16)
-    hashed = work_of("hash_codes", (x, torch.zeros((8, 12))), torch.zeros((2, 10), dtype=torch.int16))
-    assert hashed == Work(2 * 10 * 8 * 2 + 8 * 12 * 4 + 2 * 10 * 2, 2 * 2 * 10 * 8 * 12)
-    norms = work_of("row_norms", (x,), torch.zeros((2, 10), dtype=torch.float64))
-    assert norms == Work(320 + 160, 0)
-    order = work_of("bucket_order", (torch.zeros((2, 10), dtype=torch.int16), 12), torch.zeros((2, 10), dtype=torch.int64))
-    assert order == Work(40 + 160, 0)
-    q, v = torch.zeros((6, 4)), torch.zeros((6, 5))
-    lists = torch.zeros((2, 3), dtype=torch.int64), torch.zeros((2, 7), dtype=torch.int64), torch.zeros((2, 7))
-    part = AttentionState(torch.zeros((6, 5)), torch.zeros(6))
-    blocks = work_of("attend_blocks", (q, q, v, *lists, 0.5, None, None), part)
-    assert blocks == Work(2 * 96 + 120 + 48 + 112 + 56 + 120 + 24, 2 * 2 * 3 * 7 * (4 + 5))
-    dense = work_of("attend_dense", (q[None], q[None], v[None], 0.5), AttentionState(part.out[None], part.lse[None]))
-    assert dense == Work(2 * 96 + 120 + 120 + 24, 2 * 6 * 6 * (4 + 5))
-
-
-def test_rates_by_hand():
-    stages = {"hash_codes": {"ms": 2.0}, "row_norms": {"ms": 0.0}, "open_tree": {"ms": 1.0}}
-    work = {"hash_codes": [Work(10**9, 10**12), Work(10**9, 10**12)], "row_norms": [Work(1, 0)]}
-    found = rates(stages, work)
-    assert list(found) == ["hash_codes"]
-    assert found["hash_codes"]["tb_s"] == pytest.approx(1.0)
-    assert found["hash_codes"]["tflop_s"] == pytest.approx(1000.0)
-    assert set(COUNTABLE) <= set(KERNELS)
-
-
-def test_counting_leaves_the_kernels_as_they_were():
-    before = dict(KERNELS)
-    with counted() as work:
-        KERNELS["finite_rows"][-1].function(host, np.zeros((1, 3, 2), np.float32))
-    assert before == KERNELS
-    assert work == {"finite_rows": [Work(24 + 3, 0)]}
-    with pytest.raises(ZeroDivisionError), counted():
-        raise ZeroDivisionError
-    assert before == KERNELS
+def test_times_on_paper_by_hand():
+    assert set(PAPER) <= set(KERNELS)
+    assert set(METHODS) <= set(LAUNCHES)
+    stages = {name: {"ms": 1.0} for name in ("finite_rows", "open_tree", "attend_blocks", "gap_moments", "copies")}
+    row = {"heads": 16, "n": PAPER_ROWS // 16, "stages": stages}
+    found = bounded(row, {"copy": 3.0, "product": 798.0})["stages"]
+    assert found["finite_rows"]["paper_ms"] == pytest.approx(0.27)
+    assert found["open_tree"]["paper_ms"] == pytest.approx(8.2 / 5.5)
+    assert found["attend_blocks"]["paper_ms"] == pytest.approx(0.5)
+    assert found["gap_moments"]["paper_ms"] == pytest.approx(0.03)
+    assert found["copies"] == {"ms": 1.0}
+    # Operations bound where products are slow; what waits does not shrink with n.
+    found = bounded(row | {"n": row["n"] // 4}, {"copy": 3.0, "product": 100.0})["stages"]
+    assert found["attend_blocks"]["paper_ms"] == pytest.approx(0.25 * 2.7)
+    assert found["gap_moments"]["paper_ms"] == pytest.approx(0.03)
+    assert bounded(row, {}) == row
 
 
 def test_every_kernel_has_random_arguments(rng):
@@ -280,11 +425,10 @@ def test_outcomes_of_tests(tmp_path):
     assert gpu_suite.read_outcomes("")["passed"] == 0
 
 
-def test_tests_that_take_too_long_are_interrupted():
+def test_tests_that_take_too_long_are_killed():
     started = time.monotonic()
-    code, cut, _ = gpu_suite.run_tests([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
-    assert cut
-    assert code == -signal.SIGINT or code == 1
+    code, _ = gpu_suite.run_tests([sys.executable, "-c", "import time; time.sleep(60)"], 1.0)
+    assert code is None
     assert time.monotonic() - started < 15
 
 
@@ -323,24 +467,26 @@ GOOD_TESTS = {"passed": 5, "failed": 0, "skipped": 0, "exit_code": 0, "cut_off":
 
 def test_failures_come_first_and_the_table_is_short():
     checks = [{"name": f"check {i}", "passed": i % 2 == 0, "measured": math.inf, "limit": 0.1} for i in range(60)]
-    stages = {f"stage {i}": {"share": 0.1, "ms": 1.0} for i in range(9)}
+    stages = {f"stage {i}": {"share": 0.1, "ms": 1.0, "paper_ms": 0.25} for i in range(9)}
     profile = {"dtype": "bfloat16", "n": 8192, "method": "sortlsh", "launches": 50.0, "device_ms": 1.0, "stages": stages}
-    profile["rates"] = {"hash_codes": {"tb_s": 1.5, "tflop_s": 2.0}}
     rows = {
         "check": checks,
         "tests": [GOOD_TESTS],
         "ceiling": [{"name": "copy", "value": 3.0, "unit": "TB/s"}],
         "timing": [timing(2**power, 1.0, math.nan) for power in range(12, 19)] * 4,
         "profile": [profile] * 20,
-        "left_out": [{"what": f"part {i}", "why": "no time left"} for i in range(99)],
+        "peer": [{"peer": "a peer", "dtype": "bfloat16", "n": 8192, "ms": 0.5, "frobenius": 0.002}],
+        "left_out": [{"what": f"part {i}", "why": "no time left", "section": "others"} for i in range(99)],
     }
     text = gpu_table.table(HEADER, rows)
     assert len(text) <= gpu_table.MOST_CHARACTERS
-    assert text.index("FAILED") < text.index("TESTS") < text.index("GOALS")
+    assert text.index("FAILED") < text.index("CHECKS") < text.index("GOALS")
     assert "check 1: inf, at most 0.1" in text
     assert "and 18 more" in text
-    assert "hash_codes 1.5 TB/s (50%), 2 TFLOP/s" in text
-    assert "and 87 more" in text
+    assert "50 launches (tests count 66)" in text
+    assert "stage 0 1 (0.25), stage 1" in text
+    assert "n = 8,192: a peer 0.5 (0.002), treecode 512 1 (nan)" in text
+    assert "others: no time left: part 0; part 1; and 97 more" in text
     assert text.splitlines()[-1].startswith("  not measured") or "at least 20 times" in text.splitlines()[-1]
     long = gpu_table.clipped(text * 9)
     assert len(long) <= gpu_table.MOST_CHARACTERS
@@ -358,6 +504,9 @@ def test_failures_come_first_and_the_table_is_short():
         ({"tests": [GOOD_TESTS | {"passed": 0, "exit_code": 5}]}, True),
         ({"check": [{"passed": True}, {"passed": False}]}, True),
         ({"failure": [{"what": "a", "error": "b"}]}, True),
+        ({"left_out": [{"section": "timings", "what": "a", "why": "no time left"}]}, False),
+        ({"left_out": [{"section": "calls float32", "what": "a", "why": "no time left"}]}, True),
+        ({"left_out": [{"section": "calls float32", "what": "a", "why": "CuPy is not installed"}]}, False),
     ],
 )
 def test_what_counts_as_a_failure(rows, fails):
@@ -371,7 +520,7 @@ def test_failures_end_the_command_with_1(tmp_path, monkeypatch, capsys):
                 json.dumps({"kind": "check", "name": "bad", "passed": False, "measured": math.nan, "limit": 1}) + "\n"
             )
 
-        return [None for _ in commands]
+        return [0 for _ in commands]
 
     monkeypatch.setattr(gpu, "run_processes", run_processes)
     assert gpu.main(["--rehearse", "--out", str(tmp_path)]) == 1
@@ -419,15 +568,15 @@ def test_layers_from_a_file(tmp_path, monkeypatch, rng):
     monkeypatch.setattr(vit, "qkv", lambda size, wanted: {i: layers[i] for i in wanted})
     path = tmp_path / "vit.npz"
     assert "2×65×16" in export_vit(path)
-    found = list(cases(session(vit=path)))[1:]
+    found = list(cases(session(vit=path)))[:-1]
     assert [case.name[-1] for case in found] == ["1", "3", "6"]
     np.testing.assert_array_equal(found[1].k, layers[3][1].astype(np.float16))
     rows = [row for _, row in errors_of(session(vit=path), found[1], "bfloat16")]
-    assert [row["method"] for row in rows] == ["sortlsh", "hyper", "treecode"]
+    assert [row["method"] for row in rows] == ["treecode", "sortlsh", "hyper"]
     assert all(row["frobenius"] < 0.5 for row in rows)
 
 
 def test_the_documentation_names_every_section():
     text = (Path(gpu.__file__).parent / "METHOD.md").read_text(encoding="utf-8")
     for section in gpu.SECTIONS:
-        assert f"| {section} |" in text
+        assert f"| {section.split()[0]}" in text

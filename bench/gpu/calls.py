@@ -1,6 +1,8 @@
 """`kdecore.attention` on `bench.gpu`'s device against the host in float64: forward, twice the same, and gradients."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import kdecore
 from bench.gpu.arguments import rounded
 from bench.gpu.checks import LIMITS, Library, difference, failed, other_library, torch_library
-from bench.gpu.session import Findings, Row, Session, left_out
+from bench.gpu.session import Findings, Row, Session, left_out, out_of_time
 from kdecore.arrays.namespace import Array
 
 N, REHEARSED_N = 1501, 151
@@ -17,7 +19,8 @@ HEADS, D = 3, 32
 FACTOR = 1.2
 """An estimate on the device errs at most so many times what the host's errs, and by what the dtype's rounding adds."""
 GRADIENTS = {"float32": 1e-4, "bfloat16": 3e-2}
-ESTIMATORS = ("sortlsh", "hyper", "treecode")
+ESTIMATORS = ("treecode", "sortlsh", "hyper")
+CUPY_DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -29,29 +32,37 @@ class Inputs:
     causal: Array
 
 
-def check_calls(session: Session) -> Findings:
-    """Yield one row for each library, dtype and call."""
+def check_calls(session: Session, dtype: str) -> Findings:
+    """Yield one row for each library and call in a dtype."""
     n = REHEARSED_N if session.rehearsal else N
-    library, other = torch_library(session.device), other_library(session.device)
-    wanted = [(library, dtype) for dtype in (("bfloat16",) if session.rehearsal else library.dtypes)]
+    libraries, other = [torch_library(session.device)], other_library(session.device)
     if isinstance(other, str):
-        yield left_out("calls by CuPy", other)
-    else:
-        wanted += [(other, dtype) for dtype in ("float32", "float64")[session.rehearsal :]]
-    for one, dtype in wanted:
-        if not session.has(10.0):
-            yield left_out(f"calls ({one.name}, {dtype})", "no time left")
-            continue
-        inputs = make_inputs(session.numbers(n, *one.name.encode(), *dtype.encode()), n, dtype)
-        for name, row in checks_of(one, dtype, inputs, n // 4):
-            yield "check", row | {"name": f"{name} ({one.name}, {dtype}, n = {n})"}
+        yield left_out(f"calls by CuPy, {dtype}", other)
+    elif dtype in CUPY_DTYPES:
+        libraries.append(other)
+    for library in libraries:
+        inputs = make_inputs(session.numbers(n, *library.name.encode(), *dtype.encode()), n, dtype)
+        arrays = [library.convert(x, dtype) for x in inputs.arrays]
+        for name, check in checks_of(library, dtype, arrays, inputs, n // 4):
+            name = f"{name} ({library.name}, {dtype}, n = {n})"
+            yield ("check", checked(check) | {"name": name}) if session.has(1.0) else out_of_time(name)
+
+
+def checked(check: Callable[[], Row]) -> Row:
+    """Return a check's row; whatever a call raises is what is to be reported."""
+    try:
+        return check()
+    except Exception as error:
+        return failed("", f"{type(error).__name__}: {error}")
+
+
+def check_all_gradients(session: Session) -> Findings:
+    """Yield one row for each dtype and call."""
     for dtype in GRADIENTS:
         for options in ({"method": "exact"}, {"method": "sortlsh", "budget": 64}, {"method": "exact", "causal": True}):
             name = f"gradients, {', '.join(map(str, options.values()))} ({dtype})"
-            if session.has(5.0):
-                yield "check", check_gradients(session, dtype, options) | {"name": name}
-            else:
-                yield left_out(name, "no time left")
+            check = partial(check_gradients, session, dtype, options)
+            yield ("check", checked(check) | {"name": name}) if session.has(1.0) else out_of_time(name)
 
 
 def make_inputs(rng: np.random.Generator, n: int, dtype: str) -> Inputs:
@@ -73,24 +84,19 @@ def softmax_attention(q: Array, k: Array, v: Array, causal: bool) -> Array:
     return weights @ v / weights.sum(-1, keepdims=True)
 
 
-def checks_of(library: Library, dtype: str, inputs: Inputs, budget: int) -> list[tuple[str, Row]]:
-    """Return a library's checks in one dtype, by name."""
-    arrays = [library.convert(x, dtype) for x in inputs.arrays]
-    n = inputs.arrays[1].shape[-2]
-    rows = [("exact", covering(library, dtype, arrays, inputs.exact, {"method": "exact"}))]
-    rows += [
-        (f"{method}, all keys", covering(library, dtype, arrays, inputs.exact, {"method": method, "budget": n}))
-        for method in ESTIMATORS
-    ]
+def checks_of(
+    library: Library, dtype: str, arrays: list[Any], inputs: Inputs, budget: int
+) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Yield a library's checks in one dtype, by name."""
+    yield "exact", partial(covering, library, dtype, arrays, inputs.exact, {"method": "exact"})
     calls: list[dict[str, Any]] = [{"method": method, "budget": budget} for method in ESTIMATORS]
-    calls.append({"method": "sortlsh", "budget": budget, "causal": True})
-    for options in calls:
+    for options in [*calls, {"method": "sortlsh", "budget": budget, "causal": True}]:
         name = f"{'causal ' * ('causal' in options)}{options['method']}, budget {budget}"
-        rows += [
-            (name, estimated(library, dtype, arrays, inputs, options)),
-            (f"{name}, twice", same_twice(library, arrays, options)),
-        ]
-    return rows
+        yield name, partial(estimated, library, dtype, arrays, inputs, options)
+        yield f"{name}, twice", partial(same_twice, library, arrays, options)
+    for options in calls:
+        every = options | {"budget": inputs.exact.shape[-2]}
+        yield f"{options['method']}, all keys", partial(covering, library, dtype, arrays, inputs.exact, every)
 
 
 def reported(measured: float, limit: float, **more: Any) -> Row:
@@ -100,10 +106,7 @@ def reported(measured: float, limit: float, **more: Any) -> Row:
 
 def covering(library: Library, dtype: str, arrays: list[Any], exact: Array, options: dict[str, Any]) -> Row:
     """Check a call that looks at all keys."""
-    try:
-        return reported(difference(library.back(kdecore.attention(*arrays, **options)), exact), LIMITS[dtype])
-    except Exception as error:  # whatever a call raises is what is to be reported
-        return failed("", f"{type(error).__name__}: {error}")
+    return reported(difference(library.back(kdecore.attention(*arrays, **options)), exact), LIMITS[dtype])
 
 
 def estimated(library: Library, dtype: str, arrays: list[Any], inputs: Inputs, options: dict[str, Any]) -> Row:
@@ -113,16 +116,13 @@ def estimated(library: Library, dtype: str, arrays: list[Any], inputs: Inputs, o
     signs of its directions are left open.
     """
     exact = inputs.causal if options.get("causal") else inputs.exact
-    try:
-        found = library.back(kdecore.attention(*arrays, **options)).astype(np.float64)
-        on_host = kdecore.attention(*inputs.arrays, **options | as_on_devices(options))
-        apart = difference(found, on_host)
-        if dtype == "float64" and options["method"] != "treecode":
-            return reported(apart, 1e-9)
-        limit = FACTOR * difference(on_host, exact) + LIMITS[dtype]
-        return reported(difference(found, exact), limit, from_host=apart)
-    except Exception as error:  # whatever a call raises is what is to be reported
-        return failed("", f"{type(error).__name__}: {error}")
+    found = library.back(kdecore.attention(*arrays, **options)).astype(np.float64)
+    on_host = kdecore.attention(*inputs.arrays, **options | as_on_devices(options))
+    apart = difference(found, on_host)
+    if dtype == "float64" and options["method"] != "treecode":
+        return reported(apart, 1e-9)
+    limit = FACTOR * difference(on_host, exact) + LIMITS[dtype]
+    return reported(difference(found, exact), limit, from_host=apart)
 
 
 def as_on_devices(options: dict[str, Any]) -> dict[str, Any]:
@@ -132,22 +132,16 @@ def as_on_devices(options: dict[str, Any]) -> dict[str, Any]:
 
 def same_twice(library: Library, arrays: list[Any], options: dict[str, Any]) -> Row:
     """Check that one seed gives one result, bit by bit: no kernel adds floats in the order in which threads come."""
-    try:
-        first, second = (library.back(kdecore.attention(*arrays, **options, seed=5)) for _ in range(2))
-        return reported(float(np.mean(first != second)), 0.0)
-    except Exception as error:  # whatever a call raises is what is to be reported
-        return failed("", f"{type(error).__name__}: {error}")
+    first, second = (library.back(kdecore.attention(*arrays, **options, seed=5)) for _ in range(2))
+    return reported(float(np.mean(first != second)), 0.0)
 
 
 def check_gradients(session: Session, dtype: str, options: dict[str, Any]) -> Row:
     """Compare gradients of q, k and v on the device with those in float64 on the host."""
     rng = session.numbers(*dtype.encode(), *str(options).encode())
     *arrays, direction = (rounded(rng.standard_normal((2, 257, 16)), dtype) for _ in range(4))
-    try:
-        found = gradients(arrays, direction, session.device, dtype, options)
-        expected = gradients(arrays, direction, "cpu", "float64", options)
-    except Exception as error:  # whatever a call raises is what is to be reported
-        return failed("", f"{type(error).__name__}: {error}")
+    found = gradients(arrays, direction, session.device, dtype, options)
+    expected = gradients(arrays, direction, "cpu", "float64", options)
     return reported(max(difference(a, b) for a, b in zip(found, expected, strict=True)), GRADIENTS[dtype])
 
 

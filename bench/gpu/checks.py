@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench.gpu.arguments import ARGUMENTS, LARGE, for_library, for_reference
-from bench.gpu.session import Findings, Row, Session, left_out
+from bench.gpu.session import Findings, Row, Session, left_out, out_of_time
 from kdecore.arrays.backend import backend_named, unusable
 from kdecore.arrays.namespace import ACCUMULATION, Array, Namespace, host, namespace_name
 from kdecore.kernels.pick_threshold.contract import STEPS
@@ -41,7 +41,7 @@ LISTS = frozenset(["open_tree"])
 """Kernels that return lists, which may end with empty slots."""
 BINNED = {"pick_threshold": 2.0 ** (1 / STEPS) * 1.03 - 1.0}
 """What accelerators find in bins errs by as much as one is wide, and by what rounding opens."""
-SIZES = (37, 1001, 65_537)
+SIZES = (1001, 37, 65_537)
 REHEARSED_SIZES = (37,)
 GARBAGE = 77
 """What integers are filled with, in every byte."""
@@ -137,20 +137,22 @@ def other_library(device: str) -> Library | str:
     return Library(array_api_compat.cupy, "cuda:0", convert, library.to_numpy, dtypes)
 
 
-def check_kernels(session: Session) -> Findings:
-    """Yield one row for each kernel, implementation, library, dtype and size; what is commonest first."""
+def check_kernels(session: Session, dtype: str) -> Findings:
+    """Yield one row for each size, library, kernel and implementation in a dtype: each kernel once before any twice."""
     other = other_library(session.device)
     if isinstance(other, str):
-        yield left_out("kernels by CuPy", other)
+        yield left_out(f"kernels by CuPy, {dtype}", other)
     libraries = (torch_library(session.device), *(() if isinstance(other, str) else (other,)))
-    for dtype in libraries[0].dtypes:
+    for size in REHEARSED_SIZES if session.rehearsal else SIZES:
         for library in libraries:
             if dtype in library.dtypes:
-                yield from check_dtype(session, library, dtype)
+                yield from check_size(session, library, dtype, size)
 
 
-def check_dtype(session: Session, library: Library, dtype: str) -> Findings:
-    """Yield one row for each kernel, implementation and size."""
+def check_size(session: Session, library: Library, dtype: str, size: int) -> Findings:
+    """Yield one row for each kernel and implementation."""
+    if size >= LARGE and dtype not in ("bfloat16", "float32"):
+        return  # which take seconds on the host
     for kernel, every in KERNELS.items():
         if not any(one.target in DEVICE_TARGETS for one in every):
             continue  # nothing of it runs on a device but array operations
@@ -158,13 +160,11 @@ def check_dtype(session: Session, library: Library, dtype: str) -> Findings:
             yield "check", failed(f"{kernel}", "no random arguments are known for it")
             continue
         for one in implementations(kernel, library, dtype, session.rehearsal):
-            for size in REHEARSED_SIZES if session.rehearsal else SIZES:
-                name = f"{kernel} ({one.target}, {library.name}, {dtype}, {size} rows)"
-                # The largest ones take seconds on the host.
-                if not session.has(15.0 if size >= LARGE else 3.0):
-                    yield left_out(name, "no time left")
-                elif size < LARGE or dtype in ("bfloat16", "float32"):
-                    yield "check", check_kernel(kernel, one, library, dtype, size, session, name)
+            name = f"{kernel} ({one.target}, {library.name}, {dtype}, {size} rows)"
+            if session.has(1.0):
+                yield "check", check_kernel(kernel, one, library, dtype, size, session, name)
+            else:
+                yield out_of_time(name)
 
 
 def implementations(kernel: str, library: Library, dtype: str, rehearsal: bool) -> list[Implementation]:

@@ -1,22 +1,21 @@
 """Errors beside times on `bench.gpu`'s device: GloVe words, and layers of a vision transformer from a file."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import kdecore
-from bench.gpu.session import Findings, Session, attempted, exact_rows, free_memory, left_out, median_seconds
-from bench.gpu.speed import OUT_OF_TIME, best_backend, dtypes
+from bench.gpu.peers import best_backend
+from bench.gpu.session import Findings, Session, attempted, exact_rows, free_memory, left_out, median_seconds, out_of_time
 from kdecore.accuracy.metrics import errors
 from kdecore.arrays.namespace import namespace_of
 from kdecore.compare.cases import GLOVE_SCALE, Case, glove_case
 
-METHODS = ("sortlsh", "hyper", "treecode")
+METHODS = ("treecode", "sortlsh", "hyper")
 """kdeformer is left out: it takes longer than exact attention."""
 BUDGETS, REHEARSED_BUDGETS = (256, 512, 1024), (64,)
 N, REHEARSED_N = 8192, 256
@@ -24,69 +23,48 @@ LAYERS = (1, 3, 6)
 LARGEST_EXPORT = 30 * 10**6
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A case on the device, (heads, n, d), in one dtype, with exact attention in float64 and PyTorch's seconds."""
-
-    arrays: tuple[Tensor, Tensor, Tensor]
-    scale: float
-    exact: Tensor
-    sdpa: str
-    seconds: float
-
-
-def error_rows(session: Session) -> Findings:
-    """Yield one row for each case, dtype, method and budget."""
+def error_rows(session: Session, dtype: str = "bfloat16") -> Findings:
+    """Yield one row for each case, method and budget."""
     if session.vit is None:
         yield left_out("errors on a vision transformer", "no file: see --vit")
     for case in cases(session):
-        for dtype in dtypes(session):
-            what = f"errors ({case.name}, {dtype})"
-            if session.has(6.0):
-                yield from attempted(what, partial(errors_of, session, case, dtype))
-            else:
-                yield left_out(what, OUT_OF_TIME)
-            free_memory(session.device)
+        what = f"errors ({case.name}, {dtype})"
+        if session.has(3.0):
+            yield from attempted(what, partial(errors_of, session, case, dtype))
+        else:
+            yield out_of_time(what)
+        free_memory(session.device)
 
 
 def errors_of(session: Session, case: Case, dtype: str) -> Findings:
-    """Yield the errors and times of all methods and budgets on one case."""
-    measured = prepare(session, case, dtype)
-    row = {"case": case.name, "dtype": dtype, "n": measured.exact.shape[1]}
-    row |= {"sdpa": measured.sdpa, "sdpa_ms": 1e3 * measured.seconds}
+    """Yield the errors and times of all methods and budgets on one case, beside PyTorch's fastest kernel."""
+    q, k, v = (torch.tensor(x, device=session.device).to(getattr(torch, dtype)) for x in (case.q, case.k, case.v))
+    q, k, v = (x if x.ndim == 3 else x[None] for x in (q, k, v))
+    scale = float(q.shape[-1] ** -0.5) if case.scale is None else case.scale
+    backend, seconds = best_backend(session.device, q, k, v, scale)
+    row = {"case": case.name, "dtype": dtype, "n": q.shape[1], "sdpa": backend, "sdpa_ms": 1e3 * seconds}
+    exact = exact_rows(q, k, v, scale)
     for method in METHODS:
         for budget in REHEARSED_BUDGETS if session.rehearsal else BUDGETS:
-            if not session.has(3.0):
-                yield left_out(f"errors ({case.name}, {dtype}, {method}, {budget})", OUT_OF_TIME)
+            if not session.has(1.0):
+                yield out_of_time(f"errors ({case.name}, {dtype}, {method}, {budget})")
                 continue
-            call = partial(
-                kdecore.attention, *measured.arrays, method=method, budget=budget, scale=measured.scale, diagonal=0
-            )
-            found = errors(namespace_of(measured.exact), call().double(), measured.exact)
-            seconds = median_seconds(session.device, [call], 5)
-            own = {"method": method, "budget": budget, "ms": 1e3 * seconds}
+            call = partial(kdecore.attention, q, k, v, method=method, budget=budget, scale=scale, diagonal=0)
+            found = errors(namespace_of(exact), call().double(), exact)
+            own = {"method": method, "budget": budget, "ms": 1e3 * median_seconds(session.device, [call], 5)}
             yield "error", row | own | {"spectral": found.spectral, "frobenius": found.frobenius}
 
 
 def cases(session: Session) -> Iterator[Case]:
-    """Yield words at two logit scales, and the layers that the file holds."""
-    glove = glove_case(REHEARSED_N if session.rehearsal else N)
-    for scale in (GLOVE_SCALE,) if session.rehearsal else (GLOVE_SCALE, 1.0):
-        yield replace(glove, name=f"GloVe, logits × {scale:.2f}", scale=scale)
+    """Yield the layers that the file holds, and words at two logit scales."""
     if session.vit is not None:
         with np.load(session.vit, allow_pickle=False) as file:
             for layer in LAYERS:
                 q, k, v = (file[f"{name}{layer}"] for name in "qkv")
                 yield Case(f"vision transformer, layer {layer}", q, k, v)
-
-
-def prepare(session: Session, case: Case, dtype: str) -> Measured:
-    """Bring a case to the device, evaluate it exactly there, and time PyTorch's fastest kernel."""
-    q, k, v = (torch.tensor(x, device=session.device).to(getattr(torch, dtype)) for x in (case.q, case.k, case.v))
-    q, k, v = (x if x.ndim == 3 else x[None] for x in (q, k, v))
-    scale = float(q.shape[-1] ** -0.5) if case.scale is None else case.scale
-    backend, seconds = best_backend(session.device, q[None], k[None], v[None], scale)
-    return Measured((q, k, v), scale, exact_rows(q, k, v, scale), backend, seconds)
+    glove = glove_case(REHEARSED_N if session.rehearsal else N)
+    for scale in (GLOVE_SCALE,) if session.rehearsal else (GLOVE_SCALE, 1.0):
+        yield replace(glove, name=f"GloVe, logits × {scale:.2f}", scale=scale)
 
 
 def export_vit(path: Path) -> str:

@@ -1,10 +1,8 @@
-"""Where a call's device time goes: a profile's kernels by stage, and the least that each stage has to move and compute."""
+"""Where a call's device time goes: a profile's kernels by stage, and what each stage costs on paper."""
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import kdecore.kernels
 from bench.gpu.session import Row, synchronize
-from kdecore.kernels.registry import KERNELS, Implementation
+from kdecore.kernels.registry import KERNELS
 
 OTHERS, COPIES = "array operations", "copies"
-COUNTABLE = ("hash_codes", "row_norms", "finite_rows", "bucket_order", "node_summaries", "attend_blocks", "attend_dense")
-"""Stages whose rates are reported: what they move and compute follows from shapes, and they do no more by far."""
+LAUNCHES = {"exact": 16, "sortlsh": 66, "hyper": 59, "treecode": 149}
+"""Of a call with each query's own key known, as tests/test_accelerators.py counts them and allows them at most."""
+CACHE_RATE = 5.5e12
+"""Bytes a second through the second-level cache of an H100 or H200, which is assumed."""
 MOST_NAMES = 8
 
 
@@ -29,11 +29,36 @@ class Launch(NamedTuple):
     seconds: float
 
 
-class Work(NamedTuple):
-    """The least that calls of a kernel move, in bytes, and compute, in floating-point operations."""
+class Paper(NamedTuple):
+    """What a stage of a call costs on paper: bytes of memory and through the cache, operations, and seconds of waiting.
 
-    bytes: int
-    operations: int
+    All but the last grow with the rows of all heads.
+    """
+
+    moved: float = 0.0
+    cached: float = 0.0
+    operations: float = 0.0
+    waiting: float = 0.0
+
+
+PAPER_ROWS = 16 * 131_072
+PAPER = {
+    "finite_rows": Paper(0.81e9),
+    "row_norms": Paper(0.55e9),
+    "hash_codes": Paper(1.1e9),
+    "bucket_order": Paper(0.13e9),
+    "draw_indices": Paper(0.09e9, 3e9),
+    "attend_blocks": Paper(1.5e9, 2.1e9, 0.27e12),
+    "balanced_view": Paper(waiting=0.1e-3),
+    "project_rows": Paper(0.8e9),
+    "rank_codes": Paper(0.28e9),
+    "node_summaries": Paper(1.7e9),
+    "pick_threshold": Paper(waiting=0.14e-3),
+    "gap_moments": Paper(waiting=0.03e-3),
+    "open_tree": Paper(0.0, 8.2e9, 0.35e12),
+    "attend_tree": Paper(1.5e9, 4.3e9, 0.27e12),
+}
+"""Of `PAPER_ROWS` rows, d = 64, bfloat16, budget 512: what the kernels' docstrings count, for all launches of a call."""
 
 
 @cache
@@ -110,75 +135,16 @@ def launches_in(events: Iterable[Any], on_device: bool) -> list[Launch]:
     ]
 
 
-@contextmanager
-def counted() -> Iterator[dict[str, list[Work]]]:
-    """While it is entered, note for each kernel what its calls move and compute at least."""
-    work: dict[str, list[Work]] = defaultdict(list)
-    before = dict(KERNELS)
+def bounded(row: Row, ceiling: Mapping[str, float]) -> Row:
+    """Return a profile whose stages have their time on paper, in ms, by the device's rates in TB/s and TFLOP/s."""
+    rows = row["heads"] * row["n"] / PAPER_ROWS
 
-    def counting(kernel: str, one: Implementation) -> Implementation:
-        def call(xp: Any, *arguments: Any, **named: Any) -> Any:
-            found = one.function(xp, *arguments, **named)
-            work[kernel].append(work_of(kernel, (*arguments, *named.values()), found))
-            return found
+    def with_paper(name: str, stage: Row) -> Row:
+        paper = PAPER.get(name)
+        if paper is None or not {"copy", "product"} <= ceiling.keys():
+            return stage
+        moved, computed = paper.moved / (ceiling["copy"] * 1e12), paper.operations / (ceiling["product"] * 1e12)
+        seconds = max(rows * max(moved, paper.cached / CACHE_RATE, computed), paper.waiting)
+        return stage | {"paper_ms": 1e3 * seconds}
 
-        return replace(one, function=call)
-
-    try:
-        for kernel, every in before.items():
-            KERNELS[kernel] = tuple(counting(kernel, one) for one in every)
-        yield work
-    finally:
-        KERNELS.update(before)
-
-
-def work_of(kernel: str, arguments: tuple[Any, ...], found: Any) -> Work:
-    """Return what a call moves at least, each array given read once and each one returned written once, and computes."""
-    counts = OPERATIONS.get(kernel)
-    return Work(bytes_of(arguments) + bytes_of(found), 0 if counts is None else counts(*arguments))
-
-
-def bytes_of(x: Any) -> int:
-    """Return the bytes of all arrays in nested tuples and parts."""
-    if hasattr(x, "dtype") and hasattr(x, "nbytes"):
-        return int(x.nbytes)
-    if hasattr(x, "lse"):
-        return bytes_of((x.out, x.lse))
-    return sum(map(bytes_of, x)) if isinstance(x, tuple) else 0
-
-
-def operations_of_hash_codes(x: Any, planes: Any) -> int:
-    """Count a multiplication and an addition for each number of a row and plane."""
-    groups, n, d = x.shape
-    return int(2 * groups * n * d * planes.shape[1])
-
-
-def operations_of_blocks(q: Any, k: Any, v: Any, query_index: Any, key_index: Any, *others: Any) -> int:
-    """Count both matrix products."""
-    blocks, rows = query_index.shape
-    return int(2 * blocks * rows * key_index.shape[1] * (q.shape[1] + v.shape[1]))
-
-
-def operations_of_dense(q: Any, k: Any, v: Any, *others: Any) -> int:
-    """Count both matrix products."""
-    groups, n_q, d = q.shape
-    return int(2 * groups * n_q * k.shape[1] * (d + v.shape[2]))
-
-
-OPERATIONS: dict[str, Callable[..., int]] = {
-    "hash_codes": operations_of_hash_codes,
-    "attend_blocks": operations_of_blocks,
-    "attend_dense": operations_of_dense,
-}
-"""Kernel → floating-point operations of a call, from its arguments; the others' are nothing beside what they move."""
-
-
-def rates(stages: Mapping[str, Row], work: Mapping[str, list[Work]]) -> dict[str, Row]:
-    """Return the rates that stages reach: TB/s and, where operations are counted, TFLOP/s."""
-    found: dict[str, Row] = {}
-    for stage in COUNTABLE:
-        if stage in stages and stage in work and stages[stage]["ms"] > 0:
-            moved, computed = (sum(column) for column in zip(*work[stage], strict=True))
-            row = {"bytes": moved, "operations": computed, "tb_s": moved / stages[stage]["ms"] * 1e-9}
-            found[stage] = row | ({"tflop_s": computed / stages[stage]["ms"] * 1e-9} if computed else {})
-    return found
+    return row | {"stages": {name: with_paper(name, stage) for name, stage in row["stages"].items()}}

@@ -19,6 +19,7 @@ Findings: TypeAlias = Iterator[tuple[str, Row]]
 
 LONG = 0.5
 """Seconds of a call that is timed once only."""
+OUT_OF_TIME = "no time left"
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,15 @@ class Session:
         Of all random inputs.
     vit
         File with a vision transformer's q, k and v; None for none.
+    peers
+        Folder with other packages; None for none.
     """
 
     device: str
     until: float
     seed: int
     vit: Path | None = None
+    peers: Path | None = None
 
     @property
     def rehearsal(self) -> bool:
@@ -67,6 +71,11 @@ class Session:
 def left_out(what: str, why: str) -> tuple[str, Row]:
     """Say that something was not measured."""
     return "left_out", {"what": what, "why": why}
+
+
+def out_of_time(what: str) -> tuple[str, Row]:
+    """Say that there was no time for something."""
+    return left_out(what, OUT_OF_TIME)
 
 
 def failure(what: str, error: BaseException) -> tuple[str, Row]:

@@ -4,14 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu.session import Row
+from bench.gpu.profile import LAUNCHES
+from bench.gpu.session import OUT_OF_TIME, Row
 
 MOST_CHARACTERS = 12_000
 MOST_LINES = 12
 """Of failures and what was left out."""
 LARGEST_ERROR = 0.05
 GOAL_DTYPE = "bfloat16"
-GLOVE, TRANSFORMER = "GloVe", "vision transformer"
+CORRECTNESS = ("kernels ", "calls ")
+"""What the names of sections begin with for which there has to be time."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,11 @@ Rows = Mapping[str, Sequence[Row]]
 
 
 def failed(rows: Rows) -> bool:
-    """Return whether a test or check failed, or anything raised."""
-    return bool(rows.get("failure") or bad_checks(rows) or any(test_failed(row) for row in rows.get("tests", ())))
+    """Return whether a test or check failed, anything raised, or there was no time for a check of correctness."""
+    late = (row["section"].startswith(CORRECTNESS) and row["why"] == OUT_OF_TIME for row in rows.get("left_out", ()))
+    return bool(
+        rows.get("failure") or bad_checks(rows) or any(test_failed(row) for row in rows.get("tests", ())) or any(late)
+    )
 
 
 def test_failed(row: Row) -> bool:
@@ -72,13 +77,14 @@ def table(header: Row, rows: Rows) -> str:
     parts = [
         head(header, rows),
         failures(rows),
-        tests(rows),
         checks(rows),
+        tests(rows),
         ceilings(rows),
         timings(rows),
         profiles(rows),
-        graphs(rows),
         errors(rows),
+        peers(rows),
+        graphs(rows),
         omissions(rows),
         goals(rows) if header["device"] else ["GOALS are not judged in a rehearsal"],
     ]
@@ -146,20 +152,16 @@ def checks(rows: Rows) -> list[str]:
 
 
 def ceilings(rows: Rows) -> list[str]:
-    """List the device's rates, and those of PyTorch's attention."""
+    """List the device's rates."""
     rates = ", ".join(f"{row['name']} {row['value']:.4g} {row['unit']}" for row in rows.get("ceiling", ()))
-    lines = [f"CEILINGS {rates or 'not measured'}"]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows.get("sdpa", ())):
-        of_dtype = [row for row in rows["sdpa"] if row["dtype"] == dtype]
-        ran = ", ".join(f"{row['backend']} {row['tflop_s']:.4g}" for row in of_dtype if row["ms"] is not None)
-        rest = ", ".join(row["backend"] for row in of_dtype if row["ms"] is None)
-        lines.append(f"  PyTorch's attention, {dtype}, n = {of_dtype[0]['n']:,}, TFLOP/s: {ran}; not: {rest or 'none'}")
-    return [*lines, ""]
+    return [f"CEILINGS {rates or 'not measured'}", ""]
 
 
 def timings(rows: Rows) -> list[str]:
     """List times and errors; what kdecore's reference, another library, takes comes last."""
-    own = [row for row in rows.get("timing", ()) if "speedup" in row]
+    own = sorted(
+        (row for row in rows.get("timing", ()) if "speedup" in row), key=lambda row: (row["dtype"] != GOAL_DTYPE, row["n"])
+    )
     others = [row for row in rows.get("timing", ()) if "speedup" not in row]
     if not own and not others:
         return ["TIMINGS not measured", ""]
@@ -178,36 +180,39 @@ def timings(rows: Rows) -> list[str]:
 
 
 def profiles(rows: Rows) -> list[str]:
-    """List stages' shares and rates."""
+    """List launches beside those that tests count, and stages beside their time on paper."""
     every = rows.get("profile", ())
-    ceiling = {row["name"]: row["value"] for row in rows.get("ceiling", ())}
-    lines = ["WHERE DEVICE TIME GOES"] if every else ["WHERE DEVICE TIME GOES not measured"]
+    lines = ["WHERE DEVICE TIME GOES, ms (on paper)" if every else "WHERE DEVICE TIME GOES not measured"]
     for row in every:
-        shares = ", ".join(f"{name} {stage['share']:.0%}" for name, stage in row["stages"].items() if stage["share"] >= 0.01)
-        took = f"{row['launches']:.0f} launches, {row['device_ms']:.4g} ms"
-        lines.append(f"  {row['dtype']}, n = {row['n']:,}, {row['method']}: {took}: {shares}")
-        if row["rates"] and row["n"] in SHOWN_RATES:
-            lines.append(
-                "    " + "; ".join(rate(name, found, row["dtype"], ceiling) for name, found in row["rates"].items())
-            )
+        launches = f"{row['launches']:.0f} launches (tests count {LAUNCHES[row['method']]})"
+        lines.append(f"  {row['dtype']}, n = {row['n']:,}, {row['method']}: {row['device_ms']:.4g} ms, {launches}")
+        stages = [stage_text(*item) for item in row["stages"].items() if item[1]["share"] >= LEAST_SHARE]
+        lines.append("    " + ", ".join(stages))
     return [*lines, ""]
 
 
-SHOWN_RATES = (8192, 131_072)
+LEAST_SHARE = 0.01
+"""Of a stage that is listed."""
 
 
-def rate(stage: str, found: Row, dtype: str, ceiling: Mapping[str, float]) -> str:
-    """Return a stage's rates, with their parts of the ceilings."""
-    copied, product = ceiling.get("copy"), ceiling.get("bfloat16 product" if dtype == "bfloat16" else "tf32 product")
-    text = f"{stage} {found['tb_s']:.3g} TB/s{part(found['tb_s'], copied)}"
-    if "tflop_s" in found:
-        text += f", {found['tflop_s']:.3g} TFLOP/s{part(found['tflop_s'], product)}"
-    return text
+def stage_text(name: str, stage: Row) -> str:
+    """Return a stage's time, beside that on paper where it is known."""
+    return f"{name} {stage['ms']:.3g}" + (f" ({stage['paper_ms']:.2g})" if "paper_ms" in stage else "")
 
 
-def part(value: float, ceiling: float | None) -> str:
-    """Return which part of a ceiling a rate is."""
-    return f" ({value / ceiling:.0%})" if ceiling else ""
+def peers(rows: Rows) -> list[str]:
+    """List exact attention of PyTorch and of other packages, and estimates on the same inputs, the fastest first."""
+    every = [row for row in rows.get("peer", ()) if row["dtype"] == GOAL_DTYPE]
+    lines = [f"PEERS in {GOAL_DTYPE}, ms and Frobenius error on the same inputs" if every else "PEERS not measured"]
+    for n in dict.fromkeys(row["n"] for row in every):
+        found = [(row["ms"], row["frobenius"], row["peer"]) for row in every if row["n"] == n]
+        found += [
+            (row["ms"], row["frobenius"], f"{row['method']} {row['budget']}")
+            for row in rows.get("timing", ())
+            if "speedup" in row and (row["dtype"], row["n"]) == (GOAL_DTYPE, n)
+        ]
+        lines.append(f"  n = {n:,}: " + ", ".join(f"{name} {ms:.3g} ({error:.2g})" for ms, error, name in sorted(found)))
+    return [*lines, ""]
 
 
 def graphs(rows: Rows) -> list[str]:
@@ -242,9 +247,20 @@ def errors(rows: Rows) -> list[str]:
 
 
 def omissions(rows: Rows) -> list[str]:
-    """List what was left out."""
-    left = [f"  {row['what']}: {row['why']}"[:160] for row in rows.get("left_out", ())]
-    return ["LEFT OUT", *some(left), ""] if left else ["LEFT OUT nothing", ""]
+    """List what was left out, by section and reason, most important first."""
+    by_reason: dict[str, list[str]] = {}
+    for row in rows.get("left_out", ()):
+        # A section that did not end is named once.
+        by_reason.setdefault(f"{row['section']}: {row['why']}", []).extend({row["what"]} - {row["section"]})
+    lines = []
+    for reason, what in by_reason.items():
+        more = [f"and {len(what) - SHOWN} more"] if len(what) > SHOWN else []
+        lines.append(f"  {reason[:120]}{': ' * bool(what)}{'; '.join([*what[:SHOWN], *more])}"[:240])
+    return ["LEFT OUT", *lines, ""] if lines else ["LEFT OUT nothing", ""]
+
+
+SHOWN = 2
+"""Things that are named of those left out of a section for one reason."""
 
 
 def goals(rows: Rows) -> list[str]:

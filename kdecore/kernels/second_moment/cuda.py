@@ -3,9 +3,9 @@
 In float64, as the contract is. Rows less the first of them are multiplied, so that one pass finds mean and moment: what they
 share is taken out before it is squared, and of the rest float64 holds enough.
 
-On paper, 16 heads, d = 64, 1,024 rows each: ten tiles a head, of which each reads 32 columns of all rows, 0.02 GB through the
-second-level cache in float32, and multiplies 0.3 · 10⁶ numbers; 16 stretches of rows one after another, each a wait for
-memory and 64 products a thread, 700 cycles: 10 µs.
+On paper, 16 heads, d = 64, 1,024 rows each: ten tiles a head, of which each reads 32 columns of all rows, 0.02 GB through
+the second-level cache in float32, and multiplies 0.3 · 10⁶ numbers; 16 stretches of rows one after another, each a wait
+for memory and 64 products a thread, 700 cycles: 10 µs.
 """
 
 from typing import Any
