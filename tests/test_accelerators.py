@@ -26,13 +26,13 @@ VIEWS = frozenset(
 """Operations that launch nothing on a device."""
 LAUNCHES = {
     "hash_codes": 3,
-    "bucket_order": 3,
+    "bucket_order": 1,
     "row_norms": 3,
     "spoil_groups": 2,
-    "node_summaries": 7,
+    "node_summaries": 3,
     "scaled_nodes": 2,
     "draw_indices": 2,
-    "rank_codes": 3,
+    "rank_codes": 2,
     "pick_threshold": 7,
     "attend_tree": 2,
 }

@@ -46,8 +46,8 @@ SIZES = (2, 128, 512)
 KERNELS = [
     *((forward, name) for name in ("attend_tile", "clear_rows")),
     *((backward, name) for name in ("gradient_of_queries", "gradient_of_keys")),
-    *((summaries, name) for name in ("summarise_rows", "summarise_nodes", "write_spreads")),
-    *((codes, name) for name in ("sort_samples", "deal_bits", "number_cells")),
+    *((summaries, name) for name in ("summarise_rows", "summarise_nodes")),
+    *((codes, name) for name in ("deal_bits", "number_cells")),
     (project, "project_tile"),
     (opening, "open_blocks"),
     *((picking, name) for name in ("meet_level", "last_threshold")),

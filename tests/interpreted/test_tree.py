@@ -97,7 +97,6 @@ def test_widths_of_node_summaries(rng, dtype, d, d_v, p):
 def test_many_launches_of_node_summaries(rng, monkeypatch, numbers, leaf_size):
     """Tiles of one leaf, of two, and of eight; where the last launch has less to climb."""
     monkeypatch.setattr(summaries, "NUMBERS", numbers)
-    monkeypatch.setattr(summaries, "ROWS", 16)
     for n in (1, 6, 70):
         assert_summaries(problem(rng, "float32", n, 3, 4, 2), leaf_size)
 

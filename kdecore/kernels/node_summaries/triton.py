@@ -2,8 +2,8 @@
 
 A program gathers the keys, the values, the coordinates or the sizes of neighbouring leaves, writes them in the order of the
 tree, and climbs: a leaf's mean and variance follow from its rows in registers, in two passes, and other nodes' likewise from
-their children's. The root of a subtree goes to the next launch in float32. Four launches for 131,072 keys of 64 columns in
-leaves of 4, of which the last writes the spreads beside the values.
+their children's. The root of a subtree goes to the next launch in float32. Three launches for 131,072 keys of 64 columns in
+leaves of 4. What finds the spreads writes them beside the values.
 
 On paper, 16 heads of 131,072 keys, d = d_v = 64 in bfloat16, p = 16: rows read once and their order four times, 0.75 GB; as
 many and half as many nodes written in bfloat16, values 80 apart, 0.91 GB, and variances, spreads and sizes, 0.08 GB: 1.7 GB,
@@ -23,8 +23,6 @@ KINDS = 4
 """Keys, values, coordinates and sizes, a program each: together they would hold more than the registers do."""
 PITCH = 16
 """Rows of values begin at multiples of so many numbers, so that they are read 16 bytes at a time."""
-ROWS = 128
-"""Rows of a program of `write_spreads`."""
 
 
 @triton.jit
@@ -87,25 +85,31 @@ def merge_states(means, variances, shares, TOGETHER: tl.constexpr):
 
 
 @triton.jit
+def limited(spread, half_norm, count):
+    """Return the spreads of nodes of so many rows, by the frozen phase where that is less."""
+    # Of one row the logarithm is 0, and so is the spread.
+    logarithm = tl.log(count)
+    frozen = half_norm * spread > logarithm
+    return tl.where(frozen, tl.sqrt(spread * logarithm / tl.where(frozen, half_norm, 1.0)), spread)
+
+
+@triton.jit
+def store_spreads(values, row, held, spread, D_V: tl.constexpr, PITCH: tl.constexpr, REST: tl.constexpr):
+    """Write the last column of rows [N, K] of values from [N, K, 1], and 0 into those beyond it: whole sectors."""
+    column = D_V + tl.arange(0, REST)[None, None, :]
+    found = tl.where(column == D_V, spread, 0.0).to(values.dtype.element_ty)
+    tl.store(values + row[:, :, None] * PITCH + column, found, mask=held[:, :, None] & (column < PITCH))
+
+
+@triton.jit
 def climb(
-    children,
-    children_variances,
-    shares,
-    subtree,
-    level,
-    n,
-    means,
-    pitch,
-    variances,
-    root,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
+    children, children_variances, shares, subtree, level, n, means, pitch, variances, root, values, half_norm,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr, LEVELS: tl.constexpr, D_V: tl.constexpr,
+    PITCH: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """Summarise the nodes of a subtree: those of ``level``, which have these children, and of LEVELS − 1 more, to its root.
 
-    Means and variances are written where there is a place for them.
+    Means and variances are written where there is a place for them, spreads beside the ``values`` too.
     """
     V_WIDTH: tl.constexpr = 1 if TOGETHER else WIDTH
     V_COLUMNS: tl.constexpr = 1 if TOGETHER else COLUMNS
@@ -122,40 +126,23 @@ def climb(
             store_rows(means, row, every, pitch, mean[:, None, :], WIDTH, COLUMNS)
         if variances is not None:
             store_rows(variances, row, every, V_WIDTH, variance[:, None, :], V_WIDTH, V_COLUMNS)
+        if values is not None:
+            found = limited(variance, half_norm, count_rows(node, level - up, n)[:, None])
+            store_spreads(values, row, every, found[:, None, :], D_V, PITCH, REST)
     column = tl.arange(0, COLUMNS)[None, :]
     tl.store(root + column, mean, mask=column < WIDTH)
 
 
 @triton.jit
 def summarise_rows(
-    k,
-    v,
-    coordinates,
-    sizes,
-    order,
-    keys,
-    values,
-    spread,
-    variances,
-    mean_sizes,
-    roots,
-    n,
-    level,
-    nodes,
-    pitch,
-    D: tl.constexpr,
-    D_COLUMNS: tl.constexpr,
-    D_V: tl.constexpr,
-    D_V_COLUMNS: tl.constexpr,
-    P: tl.constexpr,
-    P_COLUMNS: tl.constexpr,
-    LEAF: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
+    k, v, coordinates, sizes, order, half_norm, keys, values, spread, variances, mean_sizes, roots, n, level, nodes,
+    D: tl.constexpr, D_COLUMNS: tl.constexpr, D_V: tl.constexpr, D_V_COLUMNS: tl.constexpr, P: tl.constexpr,
+    P_COLUMNS: tl.constexpr, PITCH: tl.constexpr, REST: tl.constexpr, LEAF: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
     """Write the rows of a subtree's leaves, those of ``level``, and summarise it."""
     high = level - (LEVELS - 1)
     group, subtree = (tl.program_id(0) >> high).to(tl.int64), (tl.program_id(0) & ((1 << high) - 1)).to(tl.int64)
-    keys, values = keys + group * (nodes + n) * D, values + group * (nodes + n) * pitch
+    keys, values = keys + group * (nodes + n) * D, values + group * (nodes + n) * PITCH
     spread, variances, mean_sizes = spread + group * nodes, variances + group * nodes * P, mean_sizes + group * nodes
     root = roots + tl.program_id(0).to(tl.int64) * (D + D_V + P + 1)
 
@@ -167,45 +154,43 @@ def summarise_rows(
 
     kind = tl.program_id(1)
     if kind == 0:
-        key = copy_rows(k, row, keys, nodes + place, held, D, D, D_COLUMNS)
-        climb(key, 0.0, shares, subtree, level, n, keys, D, spread, root, D, D_COLUMNS, True, LEVELS)
+        key, half = copy_rows(k, row, keys, nodes + place, held, D, D, D_COLUMNS), tl.load(half_norm + group)
+        store_spreads(values, nodes + place, held, tl.zeros_like(shares)[:, :, None], D_V, PITCH, REST)
+        climb(
+            key, 0.0, shares, subtree, level, n, keys, D, spread, root, values, half, D, D_COLUMNS, True, LEVELS, D_V, PITCH,
+            REST,
+        )  # fmt: skip
     elif kind == 1:
-        value = copy_rows(v, row, values, nodes + place, held, pitch, D_V, D_V_COLUMNS)
-        climb(value, 0.0, shares, subtree, level, n, values, pitch, None, root + D, D_V, D_V_COLUMNS, False, LEVELS)
+        value = copy_rows(v, row, values, nodes + place, held, PITCH, D_V, D_V_COLUMNS)
+        climb(
+            value, 0.0, shares, subtree, level, n, values, PITCH, None, root + D, None, 0.0, D_V, D_V_COLUMNS, False, LEVELS,
+            D_V, PITCH, REST,
+        )  # fmt: skip
     elif kind == 2:
         along = load_rows(coordinates, row, held, P, P, P_COLUMNS)
-        climb(along, 0.0, shares, subtree, level, n, None, P, variances, root + D + D_V, P, P_COLUMNS, False, LEVELS)
+        climb(
+            along, 0.0, shares, subtree, level, n, None, P, variances, root + D + D_V, None, 0.0, P, P_COLUMNS, False,
+            LEVELS, D_V, PITCH, REST,
+        )  # fmt: skip
     else:
         size = load_rows(sizes, row, held, 1, 1, 1)
-        climb(size, 0.0, shares, subtree, level, n, mean_sizes, 1, None, root + D + D_V + P, 1, 1, False, LEVELS)
+        climb(
+            size, 0.0, shares, subtree, level, n, mean_sizes, 1, None, root + D + D_V + P, None, 0.0, 1, 1, False, LEVELS,
+            D_V, PITCH, REST,
+        )  # fmt: skip
 
 
 @triton.jit
 def summarise_nodes(
-    below,
-    keys,
-    values,
-    spread,
-    variances,
-    mean_sizes,
-    roots,
-    n,
-    level,
-    nodes,
-    pitch,
-    D: tl.constexpr,
-    D_COLUMNS: tl.constexpr,
-    D_V: tl.constexpr,
-    D_V_COLUMNS: tl.constexpr,
-    P: tl.constexpr,
-    P_COLUMNS: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
+    below, half_norm, keys, values, spread, variances, mean_sizes, roots, n, level, nodes,
+    D: tl.constexpr, D_COLUMNS: tl.constexpr, D_V: tl.constexpr, D_V_COLUMNS: tl.constexpr, P: tl.constexpr,
+    P_COLUMNS: tl.constexpr, PITCH: tl.constexpr, REST: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
     """Summarise a subtree from the roots below the nodes of ``level``."""
     width = D + D_V + P + 1
     high = level - (LEVELS - 1)
     group, subtree = (tl.program_id(0) >> high).to(tl.int64), (tl.program_id(0) & ((1 << high) - 1)).to(tl.int64)
-    keys, values = keys + group * (nodes + n) * D, values + group * (nodes + n) * pitch
+    keys, values = keys + group * (nodes + n) * D, values + group * (nodes + n) * PITCH
     spread, variances, mean_sizes = spread + group * nodes, variances + group * nodes * P, mean_sizes + group * nodes
     root = roots + tl.program_id(0).to(tl.int64) * width
 
@@ -216,38 +201,29 @@ def summarise_nodes(
     kind = tl.program_id(1)
     if kind == 0:
         key, within = load_rows(below, row, every, width, D, D_COLUMNS), load_rows(spread, place, every, 1, 1, 1)
-        climb(key, within, shares, subtree, level, n, keys, D, spread, root, D, D_COLUMNS, True, LEVELS)
+        climb(
+            key, within, shares, subtree, level, n, keys, D, spread, root, values, tl.load(half_norm + group), D, D_COLUMNS,
+            True, LEVELS, D_V, PITCH, REST,
+        )  # fmt: skip
     elif kind == 1:
         value = load_rows(below + D, row, every, width, D_V, D_V_COLUMNS)
-        climb(value, 0.0, shares, subtree, level, n, values, pitch, None, root + D, D_V, D_V_COLUMNS, False, LEVELS)
+        climb(
+            value, 0.0, shares, subtree, level, n, values, PITCH, None, root + D, None, 0.0, D_V, D_V_COLUMNS, False, LEVELS,
+            D_V, PITCH, REST,
+        )  # fmt: skip
     elif kind == 2:
         along = load_rows(below + D + D_V, row, every, width, P, P_COLUMNS)
         varying = load_rows(variances, place, every, P, P, P_COLUMNS)
-        climb(along, varying, shares, subtree, level, n, None, P, variances, root + D + D_V, P, P_COLUMNS, False, LEVELS)
+        climb(
+            along, varying, shares, subtree, level, n, None, P, variances, root + D + D_V, None, 0.0, P, P_COLUMNS, False,
+            LEVELS, D_V, PITCH, REST,
+        )  # fmt: skip
     else:
         size = load_rows(below + D + D_V + P, row, every, width, 1, 1)
-        climb(size, 0.0, shares, subtree, level, n, mean_sizes, 1, None, root + D + D_V + P, 1, 1, False, LEVELS)
-
-
-@triton.jit
-def write_spreads(
-    spread, half_norm, values, n, nodes, last, D_V: tl.constexpr, PITCH: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr
-):
-    """Write the last column of values, and 0 into those beyond it."""
-    tiles = tl.cdiv(nodes + n, ROWS)
-    group, place = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    held, level = place < nodes, tl.zeros([ROWS], tl.int32)
-    for below in range(1, last + 1):
-        level += (place >= (1 << below) - 1).to(tl.int32)
-    found, half = tl.load(spread + group * nodes + place, mask=held, other=0.0), tl.load(half_norm + group)
-    # Of one row the logarithm is 0, and so is the spread.
-    logarithm = tl.log(count_rows((place + 1).to(tl.int64) - (1 << level), level, n))
-    frozen = held & (half * found > logarithm)
-    found = tl.where(frozen, tl.sqrt(found * logarithm / tl.where(frozen, half, 1.0)), found)
-    column = D_V + tl.arange(0, REST)[None, :]
-    places = values + (group * (nodes + n) + place)[:, None] * PITCH + column
-    found = tl.where(column == D_V, found[:, None], 0.0).to(values.dtype.element_ty)
-    tl.store(places, found, mask=(place < nodes + n)[:, None] & (column < PITCH))
+        climb(
+            size, 0.0, shares, subtree, level, n, mean_sizes, 1, None, root + D + D_V + P, None, 0.0, 1, 1, False, LEVELS,
+            D_V, PITCH, REST,
+        )  # fmt: skip
 
 
 def floor_log(x: int) -> int:
@@ -273,6 +249,7 @@ def node_summaries(
     last, nodes, pitch = depth(n, leaf_size), node_count(n, leaf_size), triton.cdiv(d_v + 1, PITCH) * PITCH
     stored = torch.bfloat16 if k.dtype == torch.bfloat16 else torch.float32
     widths = [width for pair in zip((d, d_v, p), columns, strict=True) for width in pair]
+    widths += [pitch, triton.next_power_of_2(pitch - d_v)]
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Array:
         return torch.empty((groups, *shape), dtype=dtype, device=k.device)
@@ -281,16 +258,14 @@ def node_summaries(
         keys, values = empty(nodes + n, d, dtype=stored), empty(nodes + n, pitch, dtype=stored)
         spread, variances, mean_sizes = empty(nodes), empty(nodes, p), empty(nodes)
         found = keys, values, spread, variances, mean_sizes
-        high = max(0, last - floor_log(most // leaf))
+        high, half_norm = max(0, last - floor_log(most // leaf)), half_norm.contiguous()
         rows, roots = [x.contiguous() for x in (k, v, coordinates, sizes, order)], empty(1 << high, d + d_v + p + 1)
         grid = *flat_grid("summarise_rows", groups << high), KINDS
-        summarise_rows[grid](*rows, *found, roots, n, last, nodes, pitch, *widths, leaf, last - high + 1)
+        summarise_rows[grid](*rows, half_norm, *found, roots, n, last, nodes, *widths, leaf, last - high + 1)
         while high > 0:
             level, below = high - 1, roots
             high = max(0, high - floor_log(most))
             roots = empty(1 << high, d + d_v + p + 1)
             grid = *flat_grid("summarise_nodes", groups << high), KINDS
-            summarise_nodes[grid](below, *found, roots, n, level, nodes, pitch, *widths, level - high + 1)
-        tiles, rest = flat_grid("write_spreads", groups * triton.cdiv(nodes + n, ROWS)), triton.next_power_of_2(pitch - d_v)
-        write_spreads[tiles](spread, half_norm.contiguous(), values, n, nodes, last, d_v, pitch, rest, ROWS)
+            summarise_nodes[grid](below, half_norm, *found, roots, n, level, nodes, *widths, level - high + 1)
     return TreeNodes(keys, values[:, :, : d_v + 1], spread, variances, mean_sizes)

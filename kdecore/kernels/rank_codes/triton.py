@@ -1,4 +1,4 @@
-"""`rank_codes` in Triton for NVIDIA devices: samples sorted, bits dealt out, then one comparison a bit. Three launches.
+"""`rank_codes` in Triton for NVIDIA devices: samples sorted and bits dealt out, then one comparison a bit. Two launches.
 
 A coordinate's cell at one bit more is twice its cell so far, plus 1 where it is no smaller than the sampled number at the
 boundary: ⌊r 2^b / (S + 1)⌋ ≥ t where r ≥ ⌈t (S + 1) / 2^b⌉, that is, where so many sampled numbers are no larger. No rank
@@ -23,6 +23,8 @@ BITS = tl.constexpr(32)
 DIVISOR = tl.constexpr(RATIO)
 ROWS = 512
 """Rows of a program."""
+TOGETHER, WARPS = 16, 16
+"""Coordinates whose samples are sorted together, and what sorts them: 32 numbers a thread."""
 
 
 @triton.jit
@@ -32,25 +34,34 @@ def finite_or_zero(numbers):
 
 
 @triton.jit
-def sort_samples(x, ascending, variances, n, count, P: tl.constexpr):
-    """Write the sorted sample of a coordinate, infinity after it, and its variance."""
-    program, place = tl.program_id(0).to(tl.int64), tl.arange(0, PLACES)
-    group, column = program // P, program % P
+def sort_samples(x, ascending, variances, group, n, count, P: tl.constexpr, TOGETHER: tl.constexpr):
+    """Write a group's sorted samples, infinity after them, and their variances, some coordinates at a time."""
+    place = tl.arange(0, PLACES)[None, :]
     held = place < count
     row = group * n + place.to(tl.int64) * n // count
-    sample = finite_or_zero(tl.load(x + row * P + column, mask=held, other=0.0))
-    gaps = tl.where(held, sample - tl.sum(sample) / count, 0.0)
-    tl.store(variances + program, tl.sum(gaps * gaps) / count)
-    tl.store(ascending + program * PLACES + place, tl.sort(tl.where(held, sample, float("inf"))))
+    for first in range(0, P, TOGETHER):
+        column = first + tl.arange(0, TOGETHER)[:, None]
+        inside = held & (column < P)
+        sample = finite_or_zero(tl.load(x + row * P + column, mask=inside, other=0.0))
+        gaps = tl.where(inside, sample - (tl.sum(sample, 1) / count)[:, None], 0.0)
+        every = first + tl.arange(0, TOGETHER)
+        tl.store(variances + group * P + every, tl.sum(gaps * gaps, 1) / count, mask=every < P)
+        found = tl.sort(tl.where(inside, sample, float("inf")), 1)
+        tl.store(ascending + (group * P + column) * PLACES + place, found, mask=column < P)
 
 
 @triton.jit
-def deal_bits(variances, dealt, given, P: tl.constexpr, COLUMNS: tl.constexpr):
-    """Write (given, 3) of a group: a coordinate, how many bits it has with this one, and which bit of the code this is.
+def deal_bits(
+    x, ascending, variances, dealt, n, count, given,
+    P: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Sort a group's samples, and write (given, 3): a coordinate, how many bits it has with this one, and which bit it is.
 
     Those of a coordinate follow each other.
     """
     group, column, bit = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS), tl.arange(0, BITS)
+    sort_samples(x, ascending, variances, group, n, count, P, TOGETHER)
+    tl.debug_barrier()
     shares = tl.load(variances + group * P + column, mask=column < P, other=-1.0)
     # An overflow's: it counts as the largest.
     shares = tl.where(shares == shares, shares, float("inf"))
@@ -105,9 +116,8 @@ def rank_codes(xp: Namespace, x: Array, bits: int, in_order: int = 0) -> Array:
         variances = torch.empty((groups, p), dtype=torch.float32, device=x.device)
         dealt = torch.empty((groups, given, 3), dtype=torch.int32, device=x.device)
         codes = torch.empty((groups, n), dtype=torch.int32, device=x.device)
-        sort_samples[flat_grid("sort_samples", groups * p)](x, ascending, variances, n, count, p)
-        grid = flat_grid("deal_bits", groups)
-        deal_bits[grid](variances, dealt, given, p, triton.next_power_of_2(p), num_warps=1)
+        grid, columns = flat_grid("deal_bits", groups), triton.next_power_of_2(p)
+        deal_bits[grid](x, ascending, variances, dealt, n, count, given, p, columns, min(TOGETHER, columns), num_warps=WARPS)
         grid = flat_grid("number_cells", groups * triton.cdiv(n, ROWS))
         number_cells[grid](x, ascending, dealt, codes, n, count, given, in_order, p, ROWS)
     return codes
