@@ -108,7 +108,7 @@ def test_the_table_has_every_option_and_way():
 
     assert HEADER[1:] == [f"`{way}`" for way in WAYS]
     parameters = [p.name for p in inspect.signature(kdecore.attention).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert sorted(TABLE) == sorted(parameters)
+    assert sorted(TABLE) == sorted([*parameters, "cuda_graph"])
 
 
 def ask(way, options, call=None, arrays=ARRAYS):
@@ -161,6 +161,7 @@ BAD = {
     "certificate": -1.0,
     "check_finite": "yes",
     "max_memory": 0,
+    "cuda_graph": "yes",
     "return_lse": "yes",
     "return_report": "yes",
 }
@@ -273,6 +274,14 @@ def test_kernels_that_can_not_run_are_refused(way, kind):
     # Tensors on the CPU are computed as NumPy arrays, which is nothing that a caller knows.
     with pytest.raises(KernelUnavailable, match="triton: needs PyTorch tensors on a CUDA device, got torch on cpu"):
         ask(way, {**base(way, kind), "kernels": "triton"})
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if TABLE["cuda_graph"][way] == "✓"])
+def test_graphs_are_refused_where_there_are_none_but_by_pytorchs_own_attention(way):
+    """What replays where there is a device: tests/test_torch_graphs.py."""
+    with pytest.raises(OptionError, match="cuda_graph needs tensors on a CUDA device, got query on cpu"):
+        ask(way, {**base(way, "estimated"), "cuda_graph": True})
+    same(way, {"cuda_graph": True}, {})
 
 
 @of_kinds

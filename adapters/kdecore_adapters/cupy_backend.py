@@ -1,10 +1,17 @@
 """CuPy: its backend. Importing it needs no device; using arrays does."""
 
+from functools import cache
 from typing import Any
 
 import cupy as cp
 
 from kdecore.arrays.backend import Backend
+
+
+@cache
+def card_name(number: int) -> str:
+    """Return the name of a CUDA device's card, which takes long to ask for."""
+    return str(cp.cuda.runtime.getDeviceProperties(number)["name"].decode())
 
 
 class CupyBackend(Backend):
@@ -27,6 +34,10 @@ class CupyBackend(Backend):
         if self.unusable() is not None:
             return []
         return [f"cuda:{index}" for index in range(cp.cuda.runtime.getDeviceCount())]
+
+    def card(self, device: str) -> str:
+        """Return the name of a CUDA device's card."""
+        return card_name(int(device.removeprefix("cuda:")))
 
     def to_numpy(self, array: Any) -> Any:
         """Return a NumPy copy; bfloat16 becomes float32."""

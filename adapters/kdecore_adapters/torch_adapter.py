@@ -13,9 +13,11 @@ from kdecore.arrays.errors import DTypeError, OptionError
 from kdecore.arrays.namespace import ACCUMULATION
 from kdecore.core.options import DEFAULT_BUDGET
 from kdecore.core.problem import check_scale
+from kdecore.methods import devices
 from kdecore.methods.auto import WORTHWHILE, exact_over_treecode
 from kdecore.methods.costs import Sizes
 from kdecore.methods.treecode import PRIORS
+from kdecore_adapters.torch_backend import BACKEND
 from kdecore_adapters.torch_operator import (
     aligned,
     checked_seed,
@@ -98,7 +100,7 @@ def scaled_dot_product_attention(
         check_scale(scale, 1)
     if is_causal or lower_right:
         kdecore_options = aligned(kdecore_options, query, key, top_left=is_causal)
-    if left_to_torch(query, key, value, kdecore_options):
+    if left_to_torch(query, key, value, kdecore_options, restricted=is_causal or given is not None):
         return functional.scaled_dot_product_attention(
             query, key, value, given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -109,7 +111,14 @@ def scaled_dot_product_attention(
 
 
 def left_to_torch(
-    query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any], min_keys: int = 0, min_queries: int = 0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Mapping[str, Any],
+    min_keys: int = 0,
+    min_queries: int = 0,
+    *,
+    restricted: bool = False,
 ) -> str:
     """Return why a call is left to PyTorch's own attention; "" where it is not.
 
@@ -121,9 +130,12 @@ def left_to_torch(
         As in `scaled_dot_product_attention`.
     options
         Of kdecore: with a method's name that method runs whatever it takes; with ``"auto"``, the default, one does where it
-        is expected to be faster. With what PyTorch's own attention hasn't (see `beyond_torch`) nothing is left to it.
+        is expected to be faster, on devices by what was measured on such a card (`kdecore.methods.devices`). With what
+        PyTorch's own attention hasn't (see `beyond_torch`) nothing is left to it.
     min_keys, min_queries
         Shorter inputs are left to PyTorch.
+    restricted
+        Whether attention is causal or has a mask.
     """
     if beyond_torch(options):
         return ""
@@ -139,8 +151,6 @@ def left_to_torch(
         return f"fewer than {min_queries} queries"
     if options.get("method", "auto") != "auto":
         return ""
-    if query.device.type != "cpu":
-        return f"no crossover is measured on {query.device.type}: name a method"
     budget = options.get("budget") or DEFAULT_BUDGET
     if options.get("rtol") is not None:
         budget = PRIORS.first_budget
@@ -150,11 +160,30 @@ def left_to_torch(
     for size in query.shape[:-2]:
         groups = groups * size
     sizes = Sizes(groups, n_q, n_k, query.shape[-1], value.shape[-1], dtype)
+    if query.device.type != "cpu":
+        recorded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        having = {"masks": restricted, "rtol": options.get("rtol") is not None, "gradients": recorded}
+        return left_by_card(card_of(str(query.device)), sizes, budget, [name for name, there in having.items() if there])
     return (
         ""
         if groups * n_q > 0 and exact_over_treecode(sizes, budget) >= WORTHWHILE
         else "exact attention is expected to be about as fast"
     )
+
+
+def left_by_card(name: str, sizes: Sizes, budget: int, beside: list[str]) -> str:
+    """Return why a call on a card of that name is left to PyTorch; "" where it isn't. ``beside`` as in `unmeasured`."""
+    if reason := devices.unmeasured(name, sizes, beside):
+        return reason
+    if devices.exact_over_treecode(name, sizes, budget) >= WORTHWHILE:
+        return ""
+    return f"measured on {name}: exact attention is expected to be about as fast"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def card_of(device: str) -> str:
+    """Return the name of a device's card."""
+    return BACKEND.card(device)
 
 
 def check_tensors(options: Mapping[str, Any], query: Any, key: Any, value: Any, attn_mask: Any) -> None:

@@ -31,6 +31,10 @@ class TorchBackend(Backend):
         cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
         return ["cpu", *(f"cuda:{index}" for index in cuda)]
 
+    def card(self, device: str) -> str:
+        """Return the name of a CUDA device's card; of another device its own name."""
+        return str(torch.cuda.get_device_name(device)) if device.startswith("cuda") else device
+
     def threads(self) -> int | None:
         """Return how many threads the library uses on the CPU; None where it doesn't tell."""
         return torch.get_num_threads()

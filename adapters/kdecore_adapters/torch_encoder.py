@@ -28,16 +28,20 @@ def left_by_model(
     dropout_p: float,
     options: Mapping[str, Any],
     min_keys: int,
+    *,
+    causal: bool,
     biased: bool = False,
 ) -> str:
     """Return why a model's call is left to PyTorch, or "": one rule for every way into a model.
 
     Beside `left_to_torch`'s reasons these are dropout and position biases, such as T5's: ``biased`` says that there is one,
-    or a mask of numbers does that differs from head to head and query to query.
+    or a mask of numbers does that differs from head to head and query to query. ``causal`` says that attention is, beside
+    what the mask says.
     """
     if beyond_torch(options):
         return ""
-    if reason := left_to_torch(query, key, value, options, min_keys, MIN_QUERIES):
+    restricted = causal or biased or mask is not None
+    if reason := left_to_torch(query, key, value, options, min_keys, MIN_QUERIES, restricted=restricted):
         return reason
     if mask is not None and mask.dtype != torch.bool and mask.ndim > 2:
         biased = biased or (mask.shape[-3] > 1 and mask.shape[-2] > 1)
@@ -182,7 +186,7 @@ class KDEAttention(nn.MultiheadAttention):
             mask = both_masks(mask, _seen(padding)[:, None, None, :])
         dropout = self.dropout if self.training else 0.0
         if is_causal and mask is not None:
-            if dropout == 0.0 and not left_to_torch(q, k, v, options):
+            if dropout == 0.0 and not left_to_torch(q, k, v, options, restricted=True):
                 return estimate(q, k, v, mask, True, None, aligned(options, q, k, top_left=True))
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             mask, is_causal = both_masks(mask, causal), False

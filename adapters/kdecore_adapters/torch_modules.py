@@ -181,7 +181,7 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     ) -> Tensor:
         """Call kdecore's attention or PyTorch's, with the arguments of PyTorch's."""
         layer, options = self.layer()
-        reason = left_by_model(query, key, value, attn_mask, dropout_p, options, self.min_keys)
+        reason = left_by_model(query, key, value, attn_mask, dropout_p, options, self.min_keys, causal=is_causal)
 
         def call() -> Tensor:
             function, more = (

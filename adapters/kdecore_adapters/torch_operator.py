@@ -20,13 +20,17 @@ from kdecore.api.call import NAMES, call_options
 from kdecore.api.report import Report
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.random import check_seed
+from kdecore.arrays.scalars import check_boolean
 from kdecore.core.options import Options
+from kdecore.core.problem import check_scale
 from kdecore.engine.restrictions import integers
 from kdecore.methods import METHODS
 from kdecore_adapters.torch_backend import forward_differentiated
+from kdecore_adapters.torch_graphs import check_capturable, replayed
 
-OPTIONS = (*(name for name in NAMES if name != "causal"), "key_lengths")
-"""Options of `kdecore.attention` that calls through PyTorch take; what else it takes, PyTorch's own arguments say."""
+OPTIONS = (*(name for name in NAMES if name != "causal"), "key_lengths", "cuda_graph")
+"""Options that calls through PyTorch take: of `kdecore.attention`, where PyTorch's own arguments don't say them, and
+``cuda_graph``."""
 LARGEST_SEED = 2**63 - 1
 REPORT_SHARE = 0.1
 """What the certificates of collected reports may take, where options don't say it."""
@@ -66,6 +70,11 @@ def counted_by(count: Callable[[Report], object] | None) -> Iterator[None]:
             _counted.set(before)
 
 
+def _reported() -> bool:
+    """Return whether somebody is told of calls of the operator."""
+    return _collected.get() is not None or _counted.get() is not None
+
+
 def check_no_forward_mode(*tensors: Tensor | None) -> None:
     """Raise `OptionError` where forward-mode derivatives of query, key, value or mask would be lost."""
     if forward_differentiated(*(tensor for tensor in tensors if tensor is not None)):
@@ -89,7 +98,8 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options, or raise `OptionError` for what no call could have; lengths and kernels depend on its arrays."""
     if "causal" in options:
         raise OptionError("causal must be said by the call, as PyTorch's is_causal, not by an option")
-    checked_seed(call_options(options, "key_lengths").seed)
+    check_boolean("cuda_graph", options.get("cuda_graph", False))
+    checked_seed(call_options(options, "key_lengths", "cuda_graph").seed)
     return dict(options)
 
 
@@ -152,6 +162,8 @@ def estimate(
     if not compiling:
         check_no_forward_mode(query, key, value, mask)
     options = dict(options)
+    if graph := options.pop("cuda_graph", False):
+        check_capturable(query, key, value, mask, causal, options, not compiling and _reported())
     seed, lengths = options.pop("seed", 0), options.pop("key_lengths", None)
     if not compiling:
         seed = checked_seed(seed)
@@ -164,7 +176,12 @@ def estimate(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
-    found: Tensor = attend(query, key, value, mask, lengths, causal, scale, seed, encoded(options))
+    if graph and scale is not None:  # an array could be another number when it comes again
+        scale = check_scale(scale, 1)
+    settings = (mask, lengths, causal, scale, seed, encoded(options))
+    if graph:
+        return replayed(attend, {"query": query, "key": key, "value": value}, settings)
+    found: Tensor = attend(query, key, value, *settings)
     return found
 
 
@@ -184,8 +201,7 @@ def attend(
     with _recording():  # compiled code comes here without a check
         check_no_forward_mode(query, key, value, mask)
     settings = _settings(mask, lengths, causal, scale, seed, options)
-    collected, count = _collected.get(), _counted.get()
-    wanted = collected is not None or count is not None
+    collected, count, wanted = _collected.get(), _counted.get(), _reported()
     if wanted:
         settings.setdefault("certificate", 0.0 if collected is None else REPORT_SHARE)
     with torch.autocast(query.device.type, enabled=False):

@@ -129,7 +129,9 @@ def attend(
             raise OptionError(f'{argument} must be None with this attention; try attn_implementation="eager"')
     layer, own = options_of(module, layers, options)
     bias = kwargs.get("position_bias")
-    reason = left_by_model(query, key, value, attention_mask, dropout, own, min_keys, bias is not None)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    reason = left_by_model(query, key, value, attention_mask, dropout, own, min_keys, causal=causal, biased=bias is not None)
     padded = attention_mask is not None and attention_mask.dtype == CAUSAL_TOO
     hides = attention_mask.bool() if attention_mask is not None and padded else attention_mask
 
@@ -145,8 +147,6 @@ def attend(
         return found
 
     def take() -> Tensor:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        causal = causal and hides is None and query.shape[2] > 1
         whole = hides if bias is None else both_masks(hides, bias)
         if padded or (causal and bias is not None):
             if dropout > 0.0:

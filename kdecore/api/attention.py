@@ -63,8 +63,8 @@ def attention(
     method
         ``"exact"``; ``"sortlsh"`` (KDEformer's Algorithm 3); ``"hyper"`` (HyperAttention: the same with uniform sampling);
         ``"kdeformer"`` (Algorithm 1); ``"treecode"`` (near keys one by one, the others through means of tree nodes; beyond
-        the paper); ``"auto"`` (exact below a measured crossover, above it treecode, or sortlsh where
-        no kernel opens trees; the report says which and why); or an
+        the paper); ``"auto"`` (exact below a measured crossover, above it treecode, or sortlsh where no kernel opens trees;
+        on devices exact but for calls like those measured on such a card, docs/gpu.md; the report says which and why); or an
         options object, `Exact`, `SortLSH`, `Hyper`, `KDEformer` or `Treecode`, for control over a method's parts.
     budget
         Keys evaluated per query, at least 1; 512 if None. At or above n_k the result is exact, for every method.

@@ -53,6 +53,13 @@ class Backend:
         """Return the names of the devices that arrays can lie on."""
         raise NotImplementedError
 
+    def card(self, device: str) -> str:
+        """Return the name of the hardware that a device is, such as ``"NVIDIA H200"``; the device's own where it has none.
+
+        Asked only of devices that arrays lie on; waits for none.
+        """
+        return device
+
     def threads(self) -> int | None:
         """Return how many threads the library uses on the CPU; None where it doesn't tell."""
         return None

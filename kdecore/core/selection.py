@@ -236,7 +236,7 @@ def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     return Blocks(xp.reshape(held, (-1, count, longest)), starts)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 @outside_inference_mode()
 def positions(xp: Namespace, n: int, count: int, on: NamedDevice) -> Array:
     """Return which of n ordered queries each row of ``count`` equal blocks holds: int64 (count · ⌈n / count⌉,).

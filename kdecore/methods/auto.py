@@ -1,8 +1,13 @@
-"""``method="auto"``: the treecode where that is expected to be worth its error, exact attention elsewhere."""
+"""``method="auto"``: the treecode where that is expected to be worth its error, exact attention elsewhere.
+
+On the CPU by costs (`kdecore.methods.costs`), on other devices by what was measured on such a card
+(`kdecore.methods.devices`).
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from kdecore.arrays.backend import backend_of
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.namespace import on_accelerator
 from kdecore.core.options import DEFAULT_BUDGET, Exact, Options, set_integers
@@ -10,7 +15,7 @@ from kdecore.core.problem import Problem
 from kdecore.core.selection import Selection
 from kdecore.kernels.registry import Choice
 from kdecore.kernels.site import Site
-from kdecore.methods import exact, treecode
+from kdecore.methods import devices, exact, treecode
 from kdecore.methods.base import Method, Plan
 from kdecore.methods.choices import choices
 from kdecore.methods.costs import Sizes
@@ -60,6 +65,8 @@ def adapted(problem: Problem, options: Auto, site: Site, kernels: str) -> tuple[
         return Exact(), "auto: a mask that is no interval may hide whatever an estimate rests on"
     if budget >= problem.most_seen:
         return Exact(), f"auto: a budget of {budget} covers all {problem.most_seen} keys"
+    if on_accelerator(problem.q):
+        return adapted_to_card(problem, budget, site, kernels)
     ratio = exact_over_treecode(problem, budget)
     expected = f"treecode is expected to be {ratio:.2g} × as fast as exact, where an estimate has to be {WORTHWHILE} ×"
     if ratio < WORTHWHILE:
@@ -68,6 +75,25 @@ def adapted(problem: Problem, options: Auto, site: Site, kernels: str) -> tuple[
         # Many small steps for each round of opening: slower than exact for long.
         return SortLSH().resolve(budget), f"auto: {expected}, but no kernel opens trees here ({found.reason})"
     return treecode.adapted(problem, Treecode().resolve(budget), site, kernels)[0], f"auto: {expected}"
+
+
+def adapted_to_card(problem: Problem, budget: int, site: Site, kernels: str) -> tuple[Options, str]:
+    """Return the options of the method chosen on a device, and why it: exact where no such call was measured there.
+
+    Nothing waits for the device. That gradients are recorded changes nothing: backward passes choose the same again.
+    """
+    name = backend_of(problem.q).card(site.device)
+    beside = [] if problem.visible is None else ["restricted keys"]
+    if reason := devices.unmeasured(name, problem, beside, tree_opener(problem, site, kernels, budget).target):
+        return Exact(), f"auto: {reason}"
+    ratio = devices.exact_over_treecode(name, problem, budget)
+    reason = (
+        f"auto: measured on {name} ({devices.CARDS[name].code}): treecode is expected to be {ratio:.2g} × as fast as "
+        f"PyTorch's attention, where an estimate has to be {WORTHWHILE} ×"
+    )
+    if ratio < WORTHWHILE:
+        return Exact(), reason
+    return treecode.adapted(problem, Treecode().resolve(budget), site, kernels)[0], reason
 
 
 def exact_over_treecode(problem: Problem | Sizes, budget: int) -> float:

@@ -88,7 +88,7 @@ def with_queries(problem: Problem, plan: Plan, prepared: PreparedTree, queries: 
     return replace(prepared, pilot=take_columns(xp, blocks.index, number), own=own)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 @outside_inference_mode()
 def evenly_spaced(xp: Namespace, count: int, some: int, on: NamedDevice) -> Array:
     """Return the numbers, int64 (some,), of so many of ``count`` blocks. The last few are kept."""
