@@ -19,6 +19,7 @@ from kdecore.arrays.rows import TILE_ELEMENTS, spans
 from kdecore.core.problem import Problem
 from kdecore.core.state import AttentionState, merge_states, softmax_part
 from kdecore.engine.attend import mask_bias
+from kdecore.kernels.finite_rows.reference import finite_rows
 from kdecore.kernels.registry import choose
 from kdecore.methods.base import Plan
 from kdecore.methods.choices import site_of
@@ -52,12 +53,12 @@ def finite_queries(problem: Problem, target: str) -> tuple[Problem, Array | None
     """
     xp = problem.xp
     if on_accelerator(problem.q):
-        finite = choose("finite_rows", site_of(problem), target).function(xp, problem.q)
+        q, finite = choose("finite_rows", site_of(problem), target).function(xp, problem.q)
     elif surely_finite(xp, problem.q):
         return problem, None
     else:
-        finite = xp.all(xp.isfinite(problem.q), axis=-1)
-    return replace(problem, q=xp.where(finite[..., None], problem.q, 0.0)), finite
+        q, finite = finite_rows(xp, problem.q)
+    return replace(problem, q=q), finite
 
 
 def spoilt(problem: Problem, part: AttentionState, finite: Array | None, target: str, like: Array) -> AttentionState:

@@ -221,9 +221,9 @@ def _implementations(
 
 
 KERNELS: dict[str, tuple[Implementation, ...]] = {
-    "finite_rows": _implementations("finite_rows", others=("numba-cuda",)),
-    "spoil_groups": _implementations("spoil_groups", host=_host_floats, others=("numba-cuda",)),
-    "spoil_rows": _implementations("spoil_rows", host=_host_floats, others=("numba-cuda",)),
+    "finite_rows": _implementations("finite_rows", cuda=_cuda_floats, others=("numba-cuda",)),
+    "spoil_groups": _implementations("spoil_groups", cuda=_cuda_floats, others=("numba-cuda",)),
+    "spoil_rows": _implementations("spoil_rows", cuda=_cuda_floats, others=("numba-cuda",)),
     "row_norms": _implementations("row_norms", others=("numba-cuda",)),
     "hash_codes": _implementations("hash_codes", others=("numba-cuda",)),
     "bucket_order": _implementations("bucket_order", slower=_sorted_by_torch, others=("numba-cuda",)),
@@ -243,7 +243,7 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "pick_threshold": _implementations("pick_threshold", others=("triton", "numba-cuda")),
     "open_tree": _implementations("open_tree", others=("triton", "numba-cuda")),
     "gap_moments": _implementations("gap_moments", host=_host_floats, others=("triton", "torch-autograd")),
-    "shrink_matrices": _implementations("shrink_matrices", host=_host_floats, others=("numba-cuda",)),
+    "shrink_matrices": _implementations("shrink_matrices", cuda=_cuda_floats, others=("numba-cuda",)),
     "attend_tree": _implementations(
         "attend_tree", host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
     ),

@@ -28,8 +28,10 @@ def rows_with_holes(rng, shape):
 @pytest.mark.parametrize("shape", [(3, 17, 5), (1, 1, 1), (2, 40, 33), (1, 3, 90), (2, 70, 0)], ids=str)
 def test_finite_rows(rng, shape, dtype):
     xp, rows, wide = stored(rows_with_holes(rng, shape) if shape[2] else np.zeros(shape), dtype)
-    found = finite_cuda.finite_rows(xp, rows)
-    np.testing.assert_array_equal(found, finite_reference.finite_rows(host, wide))
+    found, finite = finite_cuda.finite_rows(xp, rows)
+    assert found.dtype == rows.dtype
+    for one, other in zip((found, finite), finite_reference.finite_rows(host, wide), strict=True):
+        np.testing.assert_array_equal(np.asarray(one.to(xp.float64) if dtype == "bfloat16" else one), other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,10 +6,10 @@ from kdecore.arrays.namespace import Array, Namespace
 
 
 class FiniteRows(Protocol):
-    """Find the rows that hold a number that is not finite, without telling the host."""
+    """Set the rows apart that hold a number that is not finite, without telling the host."""
 
-    def __call__(self, xp: Namespace, rows: Array) -> Array:
-        """Return which rows are finite throughout.
+    def __call__(self, xp: Namespace, rows: Array) -> tuple[Array, Array]:
+        """Return the rows, 0 in place of those that are not finite throughout, and which are.
 
         Parameters
         ----------
@@ -20,6 +20,8 @@ class FiniteRows(Protocol):
 
         Returns
         -------
-        Array
+        rows
+            (G, n, d), of their dtype.
+        finite
             (G, n) bool. O(G n d).
         """

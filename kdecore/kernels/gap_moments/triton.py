@@ -1,7 +1,8 @@
 """`gap_moments` in Triton for NVIDIA devices: a program for each block, which keeps the sum of products in registers.
 
-On paper, for 64 blocks and d = d_v = 64: each searches its list for 512 nodes, 32 at a time, in a dozen loads one after
-another, and reads and multiplies as many keys; 30 µs, which only other launches could hide.
+On paper, for 64 blocks and d = d_v = 64: each adds up its shares, 256 at a time, and searches its list for 512 nodes, 32 at
+a time, in a dozen loads one after another, and reads and multiplies as many keys; 30 µs, which only other launches could
+hide.
 """
 
 import torch
@@ -19,6 +20,8 @@ from kdecore.kernels.site import Largest
 TURN = tl.constexpr(contract.TURN)
 ROWS = tl.constexpr(32)
 """Keys that are multiplied together."""
+SUMMED = tl.constexpr(256)
+"""Shares that are added up together."""
 
 
 @triton.jit
@@ -49,9 +52,20 @@ def draw(key_index, sums, first, draws, slots, n, nodes, SEARCH: tl.constexpr):
     return nodes + begin + (((end - begin) * turn) >> 32), node
 
 
+@triton.jit
+def add_up(share, sums, slots):
+    """Write the running sums of a block's shares."""
+    total = tl.zeros([1], tl.float32)
+    for first in range(0, slots, SUMMED):
+        at = first + tl.arange(0, SUMMED)
+        some = tl.load(share + at, mask=at < slots, other=0.0)
+        tl.store(sums + at, tl.cumsum(some, 0) + total, mask=at < slots)
+        total += tl.sum(some, 0)
+
+
 @triton.jit(do_not_specialize=["draws", "slots", "n", "nodes", "blocks"])
 def measure_gaps(
-    keys, values, key_index, sums, matrices, chances, draws, slots, n, nodes, blocks, key_stride, value_stride,
+    keys, values, key_index, share, sums, matrices, chances, draws, slots, n, nodes, blocks, key_stride, value_stride,
     D: tl.constexpr, COLUMNS: tl.constexpr, D_V: tl.constexpr, VALUE_COLUMNS: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """Write the matrix of one block, and what chance leaves of it."""
@@ -59,6 +73,8 @@ def measure_gaps(
     group = block // blocks
     keys, values = keys + group * (nodes + n) * key_stride, values + group * (nodes + n) * value_stride
     key_index, sums = key_index + block * slots, sums + block * slots
+    add_up(share + block * slots, sums, slots)
+    tl.debug_barrier()
     found = tl.zeros([COLUMNS, VALUE_COLUMNS], tl.float32)
     spreads, sizes = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for first in range(0, draws, ROWS):
@@ -86,11 +102,12 @@ def gap_moments(
     key_index = key_index.contiguous()
     keys, values = one_run(keys), one_run(values)
     with torch.cuda.device_of(keys):
-        sums = torch.cumsum(share, dim=-1)
+        share = share.contiguous()
+        sums = torch.empty_like(share)
         matrices = torch.empty((groups, blocks, d, d_v), dtype=torch.float32, device=keys.device)
         chances = torch.empty((groups, blocks), dtype=torch.float32, device=keys.device)
         measure_gaps[flat_grid("measure_gaps", groups * blocks)](
-            keys, values, key_index, sums, matrices, chances, draws, slots, int(keys.shape[1]) - nodes, nodes,
+            keys, values, key_index, share, sums, matrices, chances, draws, slots, int(keys.shape[1]) - nodes, nodes,
             blocks, keys.stride(1), values.stride(1), D=d, COLUMNS=triton.next_power_of_2(max(16, d)), D_V=d_v,
             VALUE_COLUMNS=triton.next_power_of_2(max(16, d_v)), SEARCH=slots.bit_length(),
             num_warps=8 if d * d_v > 2**13 else 4,
