@@ -54,6 +54,7 @@ def gradients(triton_backward):
 NUMBA = {
     "finite_rows": lambda: (meta(G, N, D),),
     "row_norms": lambda: (meta(G, N, D),),
+    "value_sizes": lambda: (meta(G, N, D_V, dtype="bfloat16"),),
     "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
     "bucket_order": lambda: (meta(G, N, dtype="int16"), 12),
     "bucket_windows": lambda: (meta(G, N, dtype="int16"), meta(G, N, dtype="int16"), N, 7),

@@ -102,7 +102,7 @@ def permutations(rng: np.random.Generator, groups: int, n: int) -> Array:
 
 
 def rows_alone(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments of `finite_rows` and `row_norms`."""
+    """Make arguments of `finite_rows`, `row_norms` and `value_sizes`."""
     return (Rows(with_holes(rng, (3, n, width(n)))),)
 
 
@@ -234,6 +234,7 @@ def attend_dense(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "finite_rows": rows_alone,
     "row_norms": rows_alone,
+    "value_sizes": rows_alone,
     "hash_codes": hash_codes,
     "bucket_order": bucket_order,
     "bucket_windows": bucket_windows,

@@ -17,7 +17,16 @@ from bench.gpu.session import Row, synchronize
 from kdecore.kernels.registry import KERNELS, Implementation
 
 OTHERS, COPIES = "array operations", "copies"
-COUNTABLE = ("hash_codes", "row_norms", "finite_rows", "bucket_order", "node_summaries", "attend_blocks", "attend_dense")
+COUNTABLE = (
+    "hash_codes",
+    "row_norms",
+    "value_sizes",
+    "finite_rows",
+    "bucket_order",
+    "node_summaries",
+    "attend_blocks",
+    "attend_dense",
+)
 """Stages whose rates are reported: what they move and compute follows from shapes, and they do no more by far."""
 MOST_NAMES = 8
 

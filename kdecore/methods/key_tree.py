@@ -6,7 +6,6 @@ from typing import Any
 
 from kdecore.arrays.gradients import outside_inference_mode, without_gradient
 from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
-from kdecore.arrays.rows import column_ranges
 from kdecore.core.problem import Problem
 from kdecore.core.tree import Tree
 from kdecore.kernels.node_summaries.contract import TreeNodes
@@ -55,23 +54,29 @@ class KeyTree:
 
 def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
     """Build the tree over a problem's keys for queries whose `query_moment` is ``moment``."""
-    view, coordinates, sizes = described_keys(problem, plan, moment)
-    return grow(problem, plan, view, coordinates, sizes, moment)
+    view, coordinates, sizes, limits = described_keys(problem, plan, moment)
+    return grow(problem, plan, view, coordinates, sizes, limits, moment)
 
 
-def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, Array, Array]:
-    """Return the view, the keys' coordinates (G, n_k, p) and the sizes of the values (G, n_k), relative to the largest."""
+def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, Array, Array, tuple[Array, Array]]:
+    """Return the view, the keys' coordinates (G, n_k, p), and the values' sizes (G, n_k), the largest one 1, and limits."""
     xp, kernels = problem.xp, plan.kernels
     k, v = without_gradient(problem.k), without_gradient(problem.v)
     view = balanced_view(problem, plan, moment)
     coordinates = kernels["project_rows"].function(xp, k, view.keys) - view.centre
-    norms = kernels["row_norms"].function(xp, v)
-    top = xp.max(norms, axis=1, keepdims=True)
-    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), problem.dtype, copy=False)
+    sizes, low, high = kernels["value_sizes"].function(xp, v)
+    return view, coordinates, sizes, (low, high)
 
 
 def grow(
-    problem: Problem, plan: Plan, view: View, coordinates: Array, sizes: Array, moment: Array, in_order: int = 0
+    problem: Problem,
+    plan: Plan,
+    view: View,
+    coordinates: Array,
+    sizes: Array,
+    limits: tuple[Array, Array],
+    moment: Array,
+    in_order: int = 0,
 ) -> KeyTree:
     """Order the keys by a tree, its first levels as they are, and summarise its nodes."""
     xp, kernels = problem.xp, plan.kernels
@@ -85,7 +90,7 @@ def grow(
     sizes = (
         still.sizes if in_order else still.sizes * deeper(xp, still.sizes.shape[1], problem.dtype, named_device(problem.k))
     )
-    return KeyTree(view, order, nodes, unseen, sizes, column_ranges(xp, without_gradient(problem.v)))
+    return KeyTree(view, order, nodes, unseen, sizes, limits)
 
 
 @lru_cache(maxsize=16)

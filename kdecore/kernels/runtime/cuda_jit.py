@@ -247,6 +247,22 @@ READERS = {"number": from_number, "float16": from_float16, "bfloat16": from_bflo
 """How rows are read, by their dtype; ``"number"`` for float32 and float64, in which they are computed too."""
 
 
+@cuda.jit(device=True)
+def to_float16(number: Any) -> Any:
+    """Return what a float32 number is stored as."""
+    return np.float16(number)
+
+
+@cuda.jit(device=True)
+def to_bfloat16(number: Any) -> Any:
+    """Return the upper half (uint16) of a float32 number's bits, of which the lower half is 0."""
+    return np.uint16(np.float32(number).view(np.uint32) >> np.uint32(16))
+
+
+WRITERS = {"number": from_number, "float16": to_float16, "bfloat16": to_bfloat16}
+"""How numbers that were read so are stored again."""
+
+
 def for_each_reader(make: Callable[[str, Any], CudaKernel]) -> Callable[[Array], CudaKernel]:
     """Make a kernel for each of `READERS`, and return what finds the one for an array."""
     made = {name: make(name, read) for name, read in READERS.items()}
