@@ -27,7 +27,8 @@ VIEWS = frozenset(
 LAUNCHES = {
     "hash_codes": 3,
     "bucket_order": 1,
-    "row_norms": 3,
+    "row_norms": 2,
+    "value_sizes": 2,
     "spoil_groups": 2,
     "node_summaries": 3,
     "scaled_nodes": 2,

@@ -64,6 +64,7 @@ NUMBA = {
     "spoil_groups": lambda: (meta(G, N), meta(G, N, D), meta(G, N, D_V)),
     "spoil_rows": lambda: (AttentionState(meta(G, N, D_V), meta(G, N)), meta(G, N, dtype="bool"), meta(1, dtype="bfloat16")),
     "row_norms": lambda: (meta(G, N, D),),
+    "value_sizes": lambda: (meta(G, N, D_V, dtype="bfloat16"),),
     "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
     "bucket_order": lambda: (meta(G, N, dtype="int16"), 12),
     "bucket_windows": lambda: (meta(G, N, dtype="int16"), meta(G, N, dtype="int16"), N, 7),

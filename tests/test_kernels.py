@@ -145,7 +145,7 @@ def test_row_norms(backend, rng, implementation, shape, dtype, size):
         pytest.skip("CuPy's own kernels take subnormal numbers as 0")
     rows = (rng.standard_normal(shape) * size).astype(dtype)
     found = run(implementation, backend, rows, dtype=dtype)
-    assert found.dtype == np.float64
+    assert found.dtype == (dtype if implementation.target == "numba-cuda" else np.float64)
     assert_close(found, naive_norms(rows), dtype=dtype)
 
 
@@ -167,6 +167,63 @@ def test_row_norms_of_zeros_and_of_numbers_that_are_not_finite(backend, rng, imp
     assert not found[0, 3 : 3 + len(odd)].any()
     assert found[0, 2] > 0
     assert not found[[1, 3]].any()
+
+
+# value_sizes
+
+
+def naive_sizes(rows):
+    """Row by row: norms of the finite ones in long double, relative to the largest, or 0; and columns compared in lists."""
+    norms = np.zeros(rows.shape[:2], dtype=np.longdouble)
+    for at in np.ndindex(norms.shape):
+        if np.isfinite(rows[at]).all():
+            norms[at] = np.sqrt(sum((np.longdouble(x) ** 2 for x in rows[at]), np.longdouble(0)))
+    top = norms.max(axis=1, keepdims=True)
+    sizes = norms / np.where(top > 0, top, 1)
+    ranges = []
+    for choose_one in (min, max):
+        found = [[choose_one(column.tolist()) for column in group.T] for group in rows]
+        ranges.append(np.asarray(found, dtype=rows.dtype).reshape(len(rows), rows.shape[2]))
+    return sizes, *ranges
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("float64", x) for x in (1e-300, 1e-200, 1.0, 1e200, 1e307)]
+    + [("float32", x) for x in (1e-38, 1e-25, 1.0, 1e25, 1e37)],
+)
+@pytest.mark.parametrize("shape", [(3, 50, 7), (2, 1500, 3), (1, 1, 1), (2, 4, 0), (2, 600, 33), (2, 30, 64)], ids=str)
+@implementations("value_sizes")
+def test_value_sizes(backend, rng, implementation, shape, dtype, size):
+    if backend.name == "cupy" and size == 1e-38:
+        pytest.skip("CuPy's own kernels take subnormal numbers as 0")
+    rows = (rng.standard_normal(shape) * size).astype(dtype)
+    sizes, low, high = run(implementation, backend, rows, dtype=dtype)
+    true_sizes, true_low, true_high = naive_sizes(rows)
+    assert sizes.dtype == low.dtype == high.dtype == rows.dtype
+    assert_close(sizes, true_sizes, dtype=dtype)
+    np.testing.assert_array_equal(low, true_low)
+    np.testing.assert_array_equal(high, true_high)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@implementations("value_sizes")
+def test_value_sizes_of_zeros_and_of_numbers_that_are_not_finite(backend, rng, implementation, dtype):
+    rows = rng.standard_normal((5, 700, 35)).astype(dtype)
+    rows[0, 7, 0], rows[0, 8, 34], rows[0, 699, 33] = np.inf, -np.inf, np.inf
+    rows[0, 9] = 1e4
+    rows[1] = 0.0
+    rows[2, 1:] = 0.0
+    rows[3] = -np.inf
+    rows[4, 650, 34], rows[4, 651] = np.nan, 100.0
+    sizes, low, high = run(implementation, backend, rows, dtype=dtype)
+    assert_close(sizes, naive_sizes(rows)[0], dtype=dtype)
+    assert not sizes[0, [7, 8, 699]].any()
+    assert not sizes[[1, 3]].any()
+    assert (sizes.max(axis=1) == [1, 0, 1, 0, 1]).all()
+    for found, among in ((low, np.min), (high, np.max)):
+        np.testing.assert_array_equal(found, among(rows, axis=1))
+        assert np.isnan(found[4, 34])
 
 
 # bucket_order
@@ -411,6 +468,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     n = 3000
     arguments = {
         "row_norms": (rng.standard_normal((2, n, 9)).astype(dtype),),
+        "value_sizes": (spoilt_rows(rng, 2, n, 9).astype(dtype),),
         "hash_codes": (rng.standard_normal((2, n, 9)), rng.standard_normal((9, 13))),
         "finite_rows": (spoilt_rows(rng, 2, n, 9).astype(dtype),),
         "spoil_groups": (rng.standard_normal((2, n)).astype(dtype), *spoilt_groups(rng, n, dtype)),
@@ -460,7 +518,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             np.testing.assert_array_equal(part, expected)
     elif kernel in ("spoil_groups", "hash_codes", "bucket_order", "bucket_windows", "tree_order", "rank_codes"):
         np.testing.assert_array_equal(found, reference)
-    elif kernel in ("node_summaries", "scaled_nodes"):
+    elif kernel in ("node_summaries", "scaled_nodes", "value_sizes"):
         for part, expected in zip(found, reference, strict=True):
             assert_close(part, expected, dtype=dtype)
     elif kernel == "open_tree":

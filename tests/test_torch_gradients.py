@@ -59,14 +59,14 @@ def test_gradcheck_with_what_was_chosen_held_fixed(listed, options):
     if isinstance(options, kdecore.Treecode) and options.far_field == "mean":
         fixed = problem.without_gradient()
         moment = query_moment(problem.xp, fixed.q, second_moment)
-        view, coordinates, sizes = key_tree.described_keys(fixed, plan, moment)
+        view, coordinates, sizes, limits = key_tree.described_keys(fixed, plan, moment)
         prepared = treecode.prepare(fixed, plan)
         _, key_index, share = tree_pilot.open_pilot(fixed, plan, prepared)
 
     def estimate(q, k, v):
         found, selection = replace(problem, q=q, k=k, v=v), chosen
         if chosen.keys is not None:
-            tree = key_tree.grow(found, plan, view, coordinates, sizes, moment)
+            tree = key_tree.grow(found, plan, view, coordinates, sizes, limits, moment)
             slope = first_order(problem.xp, tree.nodes, key_index, share, gap_moments, shrink_matrices)
             selection = replace(chosen, keys=tree.nodes.keys, values=tree.nodes.values, slope=slope)
         part = attend(found, plan, selection)

@@ -103,7 +103,7 @@ def permutations(rng: np.random.Generator, groups: int, n: int) -> Array:
 
 
 def rows_alone(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments of `finite_rows` and `row_norms`."""
+    """Make arguments of `finite_rows`, `row_norms` and `value_sizes`."""
     return (Rows(with_holes(rng, (3, n, width(n)))),)
 
 
@@ -272,6 +272,7 @@ ARGUMENTS: dict[str, Callable[[np.random.Generator, int], tuple[Any, ...]]] = {
     "row_norms": rows_alone,
     "spoil_groups": spoil_groups,
     "spoil_rows": spoil_rows,
+    "value_sizes": rows_alone,
     "hash_codes": hash_codes,
     "bucket_order": bucket_order,
     "bucket_windows": bucket_windows,

@@ -131,7 +131,7 @@ def select(problem: Problem, plan: Plan) -> Selection:
     assert isinstance(options, KDEformer)
     xp, problem = problem.xp, problem.in_accumulation_dtype()
     log_rows, log_columns = log_norms(problem, options, plan.seed)
-    norms = plan.kernels["row_norms"].function(xp, problem.v)
+    norms = xp.astype(plan.kernels["row_norms"].function(xp, problem.v), xp.float64, copy=False)
     top = operator_norm_squared(problem, log_rows, log_columns, plan.seed) if options.needs_operator_norm else None
     samples = options.num_samples
     if samples is None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from kdecore.arrays.gradients import without_gradient
 from kdecore.arrays.namespace import Array
-from kdecore.arrays.rows import column_ranges
 from kdecore.core.problem import Problem
 from kdecore.core.tree import Tree
 from kdecore.kernels.balanced_view.contract import View
@@ -54,23 +53,29 @@ class KeyTree:
 
 def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
     """Build the tree over a problem's keys for queries whose `query_moment` is ``moment``."""
-    view, coordinates, sizes = described_keys(problem, plan, moment)
-    return grow(problem, plan, view, coordinates, sizes, moment)
+    view, coordinates, sizes, limits = described_keys(problem, plan, moment)
+    return grow(problem, plan, view, coordinates, sizes, limits, moment)
 
 
-def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, Array, Array]:
-    """Return the view, the keys' coordinates (G, n_k, p) and the sizes of the values (G, n_k), relative to the largest."""
+def described_keys(problem: Problem, plan: Plan, moment: Array) -> tuple[View, Array, Array, tuple[Array, Array]]:
+    """Return the view, the keys' coordinates (G, n_k, p), and the values' sizes (G, n_k), the largest one 1, and limits."""
     xp, kernels = problem.xp, plan.kernels
     k, v = without_gradient(problem.k), without_gradient(problem.v)
     view = balanced_view(problem, plan, moment)
     coordinates = kernels["project_rows"].function(xp, k, view.keys, view.centre)
-    norms = kernels["row_norms"].function(xp, v)
-    top = xp.max(norms, axis=1, keepdims=True)
-    return view, coordinates, xp.astype(norms / xp.where(top > 0, top, 1.0), problem.dtype, copy=False)
+    sizes, low, high = kernels["value_sizes"].function(xp, v)
+    return view, coordinates, sizes, (low, high)
 
 
 def grow(
-    problem: Problem, plan: Plan, view: View, coordinates: Array, sizes: Array, moment: Array, in_order: int = 0
+    problem: Problem,
+    plan: Plan,
+    view: View,
+    coordinates: Array,
+    sizes: Array,
+    limits: tuple[Array, Array],
+    moment: Array,
+    in_order: int = 0,
 ) -> KeyTree:
     """Order the keys by a tree, its first levels as they are, and summarise its nodes."""
     xp, kernels = problem.xp, plan.kernels
@@ -82,7 +87,7 @@ def grow(
     # Chunks, whose nodes are the first levels, err more with it.
     octaves = 0.0 if in_order else DEEPER
     unseen, sizes = kernels["scaled_nodes"].function(xp, still, moment, view.queries, view.half_norm, problem.scale, octaves)
-    return KeyTree(view, order, nodes, unseen, sizes, column_ranges(xp, without_gradient(problem.v)))
+    return KeyTree(view, order, nodes, unseen, sizes, limits)
 
 
 def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size: int, in_order: int) -> Array:

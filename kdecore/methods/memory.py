@@ -95,7 +95,8 @@ def _restricted_bytes(
 
 def norm_bytes(problem: Problem, kernels: dict[str, Choice]) -> int:
     """Bound what norms of values take in the array API: these in float64, relative to the largest, and their squares."""
-    by_array_api = "row_norms" in kernels and kernels["row_norms"].computed_by == "array-api"
+    found = kernels.get("value_sizes") or kernels.get("row_norms")
+    by_array_api = found is not None and found.computed_by == "array-api"
     return 4 * 8 * problem.groups * problem.n_k * problem.d_v if by_array_api else 0
 
 

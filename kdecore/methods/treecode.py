@@ -22,7 +22,7 @@ from typing import ClassVar, Self
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.gradients import without_gradient
 from kdecore.arrays.namespace import Array, on_accelerator
-from kdecore.arrays.rows import TILE_ELEMENTS
+from kdecore.arrays.rows import TILE_ELEMENTS, column_ranges
 from kdecore.arrays.scalars import one_of
 from kdecore.core.chunks import ChunkRange, Features
 from kdecore.core.options import DEFAULT_BUDGET, Options, set_integers
@@ -85,7 +85,7 @@ class Treecode(Options):
             "second_moment",
             "balanced_view",
             "project_rows",
-            "row_norms",
+            "value_sizes",
             *{"sort": ("rank_codes", "bucket_order"), "given": ()}.get(self.ordering, ("tree_order",)),
             "node_summaries",
             "scaled_nodes",
@@ -152,7 +152,7 @@ def prepare(problem: Problem, plan: Plan) -> PreparedTree:
 def describe(problem: Problem, plan: Plan) -> Features:
     """Find coordinates of queries and keys, and sizes of values."""
     moment = query_moment(problem.xp, problem.q, plan.kernels["second_moment"].function)
-    view, coordinates, sizes = described_keys(problem, plan, moment)
+    view, coordinates, sizes, _ = described_keys(problem, plan, moment)
     of_queries = plan.kernels["project_rows"].function(problem.xp, without_gradient(problem.q), view.queries)
     return Features((of_queries,), (coordinates, sizes), (view.half_norm, view.queries, moment), shared=view)
 
@@ -161,7 +161,9 @@ def prepare_in_order(problem: Problem, plan: Plan, level: int, described: Featur
     """Build trees that have the 2**level equal chunks of keys, and of queries, as nodes."""
     (of_queries,), (coordinates, sizes), (half_norm, queries, moment) = described.queries, described.keys, described.groups
     view = described.shared._replace(half_norm=half_norm, queries=queries)
-    keys = grow(problem, plan, view, coordinates, sizes, moment, level)
+    # Chunks of chunks have limits of their own.
+    limits = column_ranges(problem.xp, without_gradient(problem.v))
+    keys = grow(problem, plan, view, coordinates, sizes, limits, moment, level)
     order = order_queries(problem, plan, of_queries, level)
     # Chunks have blocks, pilots and own keys of their own.
     return PreparedTree(keys, of_queries, order, equal_blocks(problem.xp, order, problem.n_q), None, None)

@@ -1,7 +1,10 @@
 """What looks at rows, and what becomes of them, in the simulator: against references on the same numbers."""
 
+import array_api_compat.numpy
+import array_api_compat.torch
 import numpy as np
 import pytest
+import torch
 
 from kdecore.arrays.namespace import host
 from kdecore.core.state import AttentionState
@@ -13,8 +16,26 @@ from kdecore.kernels.spoil_groups import cuda as groups_cuda
 from kdecore.kernels.spoil_groups import reference as groups_reference
 from kdecore.kernels.spoil_rows import cuda as spoil_cuda
 from kdecore.kernels.spoil_rows import reference as spoil_reference
+from kdecore.kernels.value_sizes import cuda as sizes_cuda
+from kdecore.kernels.value_sizes import reference as sizes_reference
 from tests.simulated.rows import DTYPES, stored
 from tests.tolerances import assert_close
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Let empty arrays of NumPy and PyTorch hold NaN, so that what is never written shows."""
+
+    def filled(empty):
+        def call(*args, **kwargs):
+            found = empty(*args, **kwargs)
+            found[...] = np.nan
+            return found
+
+        return call
+
+    for xp in (array_api_compat.numpy, array_api_compat.torch):
+        monkeypatch.setattr(xp, "empty", filled(xp.empty))
 
 
 def rows_with_holes(rng, shape):
@@ -38,10 +59,10 @@ def test_finite_rows(rng, shape, dtype):
 @pytest.mark.parametrize("shape", [(3, 17, 5), (1, 1, 1), (2, 9, 33), (2, 5, 0)], ids=str)
 def test_row_norms(rng, shape, dtype):
     rows = rows_with_holes(rng, shape) if shape[2] else np.zeros(shape)
-    rows[-1, -1] = 0.0
+    rows[-1, -1:] = 0.0
     xp, rows, wide = stored(rows, dtype)
     found = np.asarray(norms_cuda.row_norms(xp, rows))
-    assert found.dtype == np.float64
+    assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
     expected = norms_reference.row_norms(host, wide)
     assert_close(found, expected, dtype="float64" if dtype == "float64" else "float32")
 
@@ -85,3 +106,45 @@ def test_spoil_rows_and_round_them(rng, dtype, shape):
     # Rounded the same, bit by bit.
     for a, b in ((found.out, expected.out), (found.lse, expected.lse)):
         np.testing.assert_array_equal(*(np.asarray(x.to(xp.float64) if dtype == "bfloat16" else x) for x in (a, b)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 17, 5), (1, 1, 1), (2, 49, 9), (1, 33, 4), (2, 5, 0)], ids=str)
+def test_value_sizes(rng, shape, dtype):
+    """Of several parts, tiles and programs, the last ones ragged; fewer programs than ranges of columns."""
+    rows = rng.standard_normal(shape)
+    if shape[1] > 9 and shape[2]:
+        rows = rows_with_holes(rng, shape)
+        rows[-1, 7] *= 1e4
+    xp, rows, wide = stored(rows, dtype)
+    sizes, low, high = sizes_cuda.value_sizes(xp, rows)
+    assert low.dtype == high.dtype == rows.dtype
+    expected, *ranges = sizes_reference.value_sizes(host, wide)
+    found = np.asarray(sizes)
+    assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
+    assert_close(found, expected, dtype=str(found.dtype))
+    for x, wanted in zip((low, high), ranges, strict=True):
+        np.testing.assert_array_equal(np.asarray(x.to(torch.float64) if dtype == "bfloat16" else x), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_value_sizes_in_any_units(rng, dtype):
+    """Rows whose squares are no numbers of the dtype, beside others, in tiles and parts of their own; zeros; infinities."""
+    rows, limits = rng.uniform(0.5, 1.0, (5, 40, 9)), np.finfo(dtype)
+    rows[0] *= float(limits.max)
+    rows[1] *= float(limits.tiny)
+    rows[2, :33] *= float(limits.tiny)
+    rows[2, 33:] *= float(limits.max) ** 0.9
+    rows[2, :, 5:] *= 1e3
+    rows[3] = 0.0
+    rows[4] = np.inf
+    rows[4, 20] = 0.0
+    rows = rows.astype(dtype)
+    sizes, low, high = sizes_cuda.value_sizes(host, rows)
+    wide = rows.astype(np.longdouble)
+    norms = np.sqrt((np.where(np.isfinite(wide), wide, 0.0) ** 2).sum(axis=-1))
+    top = norms.max(axis=1, keepdims=True)
+    assert_close(sizes, norms / np.where(top > 0, top, 1.0), dtype=dtype)
+    assert (sizes[:3].max(axis=1) == 1.0).all()
+    np.testing.assert_array_equal(low, rows.min(axis=1))
+    np.testing.assert_array_equal(high, rows.max(axis=1))

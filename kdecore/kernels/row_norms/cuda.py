@@ -1,6 +1,6 @@
 """`row_norms` in Numba CUDA: the largest number of each group, then a row a thread, from tiles in shared memory.
 
-Traffic on paper: rows are read twice and 8 bytes a row written. 2,097,152 rows of 64 bfloat16 numbers are 0.55 GB, 0.18 ms
+Traffic on paper: rows are read twice and 4 bytes a row written. 2,097,152 rows of 64 bfloat16 numbers are 0.55 GB, 0.18 ms
 at 3.0 TB/s; 0.3 GFLOP are nothing beside that.
 """
 
@@ -29,13 +29,11 @@ def row_norms(xp: Namespace, rows: Array) -> Array:
     """Follow `kdecore.kernels.row_norms.contract.RowNorms`."""
     groups, n, d = rows.shape
     dtype = getattr(xp, ACCUMULATION[dtype_name(rows)])
-    found = xp.zeros((groups, n), dtype=dtype, device=rows.device)
-    if d == 0:
-        return xp.astype(found, xp.float64)
+    found = xp.empty((groups, n), dtype=dtype, device=rows.device)
     tops = xp.empty((groups, PARTS), dtype=dtype, device=rows.device)
     launch(largest(rows), groups * PARTS, THREADS, xp.reshape(rows, (groups, n * d)), tops)
     launch(norms(rows), groups * -(-n // THREADS), THREADS, rows, tops, found)
-    return xp.astype(found, xp.float64, copy=False)
+    return found
 
 
 @for_each_reader

@@ -247,6 +247,24 @@ READERS = {"number": from_number, "float16": from_float16, "bfloat16": from_bflo
 """How rows are read, by their dtype; ``"number"`` for float32 and float64, in which they are computed too."""
 
 
+@cuda.jit(device=True)
+def to_float16(number: Any) -> Any:
+    """Return a float32 number in float16."""
+    return np.float16(number)
+
+
+@cuda.jit(device=True)
+def to_bfloat16(number: Any) -> Any:
+    """Return the bits (uint16) of a float32 number in bfloat16, rounded to the nearest, of two the even one."""
+    bits = np.float32(number).view(np.uint32)
+    rounded = np.uint16((np.uint64(bits) + np.uint64(0x7FFF) + np.uint64((bits >> np.uint32(16)) & np.uint32(1))) >> 16)
+    return rounded if number == number else np.uint16(0x7FC0)
+
+
+WRITERS = {"number": from_number, "float16": to_float16, "bfloat16": to_bfloat16}
+"""How numbers are stored, by the dtype of rows."""
+
+
 def for_each_reader(make: Callable[[str, Any], CudaKernel]) -> Callable[[Array], CudaKernel]:
     """Make a kernel for each of `READERS`, and return what finds the one for an array."""
     made = {name: make(name, read) for name, read in READERS.items()}

@@ -11,7 +11,7 @@ from numba import cuda
 
 from kdecore.arrays.namespace import Array, Namespace, dtype_name
 from kdecore.core.state import AttentionState
-from kdecore.kernels.runtime.cuda_jit import CudaKernel, cuda_kernel, from_number, launch
+from kdecore.kernels.runtime.cuda_jit import WRITERS, CudaKernel, cuda_kernel, launch
 
 THREADS = 256
 NUMBERS = 8
@@ -29,20 +29,6 @@ def spoil_rows(xp: Namespace, part: AttentionState, finite: Array, like: Array) 
     blocks = -(-rows * max(1, d_v) // (THREADS * NUMBERS))
     launch(kernel, blocks, THREADS, *given, xp.reshape(out, (rows, d_v)), xp.reshape(lse, (-1,)))
     return AttentionState(out, lse)
-
-
-@cuda.jit(device=True)
-def to_float16(number: Any) -> Any:
-    """Return a number in float16."""
-    return np.float16(number)
-
-
-@cuda.jit(device=True)
-def to_bfloat16(number: Any) -> Any:
-    """Return the bits of a number in bfloat16, rounded to the nearest, of two the even one."""
-    bits = np.float32(number).view(np.uint32)
-    rounded = np.uint16((np.uint64(bits) + np.uint64(0x7FFF) + np.uint64((bits >> np.uint32(16)) & np.uint32(1))) >> 16)
-    return rounded if number == number else np.uint16(0x7FC0)
 
 
 def make(stored: str, write: Any) -> CudaKernel:
@@ -67,5 +53,5 @@ def make(stored: str, write: Any) -> CudaKernel:
     return spoil
 
 
-SPOIL = {name: make(name, to) for name, to in (("number", from_number), ("float16", to_float16), ("bfloat16", to_bfloat16))}
+SPOIL = {name: make(name, write) for name, write in WRITERS.items()}
 """The kernel, by the dtype of what it writes."""
