@@ -48,6 +48,8 @@ def invert_permutation(xp: Namespace, order: Array) -> Array:
     groups, n = order.shape
     device = array_api_compat.device(order)
     inverse = xp.empty((groups, n), dtype=order.dtype, device=device)
+    if array_api_compat.is_torch_array(order):
+        return inverse.scatter_(1, order, xp.broadcast_to(xp.arange(n, dtype=order.dtype, device=device), (groups, n)))
     inverse[xp.arange(groups, device=device)[:, None], order] = xp.arange(n, dtype=order.dtype, device=device)[None, :]
     return inverse
 

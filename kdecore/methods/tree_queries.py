@@ -76,8 +76,9 @@ class PreparedTree:
 def with_queries(problem: Problem, plan: Plan, prepared: PreparedTree, queries: Span, seen: Span) -> PreparedTree:
     """Find the pilot, and the own keys among those ``seen``, of blocks that hold some of the queries."""
     xp, blocks = problem.xp, prepared.blocks
-    own = own_on_device(problem, queries, seen)
-    if own is not None:
+    if own_in_order(problem, queries, seen):
+        own = invert_permutation(xp, prepared.keys.order)
+    elif (own := own_on_device(problem, queries, seen)) is not None:
         place = invert_permutation(xp, prepared.keys.order)
         own = xp.broadcast_to(own, (problem.groups, problem.n_q))
         own = xp.where(own < 0, -1, take_along_rows(xp, place, xp.clip(own, 0, None)))
@@ -93,6 +94,13 @@ def with_queries(problem: Problem, plan: Plan, prepared: PreparedTree, queries: 
 def evenly_spaced(xp: Namespace, count: int, some: int, on: NamedDevice) -> Array:
     """Return the numbers, int64 (some,), of so many of ``count`` blocks. The last few are kept."""
     return xp.arange(count, 2 * some * count, 2 * count, dtype=xp.int64, device=on.device) // (2 * some)
+
+
+def own_in_order(problem: Problem, queries: Span, seen: Span) -> bool:
+    """Return whether query i's own key is key i, for all queries and keys."""
+    if problem.own is None or queries != (0, problem.n_q) or seen != (0, problem.n_k) or problem.n_q != problem.n_k:
+        return False
+    return bool(host.all(problem.own == host.arange(problem.n_k, dtype=host.int64)))
 
 
 def own_on_device(problem: Problem, queries: Span, seen: Span) -> Array | None:
