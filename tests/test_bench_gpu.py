@@ -30,6 +30,7 @@ from bench.gpu.session import Session, attempted, exact_rows, median_seconds, ti
 from bench.gpu.speed import METHODS, cupy_timings, fused_seconds, graphs, timings
 from kdecore.arrays.namespace import host
 from kdecore.kernels.registry import KERNELS, Implementation
+from kdecore.methods.treecode import Treecode
 
 HASHED = "_ZN7kdecore7kernels10hash_codes4cuda7project12_3clocals_3e7projectB2v3E5ArrayIfLi3E1C7mutable7alignedE"
 
@@ -311,7 +312,7 @@ def test_times_on_paper_by_hand():
     stages = {name: {"ms": 1.0} for name in ("finite_rows", "open_tree", "attend_blocks", "gap_moments", "copies")}
     row = {"heads": 16, "n": PAPER_ROWS // 16, "stages": stages}
     found = bounded(row, {"copy": 3.0, "product": 798.0})["stages"]
-    assert found["finite_rows"]["paper_ms"] == pytest.approx(0.27)
+    assert found["finite_rows"]["paper_ms"] == pytest.approx(0.18)
     assert found["open_tree"]["paper_ms"] == pytest.approx(8.2 / 5.5)
     assert found["attend_blocks"]["paper_ms"] == pytest.approx(0.5)
     assert found["gap_moments"]["paper_ms"] == pytest.approx(0.03)
@@ -321,6 +322,20 @@ def test_times_on_paper_by_hand():
     assert found["attend_blocks"]["paper_ms"] == pytest.approx(0.25 * 2.7)
     assert found["gap_moments"]["paper_ms"] == pytest.approx(0.03)
     assert bounded(row, {}) == row
+
+
+def test_the_treecode_is_to_take_six_and_a_half_milliseconds():
+    """On an H100's rates, 131,072 rows in 16 heads; its sorts, PyTorch's, beside what is counted."""
+    used = {"finite_rows", "spoil_groups", "spoil_rows", *Treecode(ordering="sort").kernels} - {
+        "attend_blocks",
+        "bucket_order",
+    }
+    assert used <= set(PAPER)
+    stages: dict[str, dict[str, float]] = {name: {} for name in used}
+    row = {"heads": 16, "n": PAPER_ROWS // 16, "stages": stages}
+    seconds = [stage["paper_ms"] for stage in bounded(row, {"copy": 3.0, "product": 798.0})["stages"].values()]
+    # 0.8 GB that two sorts of two passes each move.
+    assert 4.0 < sum(seconds) + 0.27 < 6.5
 
 
 def test_every_kernel_has_random_arguments(rng):
