@@ -1,8 +1,8 @@
 """Compile every Numba CUDA kernel without a device, and print what it takes: `python -m tests.cuda_compile [sm_90 …]`.
 
 Kernels are compiled as they are at run time, to LTO code that nvJitLink links for an architecture with ptxas's report. One
-that spills registers, takes more shared memory than every device gives a block, more registers than its threads can have, or
-computes in float64 though its arguments are in float32, is an error.
+that spills registers, takes more shared memory than every device gives a block, more registers than its threads can have,
+computes in float64 though its arguments are in float32, or reads one by one what it is meant to read together, is an error.
 """
 
 import importlib
@@ -22,9 +22,13 @@ from kdecore.kernels.runtime.cuda_jit import DECLARED, CudaKernel
 ARCHITECTURES = ("sm_80", "sm_90")
 SHARED_BYTES, REGISTERS = 48 * 1024, 65536
 """Of a block, on every device."""
+TOGETHER = frozenset(["attend_blocks.attend_tile"])
+"""Kernels that are meant to read two or four neighbouring numbers of shared memory at once."""
 # What `number` and `stored` stand for, by the name of a reader.
 DTYPES = {
     "number": [("float32", "float32"), ("float64", "float64")],
+    "float32": [("float32", "float32")],
+    "float64": [("float64", "float64")],
     "float16": [("float32", "float16")],
     "bfloat16": [("float32", "uint16")],
 }
@@ -81,7 +85,8 @@ def compile_kernel(kernel: CudaKernel, dtypes: str, arguments, architecture: str
     registers, shared = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem")
     stored, loaded = number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes spill loads")
     stack = number(r"(\d+) bytes stack frame")
-    doubles = bytes(ptx.code).decode().count(".f64")
+    text = bytes(ptx.code).decode()
+    doubles = text.count(".f64")
     wide = "float64" in kernel.arguments or "float64" in dtypes
     problems = {
         "does not report": not registers,
@@ -90,6 +95,7 @@ def compile_kernel(kernel: CudaKernel, dtypes: str, arguments, architecture: str
         "takes too much shared memory": shared > SHARED_BYTES,
         "takes too many registers": registers * kernel.threads > REGISTERS,
         "computes in float64": doubles > 0 and not wide,
+        "reads numbers one by one": kernel.name in TOGETHER and not re.search(r"ld\.shared\.v[24]\.f", text),
     }
     said = ", ".join(name for name, holds in problems.items() if holds)
     return Compiled(kernel.name, dtypes, architecture, registers, stored + loaded, stack, shared, doubles, said)

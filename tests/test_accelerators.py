@@ -211,21 +211,24 @@ NUMBA = "numba-cuda"
 WIDE = [
     ("float32", 64, 64, "exact", {}),
     ("bfloat16", 300, 300, "exact", {"attend_dense": "triton"}),
+    ("float32", 300, 300, "exact", {"attend_dense": NUMBA}),
     ("float32", 300, 300, "exact", {"attend_dense": "array-api"}),
+    ("float32", 64, 600, "sortlsh", {"attend_blocks": NUMBA}),
     ("float32", 64, 600, "sortlsh", {"attend_blocks": "array-api"}),
     ("bfloat16", 300, 64, "treecode", {"open_tree": NUMBA, "attend_blocks": "triton", "node_summaries": "triton"}),
+    ("float16", 64, 600, "treecode", {"open_tree": "triton", "attend_blocks": NUMBA, "node_summaries": "triton"}),
     ("float16", 64, 600, "treecode", {"open_tree": "triton", "attend_blocks": "array-api", "node_summaries": "triton"}),
-    ("float32", 64, 1100, "treecode", {"open_tree": "triton", "attend_blocks": "array-api", "node_summaries": NUMBA}),
+    ("float32", 64, 1100, "treecode", {"open_tree": "triton", "attend_blocks": NUMBA, "node_summaries": NUMBA}),
 ]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("dtype", "d", "d_v", "method", "targets"), WIDE, ids=str)
 def test_the_plan_bounds_the_memory_of_what_is_chosen_for_wide_rows(monkeypatch, dtype, d, d_v, method, targets):
-    """What a kernel doesn't take, another one computes, which takes memory of its own."""
+    """What a kernel doesn't take, another one computes, which takes memory of its own; matrix products without Numba."""
     q, k, v = inputs(dtype, n=1200, d=d, d_v=d_v)
     memory = Memory([q, k, v])
-    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+    monkeypatch.setattr(registry, "cuda_problem", lambda: "not there" if "array-api" in targets.values() else None)
     for kernel, every in registry.KERNELS.items():
         *others, last = every
         of_devices = (one for one in others if one.target in ("triton", NUMBA))

@@ -52,6 +52,10 @@ def groups():
     return meta(G, N, D), meta(G, N, D), meta(G, N, D_V)
 
 
+def listed():
+    return *(x.reshape(-1, x.shape[2]) for x in groups()), *lists(), 0.1
+
+
 def gradients(triton_backward):
     rows = (x.reshape(-1, x.shape[2]) for x in groups())
     return triton_backward.gradients(
@@ -80,6 +84,8 @@ NUMBA = {
     "scaled_nodes": summarised,
     "open_tree": opening,
     "pick_threshold": pilot,
+    "attend_blocks": listed,
+    "attend_dense": lambda: (*groups(), 0.1),
 }
 TRITON = {
     "project_rows": lambda: (meta(G, N, D), meta(G, D, P)),
@@ -87,7 +93,7 @@ TRITON = {
     "node_summaries": tree,
     "open_tree": lambda: opening(2**23),
     "pick_threshold": pilot,
-    "attend_blocks": lambda: (*(x.reshape(-1, x.shape[2]) for x in groups()), *lists(), 0.1),
+    "attend_blocks": listed,
     "attend_dense": lambda: (*groups(), 0.1),
 }
 
@@ -96,9 +102,9 @@ TRITON = {
 @pytest.mark.parametrize("kernel", NUMBA)
 def test_grids_of_numba_kernels_lie_along_one_axis(monkeypatch, kernel):
     """Of all rows that there may be; what counts beyond them, blocks of positions drawn, no device's memory holds."""
-    module = importlib.import_module(f"kdecore.kernels.{kernel}.cuda")
-    found = []
-    monkeypatch.setattr(module, "launch", lambda one, blocks, *_: found.append(grids.flat_grid(one.name, blocks)))
+    module, found = importlib.import_module(f"kdecore.kernels.{kernel}.cuda"), []
+    launching = importlib.import_module("kdecore.kernels.attend_blocks.cuda") if kernel == "attend_dense" else module
+    monkeypatch.setattr(launching, "launch", lambda one, blocks, *_: found.append(grids.flat_grid(one.name, blocks)))
     getattr(module, kernel)(xp, *NUMBA[kernel]())
     assert found
     assert all(0 < blocks <= 2**31 - 1 for (blocks,) in found)

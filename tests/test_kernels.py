@@ -719,6 +719,8 @@ NO_ARRAYS = "needs CuPy arrays or PyTorch tensors on a CUDA device, got"
         ("node_summaries", "numba-cuda", Site("torch", "cpu", "float32", "reverse"), f"{NO_ARRAYS} torch on cpu"),
         ("row_norms", "numba-cuda", Site("numpy", "cpu", "float32"), f"{NO_ARRAYS} numpy on cpu"),
         ("row_norms", "numba-cuda", Site("cupy", "cuda:0", "float32"), "numba-cuda is not installed"),
+        ("attend_blocks", "numba-cuda", Site("torch", "cuda:0", "float64", "reverse"), "numba-cuda is not installed"),
+        ("attend_dense", "numba-cuda", Site("cupy", "cuda:0", "float64"), "numba-cuda is not installed"),
         ("attend_blocks", "numba-cpu", Site("torch", "cpu", "float32", "reverse"), "records no gradients"),
         ("attend_dense", "torch-autograd", Site("torch", "cpu", "float32"), "for PyTorch tensors whose gradients are rec"),
     ],

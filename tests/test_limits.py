@@ -21,6 +21,7 @@ from kdecore.core.tree import node_count
 from kdecore.engine import nonfinite
 from kdecore.engine.restrictions import check_restrictions
 from kdecore.engine.split import subproblems
+from kdecore.kernels import registry
 from kdecore.kernels.attend_blocks import contract as attend_blocks
 from kdecore.kernels.balanced_view import contract as balanced_view
 from kdecore.kernels.node_summaries import contract as node_summaries
@@ -74,6 +75,12 @@ def test_limits(name, most, more, said):
     assert said in LIMITS[name](Largest(**most | more))
 
 
+@pytest.fixture
+def numba_there(monkeypatch):
+    """Let Numba compile for a device, as far as planning knows."""
+    monkeypatch.setattr(registry, "cuda_problem", lambda: None)
+
+
 SIZES = st.builds(
     Largest,
     d=st.integers(1, 1200),
@@ -99,7 +106,7 @@ def test_what_is_taken_is_taken_in_every_smaller_size(limit, first, second):
 
 # registry.choose
 
-WIDE = replace(CUDA, largest=Largest(n_q=100, n_k=100, d=300, d_v=300, item_bytes=4))
+WIDE = replace(CUDA, largest=Largest(n_q=1000, n_k=100, d=300, d_v=300, item_bytes=4))
 MANY = "takes rows of all groups ≤ 2147483647"
 REFUSED = [
     ("attend_blocks", WIDE, "triton: takes a key and a value of ≤ 2048 bytes, padded, got 2560 (d = 300, d_v = 300"),
@@ -134,16 +141,30 @@ def test_another_target_is_chosen_and_the_reason_says_why(kernel, site, said):
     [
         (64, "forward triton (first choice)", "backward triton"),
         (200, "forward triton (first choice)", "backward PyTorch (triton: takes a key and a value of ≤ 576 bytes"),
-        (600, "forward array-api (triton: takes a key and a value of ≤ 2048 bytes", "backward PyTorch (triton: takes"),
+        (600, "forward numba-cuda (triton: takes a key and a value of ≤ 2048 bytes", "backward PyTorch (triton: takes"),
     ],
 )
-def test_what_computes_recorded_attention_is_said(kernel, d_v, forward, backward):
-    choice = choose(kernel, replace(CUDA, gradient="reverse", largest=Largest(d=64, d_v=d_v, item_bytes=4)))
+def test_what_computes_recorded_attention_is_said(numba_there, kernel, d_v, forward, backward):
+    choice = choose(kernel, replace(CUDA, gradient="reverse", largest=Largest(n_q=256, d=64, d_v=d_v, item_bytes=4)))
     assert choice.target == "torch-autograd"
-    assert choice.computed_by == ("array-api" if d_v == 600 else "triton")
+    assert choice.computed_by == ("numba-cuda" if d_v == 600 else "triton")
     assert choice.reason.startswith("gradients are recorded: ")
     assert forward in choice.reason
     assert backward in choice.reason
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_attention_without_triton_is_computed_by_numba(numba_there, library, dtype):
+    """Of any width; by matrix products where there are few queries for all keys."""
+    site = Site(library, "cuda:0", dtype, largest=Largest(groups=4, n_q=64, n_k=2**20, d=4096, d_v=4096, item_bytes=8))
+    few = replace(site, largest=replace(site.largest, n_q=63))
+    assert [choose(kernel, site).target for kernel in ("attend_blocks", "attend_dense")] == ["numba-cuda"] * 2
+    assert choose("attend_blocks", few).target == "numba-cuda"
+    choice = choose("attend_dense", few)
+    assert choice.target == "array-api"
+    assert "numba-cuda: matrix products are expected to be faster for 252 queries" in choice.reason
+    assert choose("attend_dense", few, "numba-cuda").target == "numba-cuda"
 
 
 def test_what_computes_recorded_summaries_is_said():
@@ -173,16 +194,16 @@ def planned(dtype="float32", d=64, d_v=64, n=3000, options=None, causal=False, w
     return choices.choices(share.problem, options, CUDA, "auto")
 
 
-def test_values_of_tree_nodes_have_a_column_more():
+def test_values_of_tree_nodes_have_a_column_more(numba_there):
     """256 columns fit, and with a spread beside them they don't; samples have none."""
-    assert planned(d=256, d_v=256)["attend_blocks"].target == "array-api"
+    assert planned(d=256, d_v=256)["attend_blocks"].target == "numba-cuda"
     assert planned(d=256, d_v=255)["attend_blocks"].target == "triton"
     assert planned(d=256, d_v=256, options=Treecode(far_field="sample"))["attend_blocks"].target == "triton"
 
 
-def test_means_of_float16_are_stored_in_float32():
+def test_means_of_float16_are_stored_in_float32(numba_there):
     assert planned("bfloat16", d=300, d_v=300)["attend_blocks"].target == "triton"
-    assert planned("float16", d=300, d_v=300)["attend_blocks"].target == "array-api"
+    assert planned("float16", d=300, d_v=300)["attend_blocks"].target == "numba-cuda"
     assert planned("float16", d=300, d_v=300)["node_summaries"].target == "triton"
 
 

@@ -85,6 +85,15 @@ def _sorted_by_torch(site: Site) -> str | None:
     return "PyTorch's own radix sort is faster" if site.library == "torch" else None
 
 
+FEW_QUERIES = 256
+"""Of all groups. Fewer are few thread blocks, of 64 each, which leave most of a device idle (attend_dense/cuda.py)."""
+
+
+def _few_queries(site: Site) -> str | None:
+    found = site.largest.groups * site.largest.n_q
+    return f"matrix products are expected to be faster for {found} queries" if found < FEW_QUERIES else None
+
+
 def triton_problem(site: Site) -> str | None:
     """Return why Triton kernels cannot run at a site, or None where they can."""
     if site.library != "torch" or not site.device.startswith("cuda"):
@@ -248,8 +257,10 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "attend_tree": _implementations(
         "attend_tree", host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
     ),
-    "attend_blocks": _implementations("attend_blocks", host=_host_floats, others=("triton", "torch-autograd")),
-    "attend_dense": _implementations("attend_dense", host=_host_floats, others=("triton", "torch-autograd")),
+    "attend_blocks": _implementations("attend_blocks", host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")),
+    "attend_dense": _implementations(
+        "attend_dense", host=_host_floats, slower=_few_queries, others=("triton", "numba-cuda", "torch-autograd")
+    ),
 }
 """Kernel name → its implementations, fastest first; the last one, ``"array-api"``, runs everywhere."""
 
