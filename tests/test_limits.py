@@ -236,7 +236,7 @@ def given_sizes(kernel, xp, *given):
         found = {"d": q.shape[2], "directions": coordinates.shape[2], "rows": index.shape[2]}
         return found | {"nodes": tree.nodes, "item_bytes": tree.keys.dtype.itemsize}
     if kernel == "balanced_view":
-        return {"d": given[0].shape[1], "directions": given[2]}
+        return {"d": given[0].shape[1], "directions": given[4]}
     if kernel == "scaled_nodes":
         nodes, _, directions, *_ = given
         return {"d": directions.shape[1], "directions": directions.shape[2], "nodes": nodes.spread.shape[1]}

@@ -257,9 +257,15 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "attend_tree": _implementations(
         "attend_tree", host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
     ),
-    "attend_blocks": _implementations("attend_blocks", host=_host_floats, others=("triton", "numba-cuda", "torch-autograd")),
+    "attend_blocks": _implementations(
+        "attend_blocks", host=_host_floats, cuda=_cuda_floats, others=("triton", "numba-cuda", "torch-autograd")
+    ),
     "attend_dense": _implementations(
-        "attend_dense", host=_host_floats, slower=_few_queries, others=("triton", "numba-cuda", "torch-autograd")
+        "attend_dense",
+        host=_host_floats,
+        cuda=_cuda_floats,
+        slower=_few_queries,
+        others=("triton", "numba-cuda", "torch-autograd"),
     ),
 }
 """Kernel name → its implementations, fastest first; the last one, ``"array-api"``, runs everywhere."""
