@@ -222,7 +222,7 @@ def _implementations(
 KERNELS: dict[str, tuple[Implementation, ...]] = {
     "finite_rows": _implementations("finite_rows", others=("numba-cuda",)),
     "row_norms": _implementations("row_norms", others=("numba-cuda",)),
-    "hash_codes": _implementations("hash_codes", others=("numba-cuda",)),
+    "hash_codes": _implementations("hash_codes", others=("triton", "numba-cuda")),
     "bucket_order": _implementations("bucket_order", slower=_sorted_by_torch, others=("numba-cuda",)),
     "bucket_windows": _implementations("bucket_windows", others=("numba-cuda",)),
     "draw_uniform": _implementations("draw_uniform", others=("numba-cuda",)),
