@@ -9,6 +9,7 @@ import torch
 
 from kdecore.arrays.errors import KernelUnavailable
 from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.runtime import grids
 
 G, N, D, D_V, P, LEAF, ROWS, SLOTS, COUNT = 16, 2**27 - 1, 3, 2, 3, 4, 16, 5, 200
@@ -44,6 +45,10 @@ def groups():
     return meta(G, N, D), meta(G, N, D), meta(G, N, D_V)
 
 
+def hashed():
+    return meta(G, N, dtype="int16"), meta(G, N, dtype="int64")
+
+
 def gradients(triton_backward):
     rows = (x.reshape(-1, x.shape[2]) for x in groups())
     return triton_backward.gradients(
@@ -56,10 +61,10 @@ NUMBA = {
     "row_norms": lambda: (meta(G, N, D),),
     "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
     "bucket_order": lambda: (meta(G, N, dtype="int16"), 12),
-    "bucket_windows": lambda: (meta(G, N, dtype="int16"), meta(G, N, dtype="int16"), N, 7),
+    "bucket_windows": lambda: (*hashed(), *hashed(), B, 7),
     "draw_uniform": lambda: (1, 2, (G, N), "meta"),
     "draw_indices": lambda: (
-        *(meta(G, N, dtype="float64"), meta(G, B, dtype="int64"), 7, meta(G, B, dtype="float64"), COUNT),
+        *(meta(G, N, dtype="int64"), Weights(meta(G, N), meta(G)), meta(G, B, dtype="int64"), 7, 1, 2, COUNT, "float32"),
     ),
     "balanced_view": lambda: (meta(G, D, D, dtype="float64"), meta(G, D, D, dtype="float64"), P),
     "rank_codes": lambda: (meta(G, N, P), 24),
@@ -68,6 +73,7 @@ NUMBA = {
     "pick_threshold": pilot,
 }
 TRITON = {
+    "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
     "project_rows": lambda: (meta(G, N, D), meta(G, D, P)),
     "rank_codes": lambda: (meta(G, N, P), 24),
     "node_summaries": tree,

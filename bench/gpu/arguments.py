@@ -10,6 +10,7 @@ import torch
 from kdecore.arrays.namespace import ACCUMULATION, Array, host
 from kdecore.core.state import AttentionState
 from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
 from kdecore.kernels.open_tree.contract import first_nodes
 from kdecore.kernels.tree_order.reference import tree_order as order_tree
@@ -54,7 +55,7 @@ def for_reference(argument: Any, dtype: str) -> Any:
             return AttentionState(for_reference(out, dtype), for_reference(lse, dtype))
         case Device():
             return "cpu"
-        case BlockQueries() | Tree():
+        case BlockQueries() | Tree() | Weights():
             return type(argument)(*(for_reference(x, dtype) for x in argument))
     return argument
 
@@ -72,7 +73,7 @@ def for_library(argument: Any, dtype: str, convert: Callable[[Array, str | None]
             return convert(np.zeros(1), None).device
         case np.ndarray():
             return convert(argument, None)
-        case BlockQueries() | Tree():
+        case BlockQueries() | Tree() | Weights():
             return type(argument)(*(for_library(x, dtype, convert) for x in argument))
     return argument
 
@@ -120,8 +121,9 @@ def bucket_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 def bucket_windows(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments."""
-    queries, keys = (np.sort(rng.integers(0, 2**9, (3, m))).astype("int16") for m in (n, n + n // 3))
-    return queries, keys, -(-n // 16), min(n, 170)
+    codes = [rng.integers(0, 2**9, (3, m)).astype("int16") for m in (n, n + n // 3)]
+    queries, keys = ((x, np.argsort(x, axis=1, stable=True)) for x in codes)
+    return *queries, *keys, -(-n // 16), min(n, 170)
 
 
 def draw_uniform(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -130,9 +132,12 @@ def draw_uniform(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 
 def draw_indices(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments."""
+    """Make arguments; sizes that every dtype holds, so that all draw the same keys."""
     window, count, blocks = n // 8, max(1, min(n // 4, 341)), 33
-    return 1.0 + rng.random((3, n)), rng.integers(0, n - window + 1, (3, blocks)), window, rng.random((3, blocks)), count
+    sizes = rng.integers(0, 2**8, (3, n)) / 2**8
+    weights = Weights(Numbers(sizes), Numbers(np.full(3, 0.5)))
+    first, seed = rng.integers(0, n - window + 1, (3, blocks)), int(rng.integers(2**63))
+    return permutations(rng, 3, n), weights, first, window, seed, 1, count, "float64"
 
 
 def balanced_view(rng: np.random.Generator, n: int) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
 """`hash_codes` in Triton for NVIDIA devices: projections on tensor cores with their means so far, then signs and Gray ranks.
 
-Two launches. A program of the first multiplies some tiles of a group's rows, as they are stored, with all planes. It sums how
-far projections lie from the mean of its first tile, so that the means of rows far from the origin are known better than their
-projections. A program of the second puts these sums together, `PARTS` for each plane, and packs the signs of many rows.
+Two launches. A program of the first multiplies some tiles of a group's rows, as they are stored, with all planes. It sums
+how far projections lie from the mean of its first tile, so that the means of rows far from the origin are known better than
+their projections. A program of the second puts these sums together, `PARTS` for each plane, and packs the signs of many
+rows.
 
 Traffic on paper, 16 heads of 131,072 rows, d = 64 in bfloat16, 12 planes: rows read once, 0.27 GB; projections in float32
 written and read once, 0.2 GB; codes, 4 MB: 0.16 ms at 3.0 TB/s. 3.2 GFLOP, 13 with four columns of padding and three tf32
