@@ -107,7 +107,7 @@ def test_calls_with_a_budget_neither_read_from_the_device_nor_copy_to_it(method,
 @pytest.mark.parametrize(
     ("method", "most", "diagonal"),
     [
-        *(("exact", 25, None), ("sortlsh", 40, None), ("hyper", 36, None), ("treecode", 140, None), ("treecode", 150, 0)),
+        *(("exact", 25, None), ("sortlsh", 36, None), ("hyper", 32, None), ("treecode", 140, None), ("treecode", 150, 0)),
         (kdecore.Treecode(ordering="given"), 130, None),
     ],
 )

@@ -142,8 +142,9 @@ def test_summary_of_canned_events():
 
 def test_bytes_and_operations_by_hand():
     x = torch.zeros((2, 10, 8), dtype=torch.bfloat16)
-    hashed = work_of("hash_codes", (x, torch.zeros((8, 12))), torch.zeros((2, 10), dtype=torch.int16))
-    assert hashed == Work(2 * 10 * 8 * 2 + 8 * 12 * 4 + 2 * 10 * 2, 2 * 2 * 10 * 8 * 12)
+    few, codes = x[:, :3], torch.zeros((2, 10), dtype=torch.int16)
+    hashed = work_of("hash_codes", (few, x, torch.zeros((8, 12))), (codes[:, :3], codes))
+    assert hashed == Work(2 * 13 * 8 * 2 + 8 * 12 * 4 + 2 * 13 * 2, 2 * 2 * 13 * 8 * 12)
     norms = work_of("row_norms", (x,), torch.zeros((2, 10), dtype=torch.float64))
     assert norms == Work(320 + 160, 0)
     order = work_of("bucket_order", (torch.zeros((2, 10), dtype=torch.int16), 12), torch.zeros((2, 10), dtype=torch.int64))

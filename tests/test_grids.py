@@ -59,7 +59,7 @@ def gradients(triton_backward):
 NUMBA = {
     "finite_rows": lambda: (meta(G, N, D),),
     "row_norms": lambda: (meta(G, N, D),),
-    "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
+    "hash_codes": lambda: (meta(G, N, D), meta(G, N, D), meta(D, 12)),
     "bucket_order": lambda: (meta(G, N, dtype="int16"), 12),
     "bucket_windows": lambda: (*hashed(), *hashed(), B, 7),
     "draw_uniform": lambda: (1, 2, (G, N), "meta"),
@@ -73,7 +73,7 @@ NUMBA = {
     "pick_threshold": pilot,
 }
 TRITON = {
-    "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
+    "hash_codes": lambda: (meta(G, N, D), meta(G, N, D), meta(D, 12)),
     "project_rows": lambda: (meta(G, N, D), meta(G, D, P)),
     "rank_codes": lambda: (meta(G, N, P), 24),
     "node_summaries": tree,

@@ -140,20 +140,20 @@ def test_queries_and_keys_are_sorted_by_the_same_planes(rng):
     x = rng.standard_normal((2, 41, 4))
     problem = canonicalise(x, x[:, ::-1, :], x)
     plan = make_plan(problem, method=SortLSH(4, 8, 6), seed=9)
-    queries, keys = sort_codes(problem, plan, *(hash_codes(problem, plan, rows) for rows in (problem.q, problem.k)))
+    queries, keys = sort_codes(problem, plan, *hash_codes(problem, plan))
     in_order = [np.take_along_axis(found.codes, found.order, axis=1) for found in (queries, keys)]
     np.testing.assert_array_equal(*in_order)
     assert (np.diff(in_order[0], axis=1) >= 0).all()
-    for found, rows in ((queries, problem.q), (keys, problem.k)):
-        unsorted = registry.KERNELS["hash_codes"][-1].function(host, rows, planes_of(plan, 4, 6))
-        np.testing.assert_array_equal(found.codes, unsorted)
+    unsorted = registry.KERNELS["hash_codes"][-1].function(host, problem.q, problem.k, planes_of(plan, 4, 6))
+    np.testing.assert_array_equal([x.codes for x in (queries, keys)], unsorted)
 
 
 def test_queries_and_keys_are_sorted_together_as_each_by_itself(backend, rng):
     """In one go where there are as many of each, by themselves where there are not."""
     problem = canonicalise(*backend.arrays(*make(rng, n_q=41)))
     plan = make_plan(problem, method=SortLSH(4, 8, 3))
-    codes = [hash_codes(problem, plan, rows) for rows in (problem.q, problem.k, problem.k[:, :17, :])]
+    codes = [*hash_codes(problem, plan)]
+    codes.append(codes[1][:, :17])
     alone = [sort_codes(problem, plan, one)[0] for one in codes]
     for some in ((0, 1), (0, 2), (2, 1)):
         found = sort_codes(problem, plan, *(codes[i] for i in some))

@@ -61,7 +61,7 @@ def assert_unbiased(q, k, v, method, budget=None, seed=0, kernels="auto"):
     own_size = plan.options.block_size
     blocks = -(-problem.n_q // plan.options.rows)
     own = np.asarray(select_at(problem, plan, np.full((problem.groups, blocks), 0.5)).key_index[..., :own_size])
-    (keys,) = sort_codes(problem, plan, hash_codes(problem, plan, problem.k))
+    _, keys = sort_codes(problem, plan, *hash_codes(problem, plan))
     steps = steps_of_blocks(problem, plan, own, np.asarray(keys.order))
 
     expected = np.zeros((problem.groups, blocks, problem.n_k))

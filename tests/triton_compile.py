@@ -117,7 +117,7 @@ def launch_all(dtype: torch.dtype, d: int, d_v: int, case: str) -> None:
         return
     if case == "hashes":
         for bits in (12, 30):
-            hashing.hash_codes(torch, torch.zeros(2, 8192, d, dtype=dtype), torch.zeros(d, bits))
+            hashing.hash_codes(torch, *(torch.zeros(2, n, d, dtype=dtype) for n in (8192, 4096)), torch.zeros(d, bits))
         return
     q, k, v = rows(dtype, d, d_v)
     blocks, b, s = SIZES

@@ -110,7 +110,8 @@ def rows_alone(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 def hash_codes(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments, of codes wider than int16 for few rows."""
     bits = 12 if n >= LARGE else 17
-    return Rows(1.0 + rng.standard_normal((3, n, width(n)))), Numbers(rng.standard_normal((width(n), bits)))
+    rows = (Rows(1.0 + rng.standard_normal((3, m, width(n)))) for m in (n, n - n // 3))
+    return *rows, Numbers(rng.standard_normal((width(n), bits)))
 
 
 def bucket_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:

@@ -147,10 +147,10 @@ def bytes_of(x: Any) -> int:
     return sum(map(bytes_of, x)) if isinstance(x, tuple) else 0
 
 
-def operations_of_hash_codes(x: Any, planes: Any) -> int:
+def operations_of_hash_codes(q: Any, k: Any, planes: Any) -> int:
     """Count a multiplication and an addition for each number of a row and plane."""
-    groups, n, d = x.shape
-    return int(2 * groups * n * d * planes.shape[1])
+    groups, n_q, d = q.shape
+    return int(2 * groups * (n_q + k.shape[1]) * d * planes.shape[1])
 
 
 def operations_of_blocks(q: Any, k: Any, v: Any, query_index: Any, key_index: Any, *others: Any) -> int:

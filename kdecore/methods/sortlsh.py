@@ -170,9 +170,9 @@ def describe(problem: Problem, plan: Plan) -> Features:
 
 def hashed(problem: Problem, plan: Plan, weights: Weights | None) -> Features:
     """Hash queries and keys, which are sampled by ``weights``."""
-    codes = (hash_codes(problem, plan, x) for x in (problem.q, problem.k))
+    queries, keys = hash_codes(problem, plan)
     sizes, means = ((), ()) if weights is None else ((weights.sizes,), (weights.mean,))
-    return Features((next(codes),), (next(codes), *sizes), means)
+    return Features((queries,), (keys, *sizes), means)
 
 
 def sort_described(problem: Problem, plan: Plan, level: int, described: Features) -> SortedHashes:
@@ -182,16 +182,16 @@ def sort_described(problem: Problem, plan: Plan, level: int, described: Features
     return SortedHashes(by_queries, by_keys, Weights(*sizes, *described.groups) if sizes else None)
 
 
-def hash_codes(problem: Problem, plan: Plan, rows: Array) -> Array:
-    """Return the buckets (G, n) of a problem's queries or keys (G, n, d), centred on their mean; the planes are the seed's.
+def hash_codes(problem: Problem, plan: Plan) -> tuple[Array, Array]:
+    """Return the buckets of queries (G, n_q) and keys (G, n_k), each centred on their mean; the planes are the seed's.
 
     Subtracting the mean key changes no softmax, and the mean query is subtracted for grouping only: without it, data with
-    an offset falls into few buckets. O(G n d · num_hashes).
+    an offset falls into few buckets. O(G (n_q + n_k) d · num_hashes).
     """
     assert isinstance(plan.options, SortLSH)
     xp, shape = problem.xp, (problem.d, int(plan.options.num_hashes or 0))
-    planes = _planes(xp, plan.seed, shape, problem.dtype, named_device(rows))
-    codes: Array = plan.kernels["hash_codes"].function(xp, rows, planes)
+    planes = _planes(xp, plan.seed, shape, problem.dtype, named_device(problem.q))
+    codes: tuple[Array, Array] = plan.kernels["hash_codes"].function(xp, problem.q, problem.k, planes)
     return codes
 
 
