@@ -14,7 +14,11 @@ from tests.implementations import implementations, run
 @pytest.mark.parametrize("buckets", [1, 6, 2**30])
 def test_bucket_windows_carry_the_middle_querys_place_over(backend, rng, implementation, n_q, n_k, blocks, size, buckets):
     codes = [np.sort(rng.integers(0, buckets, (2, n))).astype(np.int32) for n in (n_q, n_k)]
-    found = run(implementation, backend, *codes, blocks, size)
+    order = [rng.permuted(np.tile(np.arange(n + 3), (2, 1)), axis=1)[:, :n] for n in (n_q, n_k)]
+    unsorted = [rng.integers(0, buckets, (2, n + 3)).astype(np.int32) for n in (n_q, n_k)]
+    for rows, places, some in zip(unsorted, order, codes, strict=True):
+        np.put_along_axis(rows, places, some, axis=1)
+    found = run(implementation, backend, unsorted[0], order[0], unsorted[1], order[1], blocks, size)
     assert found.dtype == np.int64
     for group, block in np.ndindex(2, blocks):
         queries, keys = (list(x[group]) for x in codes)

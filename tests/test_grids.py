@@ -10,6 +10,7 @@ import torch
 from kdecore.arrays.errors import KernelUnavailable
 from kdecore.core.state import AttentionState
 from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.runtime import grids
 
@@ -56,6 +57,10 @@ def listed():
     return *(x.reshape(-1, x.shape[2]) for x in groups()), *lists(), 0.1
 
 
+def hashed():
+    return meta(G, N, dtype="int16"), meta(G, N, dtype="int64")
+
+
 def gradients(triton_backward):
     rows = (x.reshape(-1, x.shape[2]) for x in groups())
     return triton_backward.gradients(
@@ -69,12 +74,12 @@ NUMBA = {
     "spoil_rows": lambda: (AttentionState(meta(G, N, D_V), meta(G, N)), meta(G, N, dtype="bool"), meta(1, dtype="bfloat16")),
     "row_norms": lambda: (meta(G, N, D),),
     "value_sizes": lambda: (meta(G, N, D_V, dtype="bfloat16"),),
-    "hash_codes": lambda: (meta(G, N, D), meta(D, 12)),
+    "hash_codes": lambda: (meta(G, N, D), meta(G, N, D), meta(D, 12)),
     "bucket_order": lambda: (meta(G, N, dtype="int16"), 12),
-    "bucket_windows": lambda: (meta(G, N, dtype="int16"), meta(G, N, dtype="int16"), N, 7),
+    "bucket_windows": lambda: (*hashed(), *hashed(), B, 7),
     "draw_uniform": lambda: (1, 2, (G, N), "meta"),
     "draw_indices": lambda: (
-        *(meta(G, N, dtype="float64"), meta(G, B, dtype="int64"), 7, meta(G, B, dtype="float64"), COUNT),
+        *(meta(G, N, dtype="int64"), Weights(meta(G, N), meta(G)), meta(G, B, dtype="int64"), 7, 1, 2, COUNT, "float32"),
     ),
     "balanced_view": lambda: (*[meta(G, D, D, dtype="float64")] * 2, meta(G, D, dtype="float64"), 0.1, P, meta(G, N, D)),
     "second_moment": lambda: (meta(G, N, D), 3, True),
@@ -88,6 +93,7 @@ NUMBA = {
     "attend_dense": lambda: (*groups(), 0.1),
 }
 TRITON = {
+    "hash_codes": lambda: (meta(G, N, D), meta(G, N, D), meta(D, 12)),
     "project_rows": lambda: (meta(G, N, D), meta(G, D, P)),
     "rank_codes": lambda: (meta(G, N, P), 24),
     "node_summaries": tree,

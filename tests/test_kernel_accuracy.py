@@ -134,8 +134,10 @@ def test_one_row_that_is_not_finite_leaves_the_buckets_of_others(implementation,
     """The centre is the mean over rows whose projection is finite; else every row would fall into bucket 0."""
     rng = np.random.default_rng(0)
     x, planes = rng.standard_normal((2, 300, 8)), rng.standard_normal((8, 6))
-    clean = implementation.function(host, np.delete(x, 17, axis=1), planes)
+    others = np.delete(x, 17, axis=1)
+    clean = implementation.function(host, others, others, planes)
     x[:, 17] = bad
     with np.errstate(invalid="ignore"):
-        found = implementation.function(host, x, planes)
-    np.testing.assert_array_equal(np.delete(found, 17, axis=1), clean)
+        found = implementation.function(host, x, x, planes)
+    for codes, expected in zip(found, clean, strict=True):
+        np.testing.assert_array_equal(np.delete(codes, 17, axis=1), expected)

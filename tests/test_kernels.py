@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from kdecore.arrays.namespace import host
 from kdecore.core.state import AttentionState
 from kdecore.core.tree import bounds, depth_of, node_count
 from kdecore.kernels import registry
+from kdecore.kernels.draw_indices.contract import Weights
+from kdecore.kernels.draw_uniform import reference as draw_uniform
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import ALONG
 from kdecore.kernels.registry import KERNELS, Implementation, choose
@@ -53,11 +56,19 @@ def test_every_kernel_ends_with_one_that_runs_everywhere():
 # hash_codes
 
 
+def codes_of(implementation, backend, x, planes, dtype="float64"):
+    """Buckets of rows, which are the keys; there are fewer queries, whose buckets are those of keys by themselves."""
+    q = x[:, : -(-x.shape[1] // 2)]
+    of_queries, codes = run(implementation, backend, q, x, planes, dtype=dtype)
+    np.testing.assert_array_equal(of_queries, run(implementation, backend, x[:, :1], q, planes, dtype=dtype)[1])
+    return codes
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 7, 12, 15, 16])
 @implementations("hash_codes")
 def test_hash_codes(backend, rng, implementation, bits):
     x, planes = rng.standard_normal((3, 50, 6)), rng.standard_normal((6, bits))
-    codes = run(implementation, backend, x, planes)
+    codes = codes_of(implementation, backend, x, planes)
     assert codes.dtype == (np.int16 if bits <= 15 else np.int32)
     np.testing.assert_array_equal(codes, oracles.hash_codes(x, planes))
 
@@ -72,7 +83,7 @@ def test_hash_codes_fill_thirty_bits(backend, rng, implementation, dtype):
     x, planes = rng.standard_normal((2, 200, 40)), rng.standard_normal((40, 30))
     projected = (x - x.mean(axis=1, keepdims=True)) @ planes
     assert np.abs(projected).min() > 1e-5
-    codes = run(implementation, backend, x.astype(dtype), planes.astype(dtype), dtype=dtype).astype(np.int64)
+    codes = codes_of(implementation, backend, x.astype(dtype), planes.astype(dtype), dtype=dtype).astype(np.int64)
     assert codes.min() >= 0
     assert codes.max() < 2**30
     np.testing.assert_array_equal(codes ^ (codes >> 1), (projected > 0) @ (2 ** np.arange(30)[::-1]))
@@ -90,7 +101,7 @@ def test_hash_codes_of_float32_rows_far_from_the_origin(backend, rng, implementa
     x = (rng.standard_normal((1, n, d)) + offset * rng.standard_normal(d)).astype(np.float32)
     planes = rng.standard_normal((d, bits)).astype(np.float32)
     exact = oracles.hash_codes(x.astype(np.float64), planes.astype(np.float64))
-    found = run(implementation, backend, x, planes, dtype="float32")
+    found = codes_of(implementation, backend, x, planes, dtype="float32")
     assert (found != exact).mean() < 3e-6 * offset
 
 
@@ -99,7 +110,7 @@ def test_hash_codes_of_float32_rows_far_from_the_origin(backend, rng, implementa
 def test_neighbouring_buckets_differ_in_one_bit(backend, implementation, bits):
     """Every pattern of signs once: the ranks are a bijection, and successive ranks differ in one sign."""
     signs = np.array([[1.0 if word == "1" else -1.0 for word in f"{i:0{bits}b}"] for i in range(2**bits)])
-    codes = run(implementation, backend, signs[None], np.eye(bits))[0]
+    codes = codes_of(implementation, backend, signs[None], np.eye(bits))[0]
     np.testing.assert_array_equal(np.sort(codes), np.arange(2**bits))
     ordered = signs[np.argsort(codes)]
     np.testing.assert_array_equal((ordered[1:] != ordered[:-1]).sum(axis=1), 1)
@@ -111,15 +122,17 @@ def test_hash_codes_ignore_a_constant_vector(backend, rng, implementation):
     x, planes = rng.standard_normal((2, 300, 6)), rng.standard_normal((6, 10))
     assert np.abs((x - x.mean(axis=1, keepdims=True)) @ planes).min() > 1e-9
     moved = x + 1e3 * rng.standard_normal(6)
-    np.testing.assert_array_equal(run(implementation, backend, moved, planes), run(implementation, backend, x, planes))
+    np.testing.assert_array_equal(
+        codes_of(implementation, backend, moved, planes), codes_of(implementation, backend, x, planes)
+    )
 
 
 @implementations("hash_codes")
 def test_hash_codes_centre_each_group_on_its_own_mean(backend, rng, implementation):
     x, planes = rng.standard_normal((2, 60, 6)), rng.standard_normal((6, 8))
     x[1] += 50.0
-    together = run(implementation, backend, x, planes)
-    np.testing.assert_array_equal(together[1:], run(implementation, backend, x[1:], planes))
+    together = codes_of(implementation, backend, x, planes)
+    np.testing.assert_array_equal(together[1:], codes_of(implementation, backend, x[1:], planes))
     assert len(np.unique(together[1])) > 10
 
 
@@ -243,22 +256,68 @@ def test_bucket_order_is_the_stable_order(backend, rng, implementation, buckets,
 # draw_indices (its unbiasedness: test_unbiasedness.py)
 
 
+def sorted_codes(rng, n, buckets):
+    """Codes of two groups, and their order."""
+    codes = rng.integers(0, buckets, (2, n)).astype(np.int16)
+    return codes, np.argsort(codes, axis=1, stable=True)
+
+
+def draws_from(rng, groups, n, more=5):
+    """An order of some keys, and weights of all."""
+    order = rng.permuted(np.tile(np.arange(n + more), (groups, 1)), axis=1)[:, :n]
+    sizes = rng.random((groups, n + more))
+    return order, Weights(sizes, sizes.mean(axis=1))
+
+
+def list_keys(implementation, backend, order, weights, window_start, window, starts, count):
+    """Keys and log-weights of lists for given random numbers (G, B); without an order, a key's place is its number."""
+    if implementation.target == "numba-cuda":
+        pytest.skip("draws its own numbers; the simulator is given some")
+    if order is None:
+        order = np.tile(np.arange(weights.sizes.shape[1]), (len(starts), 1))
+    given = order, weights, window_start, window, 3, 1, count, "float64"
+    with mock.patch.object(draw_uniform, "uniform", lambda xp, *_, device=None: xp.asarray(starts.reshape(-1))):
+        return run(implementation, backend, *given)
+
+
+@pytest.mark.parametrize("alike", [False, True])
 @implementations("draw_indices")
-def test_draw_indices_follows_systematic_sampling(backend, rng, implementation):
+def test_draw_indices_follows_systematic_sampling(backend, rng, implementation, alike):
     n, window, count = 60, 11, 7
-    weights = 1.0 + rng.random((3, n))
+    order, weights = draws_from(rng, 3, n)
+    shares = np.ones_like(weights.sizes) if alike else 1.0 + weights.sizes / weights.mean[:, None]
     first = rng.integers(0, n - window + 1, (3, 20))
     first[:, 0], first[:, 1] = 0, n - window
     starts = rng.random((3, 20))
-    positions, log_inclusion = run(implementation, backend, weights, first, window, starts, count)
-    assert positions.dtype == np.int64
-    assert log_inclusion.dtype == np.float64
+    given = None if alike else weights
+    key_index, log_weight = list_keys(implementation, backend, order, given, first, window, starts, count)
+    assert key_index.dtype == np.int64
+    assert log_weight.dtype == np.float64
     for g, block in np.ndindex(3, 20):
-        outside = np.delete(np.arange(n), np.arange(first[g, block], first[g, block] + window))
-        expected = outside[oracles.systematic_sample(weights[g, outside], starts[g, block], count)]
-        np.testing.assert_array_equal(positions[g, block], expected)
-        inclusion = count * weights[g, expected] / weights[g, outside].sum()
-        np.testing.assert_allclose(log_inclusion[g, block], np.log(inclusion), rtol=0, atol=1e-12)
+        own = slice(first[g, block], first[g, block] + window)
+        outside = np.delete(order[g], own)
+        expected = outside[oracles.systematic_sample(shares[g, outside], starts[g, block], count)]
+        np.testing.assert_array_equal(key_index[g, block], np.r_[order[g, own], expected])
+        inclusion = count * shares[g, expected] / shares[g, outside].sum()
+        np.testing.assert_allclose(log_weight[g, block, window:], -np.log(inclusion), rtol=0, atol=1e-12)
+        assert not log_weight[g, block, :window].any()
+
+
+@implementations("draw_indices")
+def test_draw_indices_caps_weights_and_takes_means_of_zero_for_one(backend, rng, implementation):
+    """A key that weighs too much weighs as much as lets no probability exceed 1."""
+    n, window, count = 20, 4, 3
+    sizes = np.stack([np.where(np.arange(n) == 13, 1e9, 1.0), np.zeros(n)])
+    weights = Weights(sizes, sizes.mean(axis=1))
+    starts = rng.random((2, 30))
+    key_index, log_weight = list_keys(
+        implementation, backend, None, weights, np.zeros((2, 30), np.int64), window, starts, count
+    )
+    shares = np.minimum(1.0 + sizes[0] / weights.mean[0], (n - window) / count)
+    total = shares[window:].sum()
+    drawn = key_index[0, :, window:]
+    np.testing.assert_allclose(log_weight[0, :, window:], -np.log(count * shares[drawn] / total), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(log_weight[1, :, window:], np.log((n - window) / count), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("first", [0, 3, 6])
@@ -266,14 +325,15 @@ def test_draw_indices_follows_systematic_sampling(backend, rng, implementation):
 @pytest.mark.parametrize("start", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
 @implementations("draw_indices")
 def test_draw_indices_at_the_ends_of_a_start_and_of_a_row(backend, implementation, start, window, first):
-    """Whatever rounding does, positions are distinct, ascending, in range, and outside the window."""
-    weights = 1.0 + np.random.default_rng(0).random((200, 9)) / 10
+    """Whatever rounding does, keys are distinct, in their order, in range, and outside the window."""
+    weights = Weights(np.random.default_rng(0).random((200, 9)) / 10, np.ones(200))
     windows, starts = np.full((200, 1), first), np.full((200, 1), start)
     for count in (1, 3, 4):
-        positions, _ = run(implementation, backend, weights, windows, window, starts, count)
-        assert ((positions >= 0) & (positions < 9)).all()
-        assert (np.diff(positions, axis=-1) > 0).all()
-        assert not ((positions >= first) & (positions < first + window)).any()
+        key_index, _ = list_keys(implementation, backend, None, weights, windows, window, starts, count)
+        drawn = key_index[..., window:]
+        assert ((drawn >= 0) & (drawn < 9)).all()
+        assert (np.diff(drawn, axis=-1) > 0).all()
+        assert not ((drawn >= first) & (drawn < first + window)).any()
 
 
 @implementations("draw_indices")
@@ -281,15 +341,17 @@ def test_draw_indices_where_rounding_puts_a_point_back_into_the_window(backend, 
     """A point just at the window's start, moved past it, may round to less than the window's end."""
     rng = np.random.default_rng(0)
     groups, n, first, window = 4000, 9, 1, 6
-    weights = 1.0 + rng.random((groups, n))
-    sums = np.concatenate([np.zeros((groups, 1)), np.cumsum(weights, axis=1)], axis=1)
+    sizes = rng.random((groups, n))
+    sums = np.concatenate([np.zeros((groups, 1)), np.cumsum(1.0 + sizes, axis=1)], axis=1)
     below, end = sums[:, first], sums[:, first + window]
     total = sums[:, n] - (end - below)
     starts = (below / total)[:, None]
     points = starts[:, 0] * total
     assert ((points >= below) & (points + (end - below) < end)).sum() > 50
-    positions, _ = run(implementation, backend, weights, np.full((groups, 1), first), window, starts, 1)
-    assert not ((positions >= first) & (positions < first + window)).any()
+    weights = Weights(sizes, np.ones(groups))
+    key_index, _ = list_keys(implementation, backend, None, weights, np.full((groups, 1), first), window, starts, 1)
+    drawn = key_index[..., window:]
+    assert not ((drawn >= first) & (drawn < first + window)).any()
 
 
 # attend_blocks
@@ -394,6 +456,26 @@ def test_attend_blocks_with_a_bias_merges_with_what_was_before(backend, rng, imp
     assert_close(backend.numpy(found.lse), expected[1], dtype=dtype, ulps=256)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@implementations("attend_blocks")
+def test_attend_blocks_of_several_groups_number_the_rows_of_their_own(backend, rng, implementation, dtype):
+    """As of one group whose lists number all rows; some queries are in no block, or all are in one."""
+    groups, blocks, b = 3, 4, 5
+    for n_q, whole in ((23, False), (blocks * b, True)):
+        q, k, v = (rng.standard_normal((groups * n, 6)).astype(dtype) for n in (n_q, 31, 31))
+        query_index = rng.permuted(np.tile(np.arange(n_q), (groups, 1)), axis=1)[:, : blocks * b].reshape(-1, b)
+        key_index = rng.integers(0, 31, (groups * blocks, 9))
+        log_weight = rng.standard_normal((groups * blocks, 9)).astype(dtype)
+        group = np.repeat(np.arange(groups), blocks)[:, None]
+        found = run(
+            implementation, backend, q, k, v, query_index, key_index, log_weight, 0.3, None, None, groups, whole, dtype=dtype
+        )
+        expected = naive_blocks(q, k, v, query_index + group * n_q, key_index + group * 31, log_weight)
+        expected[1][np.delete(np.arange(len(q)), query_index + group * n_q)] = -np.inf
+        for part, truth in zip(found, expected, strict=True):
+            assert_close(part, truth, ulps=32, dtype=dtype)
+
+
 @pytest.mark.parametrize("b", [97, 145, 193, 1025])
 @pytest.mark.parametrize("threads", [1, 8])
 def test_attend_blocks_merges_a_query_that_fills_up_a_block_once(rng, b, threads):
@@ -469,7 +551,7 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     arguments = {
         "row_norms": (rng.standard_normal((2, n, 9)).astype(dtype),),
         "value_sizes": (spoilt_rows(rng, 2, n, 9).astype(dtype),),
-        "hash_codes": (rng.standard_normal((2, n, 9)), rng.standard_normal((9, 13))),
+        "hash_codes": (*(rng.standard_normal((2, m, 9)) for m in (n, n // 2)), rng.standard_normal((9, 13))),
         "finite_rows": (spoilt_rows(rng, 2, n, 9).astype(dtype),),
         "spoil_groups": (rng.standard_normal((2, n)).astype(dtype), *spoilt_groups(rng, n, dtype)),
         "spoil_rows": (
@@ -478,8 +560,8 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             rng.standard_normal(3).astype(dtype),
         ),
         "bucket_order": (rng.integers(0, 700, (2, n)).astype(np.int16), 10),
-        "bucket_windows": (*np.sort(rng.integers(0, 90, (2, 2, n)), axis=2).astype(np.int16), 77, 65),
-        "draw_indices": (1 + rng.random((2, n)), rng.integers(0, n - 65, (2, 40)), 64, rng.random((2, 40)), 100),
+        "bucket_windows": (*sorted_codes(rng, n, 90), *sorted_codes(rng, n, 90), 77, 65),
+        "draw_indices": (*draws_from(rng, 2, n), rng.integers(0, n - 65, (2, 40)), 64, 2**40 + 5, 1, 100, dtype),
         "attend_blocks": (*block_problem(rng, dtype, N=47, b=64, s=190, R_k=n, d=16, d_v=17), 0.2),
         "attend_dense": (*(rng.standard_normal((2, m, 8)).astype(dtype) for m in (400, n, n)), 0.2),
         "balanced_view": view_arguments(graded_moments(rng, 20), 16, -0.3),
@@ -513,10 +595,10 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
     }[kernel]
     found = run(implementation, backend, *arguments, dtype=dtype)
     reference = KERNELS[kernel][-1].function(host, *arguments)
-    if kernel == "finite_rows":
+    if kernel in ("finite_rows", "hash_codes"):
         for part, expected in zip(found, reference, strict=True):
             np.testing.assert_array_equal(part, expected)
-    elif kernel in ("spoil_groups", "hash_codes", "bucket_order", "bucket_windows", "tree_order", "rank_codes"):
+    elif kernel in ("spoil_groups", "bucket_order", "bucket_windows", "tree_order", "rank_codes"):
         np.testing.assert_array_equal(found, reference)
     elif kernel in ("node_summaries", "scaled_nodes", "value_sizes"):
         for part, expected in zip(found, reference, strict=True):
@@ -538,7 +620,8 @@ def test_implementations_agree_with_the_reference(backend, rng, kernel, implemen
             np.testing.assert_allclose(part, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     elif kernel == "draw_indices":
         np.testing.assert_array_equal(found[0], reference[0])
-        np.testing.assert_allclose(found[1], reference[1], rtol=0, atol=1e-12)
+        assert found[1].dtype == dtype
+        assert_close(found[1], reference[1], dtype=dtype)
     else:
         assert_close(found[0], reference.out, dtype=dtype)
         assert_close(found[1], reference.lse, dtype=dtype)

@@ -78,7 +78,9 @@ def test_attention_is_its_selection_evaluated_naively(backend, rng, method):
 def windows(q_codes, k_codes, block_size, size):
     """Own windows for sorted codes of one group → starts."""
     q_codes, k_codes = np.array([q_codes]), np.array([k_codes])
-    return bucket_windows(host, q_codes, k_codes, -(-q_codes.shape[1] // block_size), size)[0].tolist()
+    in_order = (np.arange(codes.shape[1])[None, :] for codes in (q_codes, k_codes))
+    arrays = (x for pair in zip((q_codes, k_codes), in_order, strict=True) for x in pair)
+    return bucket_windows(host, *arrays, -(-q_codes.shape[1] // block_size), size)[0].tolist()
 
 
 @pytest.mark.parametrize(("n", "size"), [(32, 8), (32, 4), (60, 6), (35, 7), (64, 16), (9, 3)])
@@ -117,7 +119,8 @@ def test_value_weights_follow_their_definition(backend, rng):
     v[1, 3] = 0.0
     q, k, _ = make(rng)
     problem = canonicalise(*backend.arrays(q, k, v))
-    found = backend.numpy(sortlsh.value_weights(problem, make_plan(problem, method="sortlsh", budget=9)))
+    weights = sortlsh.value_weights(problem, make_plan(problem, method="sortlsh", budget=9))
+    found = 1.0 + backend.numpy(weights.sizes) / backend.numpy(weights.mean)[:, None]
     np.testing.assert_allclose(found, [oracles.value_weights(x) for x in v], rtol=1e-14)
 
 
@@ -137,12 +140,26 @@ def test_queries_and_keys_are_sorted_by_the_same_planes(rng):
     x = rng.standard_normal((2, 41, 4))
     problem = canonicalise(x, x[:, ::-1, :], x)
     plan = make_plan(problem, method=SortLSH(4, 8, 6), seed=9)
-    queries, keys = (sort_codes(problem, plan, hash_codes(problem, plan, rows)) for rows in (problem.q, problem.k))
-    np.testing.assert_array_equal(queries.codes, keys.codes)
-    for found, rows in ((queries, problem.q), (keys, problem.k)):
-        assert (np.diff(found.codes, axis=1) >= 0).all()
-        unsorted = registry.KERNELS["hash_codes"][-1].function(host, rows, planes_of(plan, 4, 6))
-        np.testing.assert_array_equal(np.take_along_axis(unsorted, found.order, axis=1), found.codes)
+    queries, keys = sort_codes(problem, plan, *hash_codes(problem, plan))
+    in_order = [np.take_along_axis(found.codes, found.order, axis=1) for found in (queries, keys)]
+    np.testing.assert_array_equal(*in_order)
+    assert (np.diff(in_order[0], axis=1) >= 0).all()
+    unsorted = registry.KERNELS["hash_codes"][-1].function(host, problem.q, problem.k, planes_of(plan, 4, 6))
+    np.testing.assert_array_equal([x.codes for x in (queries, keys)], unsorted)
+
+
+def test_queries_and_keys_are_sorted_together_as_each_by_itself(backend, rng):
+    """In one go where there are as many of each, by themselves where there are not."""
+    problem = canonicalise(*backend.arrays(*make(rng, n_q=41)))
+    plan = make_plan(problem, method=SortLSH(4, 8, 3))
+    codes = [*hash_codes(problem, plan)]
+    codes.append(codes[1][:, :17])
+    alone = [sort_codes(problem, plan, one)[0] for one in codes]
+    for some in ((0, 1), (0, 2), (2, 1)):
+        found = sort_codes(problem, plan, *(codes[i] for i in some))
+        for i, one in zip(some, found, strict=True):
+            np.testing.assert_array_equal(*(backend.numpy(x.order) for x in (one, alone[i])))
+            np.testing.assert_array_equal(*(backend.numpy(x) for x in (one.codes, codes[i])))
 
 
 def planes_of(plan, d, hashes):

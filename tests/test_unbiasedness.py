@@ -17,6 +17,7 @@ from kdecore import Hyper, SortLSH, Treecode
 from kdecore.arrays.namespace import host
 from kdecore.core.problem import canonicalise
 from kdecore.core.tree import BlockQueries, bounds, node_count
+from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.draw_uniform import reference
 from kdecore.kernels.registry import KERNELS
 from kdecore.kernels.site import Site
@@ -60,7 +61,7 @@ def assert_unbiased(q, k, v, method, budget=None, seed=0, kernels="auto"):
     own_size = plan.options.block_size
     blocks = -(-problem.n_q // plan.options.rows)
     own = np.asarray(select_at(problem, plan, np.full((problem.groups, blocks), 0.5)).key_index[..., :own_size])
-    keys = sort_codes(problem, plan, hash_codes(problem, plan, problem.k))
+    _, keys = sort_codes(problem, plan, *hash_codes(problem, plan))
     steps = steps_of_blocks(problem, plan, own, np.asarray(keys.order))
 
     expected = np.zeros((problem.groups, blocks, problem.n_k))
@@ -166,15 +167,13 @@ def test_unbiased_for_random_problems(problem, method, seed):
 
 @st.composite
 def draws(draw):
-    """Weights, windows and counts within the contract of draw_indices: count · max(weights) ≤ T."""
+    """Sizes, windows and counts within the contract of draw_indices; sizes of None are all alike."""
     n = draw(st.integers(2, 20))
     window = draw(st.integers(0, n - 1))
     count = draw(st.integers(1, n - window))
     first = draw(st.integers(0, n - window))
-    weights = np.exp(2 * draw(strategies.normal_array(n)))
-    ceiling = (n - window) / count
-    weights = np.minimum(1.0 + weights, ceiling) if ceiling > 1 else np.ones(n)
-    return weights, first, window, count
+    sizes = np.exp(2 * draw(strategies.normal_array(n))) if draw(st.booleans()) else None
+    return sizes, n, first, window, count
 
 
 @pytest.mark.parametrize("implementation", KERNELS["draw_indices"], ids=lambda found: found.target)
@@ -184,21 +183,26 @@ def test_draw_indices_is_unbiased(implementation, problem):
     reason = implementation.unsupported(Site("numpy", "cpu", "float64"))
     if reason is not None:
         pytest.skip(reason)
-    weights, first, window, count = problem
-    outside = np.r_[0:first, first + window : len(weights)]
+    sizes, n, first, window, count = problem
+    weights = np.ones(n) if sizes is None else np.minimum(1.0 + sizes / 1.5, (n - window) / count)
+    order = np.random.default_rng(n).permutation(n)
+    own, outside = order[first : first + window], np.delete(order, slice(first, first + window))
     steps = oracles.systematic_breakpoints(weights[outside], count)
     middles, lengths = (steps[1:] + steps[:-1]) / 2, np.diff(steps)
     blocks = len(middles)
-    positions, log_inclusion = implementation.function(
-        host, weights[None, :], np.full((1, blocks), first), window, middles[None, :], count
-    )
+    given = None if sizes is None else Weights(sizes[None, :], np.asarray([1.5]))
+    with mock.patch.object(reference, "uniform", return_value=middles):
+        key_index, log_weight = implementation.function(
+            host, order[None, :], given, np.full((1, blocks), first), window, 5, 1, count, "float64"
+        )
     expected = np.zeros(len(weights))
     for block in range(blocks):
         naive = outside[oracles.systematic_sample(weights[outside], middles[block], count)]
-        np.testing.assert_array_equal(positions[0, block], naive)
-        np.add.at(expected, positions[0, block], lengths[block] * np.exp(-log_inclusion[0, block]))
+        np.testing.assert_array_equal(key_index[0, block], np.r_[own, naive])
+        np.add.at(expected, naive, lengths[block] * np.exp(log_weight[0, block, window:]))
+        assert not log_weight[0, block, :window].any()
     np.testing.assert_allclose(expected[outside], 1.0, atol=TOLERANCE)
-    assert not np.delete(expected, outside).any(), "a key of the window was drawn"
+    assert not expected[own].any(), "a key of the window was drawn"
 
 
 @pytest.mark.parametrize("kernels", ["auto", "array-api"])

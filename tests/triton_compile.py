@@ -29,6 +29,7 @@ from kdecore.kernels.attend_blocks import triton_backward as backward
 from kdecore.kernels.attend_tree import contract as attending_sizes
 from kdecore.kernels.attend_tree import triton as attending
 from kdecore.kernels.gap_moments import triton as gaps
+from kdecore.kernels.hash_codes import triton as hashing
 from kdecore.kernels.node_summaries import triton as summaries
 from kdecore.kernels.open_tree import contract as sizes
 from kdecore.kernels.open_tree import triton as opening
@@ -40,7 +41,7 @@ from kdecore.kernels.site import Largest
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """That a program may have."""
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS |= {torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
 SIZES = (2, 128, 512)
 """Blocks, their queries and their slots: what matters to the compiler is whether 16 divides them."""
 KERNELS = [
@@ -49,6 +50,7 @@ KERNELS = [
     *((summaries, name) for name in ("summarise_rows", "summarise_nodes")),
     *((codes, name) for name in ("deal_bits", "number_cells")),
     (project, "project_tile"),
+    *((hashing, name) for name in ("project_signs", "pack_signs")),
     (opening, "open_blocks"),
     *((picking, name) for name in ("meet_level", "last_threshold")),
     *((attending, name) for name in ("open_blocks", "attend_opened")),
@@ -56,7 +58,7 @@ KERNELS = [
 ]
 """Every kernel, as its module names it."""
 MULTIPLYING = (
-    *("attend_tile", "gradient_of_queries", "gradient_of_keys", "project_tile"),
+    *("attend_tile", "gradient_of_queries", "gradient_of_keys", "project_tile", "project_signs"),
     *("open_blocks", "meet_level", "attend_opened", "measure_gaps"),
 )
 """Those that are meant for tensor cores."""
@@ -109,9 +111,13 @@ def rows(dtype: torch.dtype, d: int, d_v: int) -> list[torch.Tensor]:
 
 
 def launch_all(dtype: torch.dtype, d: int, d_v: int, case: str) -> None:
-    """Launch the kernels of one case: of a tree, or of lists, with a bias and merging, or without lists."""
+    """Launch the kernels of one case: of hashes, of a tree, or of lists, with a bias and merging, or without lists."""
     if case == "tree":
         build_tree(dtype, d, d_v)
+        return
+    if case == "hashes":
+        for bits in (12, 30):
+            hashing.hash_codes(torch, *(torch.zeros(2, n, d, dtype=dtype) for n in (8192, 4096)), torch.zeros(d, bits))
         return
     q, k, v = rows(dtype, d, d_v)
     blocks, b, s = SIZES
@@ -218,6 +224,8 @@ CASES = [
     *((dtype, 128, 128, "lists") for dtype in (torch.bfloat16, torch.float32)),
     *((dtype, w, w, "tree") for dtype in (torch.bfloat16, torch.float32) for w in (64, 128)),
     (torch.float16, 64, 64, "tree"),
+    *((dtype, w, w, "hashes") for dtype in (torch.bfloat16, torch.float32) for w in (64, 128)),
+    (torch.float16, 64, 64, "hashes"),
 ]
 """Dtype, d, d_v and what is launched; 65 are the values of a tree's nodes, with their spread."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdecore.arrays.namespace import Namespace, namespace_of
-from kdecore.arrays.rows import spans
+from kdecore.arrays.rows import of_all_groups, spans
 from kdecore.core.state import AttentionState, merge_states
 from kdecore.kernels.attend_blocks.contract import backward_limit
 from kdecore.kernels.registry import triton_problem
@@ -54,9 +54,12 @@ def attend_blocks(
     scale: float,
     bias: Tensor | None = None,
     before: AttentionState | None = None,
+    groups: int = 1,
+    whole: bool = False,
 ) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`, recorded for gradients in q, k, v and bias."""
-    part = AttentionState(*_Blocks.apply(q, k, v, query_index, key_index, log_weight, scale, bias))
+    lists = (of_all_groups(xp, x, groups, len(rows) // groups) for x, rows in ((query_index, q), (key_index, k)))
+    part = AttentionState(*_Blocks.apply(q, k, v, *lists, log_weight, scale, bias))
     return part if before is None else merge_states(xp, before, part)
 
 

@@ -10,6 +10,7 @@ import torch
 from kdecore.arrays.namespace import ACCUMULATION, Array, host
 from kdecore.core.state import AttentionState
 from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
 from kdecore.kernels.open_tree.contract import first_nodes
@@ -55,7 +56,7 @@ def for_reference(argument: Any, dtype: str) -> Any:
             return AttentionState(for_reference(out, dtype), for_reference(lse, dtype))
         case Device():
             return "cpu"
-        case BlockQueries() | Tree() | TreeNodes():
+        case BlockQueries() | Tree() | TreeNodes() | Weights():
             return type(argument)(*(for_reference(x, dtype) for x in argument))
     return argument
 
@@ -73,7 +74,7 @@ def for_library(argument: Any, dtype: str, convert: Callable[[Array, str | None]
             return convert(np.zeros(1), None).device
         case np.ndarray():
             return convert(argument, None)
-        case BlockQueries() | Tree() | TreeNodes():
+        case BlockQueries() | Tree() | TreeNodes() | Weights():
             return type(argument)(*(for_library(x, dtype, convert) for x in argument))
     return argument
 
@@ -110,7 +111,8 @@ def rows_alone(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 def hash_codes(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments, of codes wider than int16 for few rows."""
     bits = 12 if n >= LARGE else 17
-    return Rows(1.0 + rng.standard_normal((3, n, width(n)))), Numbers(rng.standard_normal((width(n), bits)))
+    rows = (Rows(1.0 + rng.standard_normal((3, m, width(n)))) for m in (n, n - n // 3))
+    return *rows, Numbers(rng.standard_normal((width(n), bits)))
 
 
 def bucket_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -121,8 +123,9 @@ def bucket_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 def bucket_windows(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments."""
-    queries, keys = (np.sort(rng.integers(0, 2**9, (3, m))).astype("int16") for m in (n, n + n // 3))
-    return queries, keys, -(-n // 16), min(n, 170)
+    codes = [rng.integers(0, 2**9, (3, m)).astype("int16") for m in (n, n + n // 3)]
+    queries, keys = ((x, np.argsort(x, axis=1, stable=True)) for x in codes)
+    return *queries, *keys, -(-n // 16), min(n, 170)
 
 
 def draw_uniform(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
@@ -131,9 +134,12 @@ def draw_uniform(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 
 def draw_indices(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
-    """Make arguments."""
+    """Make arguments; sizes that every dtype holds, so that all draw the same keys."""
     window, count, blocks = n // 8, max(1, min(n // 4, 341)), 33
-    return 1.0 + rng.random((3, n)), rng.integers(0, n - window + 1, (3, blocks)), window, rng.random((3, blocks)), count
+    sizes = rng.integers(0, 2**8, (3, n)) / 2**8
+    weights = Weights(Numbers(sizes), Numbers(np.full(3, 0.5)))
+    first, seed = rng.integers(0, n - window + 1, (3, blocks)), int(rng.integers(2**63))
+    return permutations(rng, 3, n), weights, first, window, seed, 1, count, "float64"
 
 
 def balanced_view(rng: np.random.Generator, n: int) -> tuple[Any, ...]:

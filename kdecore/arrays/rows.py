@@ -36,6 +36,14 @@ def take_along_rows(xp: Namespace, rows: Array, index: Array) -> Array:
     return take_rows(xp, flat, index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
 
 
+def of_all_groups(xp: Namespace, index: Array, groups: int, n: int) -> Array:
+    """Return which of all groups' rows, n a group, lists (G · B, s) of their numbers within a group are."""
+    if groups == 1:
+        return index
+    offset = xp.arange(groups, dtype=xp.int64, device=array_api_compat.device(index)) * n
+    return xp.reshape(xp.reshape(index, (groups, -1)) + offset[:, None], index.shape)
+
+
 def take_columns(xp: Namespace, rows: Array, index: Array) -> Array:
     """Return rows[:, index]: (G, n, …) taken at int64 ≥ 0 (m,) → (G, m, …)."""
     return rows.index_select(1, index) if array_api_compat.is_torch_array(rows) else xp.take(rows, index, axis=1)

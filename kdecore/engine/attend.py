@@ -105,12 +105,6 @@ def attend_lists(problem: Problem, plan: Plan, selection: Selection, before: Att
     def flat(array: Array) -> Array:
         return xp.reshape(array, (array.shape[0] * array.shape[1], *array.shape[2:]))
 
-    def global_index(index: Array, n: int) -> Array:
-        if problem.groups == 1:
-            return flat(index)
-        offset = xp.arange(problem.groups, dtype=xp.int64, device=problem.device) * n
-        return flat(index + xp.reshape(offset, (-1, *(1,) * (index.ndim - 1))))
-
     bias = selection.bias
     if problem.mask is not None:
         bias = flat(mask_bias(problem, selection.blocks.index, selection.key_index))
@@ -122,10 +116,10 @@ def attend_lists(problem: Problem, plan: Plan, selection: Selection, before: Att
         xp.astype(flat(problem.q), keys.dtype, copy=False),
         flat(keys),
         flat(values),
-        global_index(selection.blocks.index, problem.n_q),
-        global_index(selection.key_index, keys.shape[1]),
-        flat(selection.log_weight),
+        *(flat(x) for x in (selection.blocks.index, selection.key_index, selection.log_weight)),
         problem.scale,
+        groups=problem.groups,
+        whole=selection.blocks.starts[-1] == problem.n_q,
         **more,
     )
     lead = (problem.groups, problem.n_q)

@@ -235,7 +235,7 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "spoil_rows": _implementations("spoil_rows", cuda=_cuda_floats, others=("numba-cuda",)),
     "row_norms": _implementations("row_norms", others=("numba-cuda",)),
     "value_sizes": _implementations("value_sizes", others=("numba-cuda",)),
-    "hash_codes": _implementations("hash_codes", others=("numba-cuda",)),
+    "hash_codes": _implementations("hash_codes", others=("triton", "numba-cuda")),
     "bucket_order": _implementations("bucket_order", slower=_sorted_by_torch, others=("numba-cuda",)),
     "bucket_windows": _implementations("bucket_windows", others=("numba-cuda",)),
     "draw_uniform": _implementations("draw_uniform", others=("numba-cuda",)),

@@ -20,13 +20,13 @@ from typing import ClassVar, Self
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.gradients import outside_inference_mode
 from kdecore.arrays.memory import from_host
-from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
+from kdecore.arrays.namespace import ACCUMULATION, Array, NamedDevice, Namespace, named_device
 from kdecore.arrays.random import SAMPLES_STREAM, normal
-from kdecore.arrays.rows import take_along_rows
 from kdecore.core.chunks import ChunkRange, Features
 from kdecore.core.options import DEFAULT_BUDGET, Options, set_integers
 from kdecore.core.problem import Problem
 from kdecore.core.selection import Selection, equal_blocks
+from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.registry import Choice
 from kdecore.methods.base import Chunked, Method, Plan, Priors, Stages
 from kdecore.methods.choices import item_bytes
@@ -74,7 +74,7 @@ class SortLSH(Options):
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels that the method needs."""
-        return ("row_norms", "hash_codes", "bucket_order", "bucket_windows", "draw_uniform", "draw_indices", "attend_blocks")
+        return ("row_norms", "hash_codes", "bucket_order", "bucket_windows", "draw_indices", "attend_blocks")
 
     def __post_init__(self) -> None:
         set_integers(self, block_size=0, num_samples=1, num_hashes=1)
@@ -122,18 +122,18 @@ class SortLSH(Options):
 
 @dataclass(frozen=True)
 class HashOrder:
-    """Rows sorted by bucket.
+    """Rows, or some of them, sorted by bucket.
 
     Attributes
     ----------
-    order
-        (G, n) int64: original row at each sorted position.
     codes
-        (G, n) integers, ascending: the bucket at each sorted position.
+        (G, n) integers: each row's bucket.
+    order
+        (G, m) int64: the row at each sorted place.
     """
 
-    order: Array
     codes: Array
+    order: Array
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,12 @@ class SortedHashes:
     queries, keys
         Their hash orders.
     weights
-        (G, n_k) float64 ≥ 1: sampling weight of the key at each place of the keys' order.
+        By which keys are sampled; None for all alike.
     """
 
     queries: HashOrder
     keys: HashOrder
-    weights: Array
+    weights: Weights | None
 
 
 def select(problem: Problem, plan: Plan) -> Selection:
@@ -168,29 +168,30 @@ def describe(problem: Problem, plan: Plan) -> Features:
     return hashed(problem, plan, value_weights(problem, plan))
 
 
-def hashed(problem: Problem, plan: Plan, weights: Array) -> Features:
-    """Hash queries and keys, which are sampled by ``weights`` (G, n_k)."""
-    codes = (hash_codes(problem, plan, x) for x in (problem.q, problem.k))
-    return Features((next(codes),), (next(codes), weights))
+def hashed(problem: Problem, plan: Plan, weights: Weights | None) -> Features:
+    """Hash queries and keys, which are sampled by ``weights``."""
+    queries, keys = hash_codes(problem, plan)
+    sizes, means = ((), ()) if weights is None else ((weights.sizes,), (weights.mean,))
+    return Features((queries,), (keys, *sizes), means)
 
 
 def sort_described(problem: Problem, plan: Plan, level: int, described: Features) -> SortedHashes:
-    """Sort queries and keys by hash, and the keys' weights with them; the same at every level."""
-    (query_codes,), (key_codes, weights) = described.queries, described.keys
-    queries, keys = sort_codes(problem, plan, query_codes), sort_codes(problem, plan, key_codes)
-    return SortedHashes(queries, keys, take_along_rows(problem.xp, weights, keys.order))
+    """Sort queries and keys by hash; the same at every level."""
+    (queries,), (keys, *sizes) = described.queries, described.keys
+    by_queries, by_keys = sort_codes(problem, plan, queries, keys)
+    return SortedHashes(by_queries, by_keys, Weights(*sizes, *described.groups) if sizes else None)
 
 
-def hash_codes(problem: Problem, plan: Plan, rows: Array) -> Array:
-    """Return the buckets (G, n) of a problem's queries or keys (G, n, d), centred on their mean; the planes are the seed's.
+def hash_codes(problem: Problem, plan: Plan) -> tuple[Array, Array]:
+    """Return the buckets of queries (G, n_q) and keys (G, n_k), each centred on their mean; the planes are the seed's.
 
     Subtracting the mean key changes no softmax, and the mean query is subtracted for grouping only: without it, data with
-    an offset falls into few buckets. O(G n d · num_hashes).
+    an offset falls into few buckets. O(G (n_q + n_k) d · num_hashes).
     """
     assert isinstance(plan.options, SortLSH)
     xp, shape = problem.xp, (problem.d, int(plan.options.num_hashes or 0))
-    planes = _planes(xp, plan.seed, shape, problem.dtype, named_device(rows))
-    codes: Array = plan.kernels["hash_codes"].function(xp, rows, planes)
+    planes = _planes(xp, plan.seed, shape, problem.dtype, named_device(problem.q))
+    codes: tuple[Array, Array] = plan.kernels["hash_codes"].function(xp, problem.q, problem.k, planes)
     return codes
 
 
@@ -201,11 +202,15 @@ def _planes(xp: Namespace, seed: int, shape: tuple[int, int], dtype: object, on:
     return from_host(xp, normal(seed, PLANES_STREAM, shape), dtype=dtype, device=on.device)
 
 
-def sort_codes(problem: Problem, plan: Plan, codes: Array) -> HashOrder:
-    """Sort rows by bucket, those of one bucket as they are. O(G n log n)."""
+def sort_codes(problem: Problem, plan: Plan, *codes: Array) -> list[HashOrder]:
+    """Sort rows by bucket, those of one bucket as they are; all in one go where there are as many of each. O(G n log n)."""
     assert isinstance(plan.options, SortLSH)
-    order = plan.kernels["bucket_order"].function(problem.xp, codes, int(plan.options.num_hashes or 0))
-    return HashOrder(order, take_along_rows(problem.xp, codes, order))
+    xp, bits = problem.xp, int(plan.options.num_hashes or 0)
+    if len({x.shape for x in codes}) > 1:
+        return [found for one in codes for found in sort_codes(problem, plan, one)]
+    together = codes[0] if len(codes) == 1 else xp.concat(codes)
+    order, groups = plan.kernels["bucket_order"].function(xp, together, bits), int(codes[0].shape[0])
+    return [HashOrder(one, order[i * groups : (i + 1) * groups, ...]) for i, one in enumerate(codes)]
 
 
 def select_chunk(
@@ -217,28 +222,26 @@ def select_chunk(
     """
     xp = problem.xp
 
-    def left(order: Array, n: int, some: ChunkRange, *those: Array) -> list[Array]:
+    def left(rows: HashOrder, n: int, some: ChunkRange) -> HashOrder:
         begin, stop = (some.first * n) >> level, (some.end * n) >> level
         # In every group the same number; taken by place, which is several times as fast as by a mask.
-        (inside,) = xp.nonzero(xp.reshape((order >= begin) & (order < stop), (-1,)))
-        return [xp.reshape(xp.take(xp.reshape(x, (-1,)), inside), (problem.groups, stop - begin)) for x in (order, *those)]
+        (inside,) = xp.nonzero(xp.reshape((rows.order >= begin) & (rows.order < stop), (-1,)))
+        order = xp.reshape(xp.take(xp.reshape(rows.order, (-1,)), inside), (problem.groups, stop - begin))
+        return HashOrder(rows.codes, order)
 
-    own = ChunkRange(number, number + 1)
-    queries = left(prepared.queries.order, problem.n_q, own, prepared.queries.codes)
-    *seen, weights = left(prepared.keys.order, problem.n_k, keys, prepared.keys.codes, prepared.weights)
-    return block_and_sample(problem, plan, SortedHashes(HashOrder(*queries), HashOrder(*seen), weights), CHUNK_ROWS)
+    queries = left(prepared.queries, problem.n_q, ChunkRange(number, number + 1))
+    seen = left(prepared.keys, problem.n_k, keys)
+    return block_and_sample(problem, plan, SortedHashes(queries, seen, prepared.weights), CHUNK_ROWS)
 
 
-def value_weights(problem: Problem, plan: Plan) -> Array:
-    """Return 1 + ‖v‖ / mean ‖v‖ as float64 (G, n_k); keys whose value is not finite count as ‖v‖ = 0.
+def value_weights(problem: Problem, plan: Plan) -> Weights:
+    """Return weights 1 + ‖v‖ / mean ‖v‖; keys whose value is not finite count as ‖v‖ = 0.
 
     The 1 stands for the denominator, in which every key counts alike (the column of ones that Algorithm 3 appends to V);
     dividing by the mean makes the choice independent of V's units (derived).
     """
-    xp = problem.xp
-    norms = plan.kernels["row_norms"].function(xp, problem.v)
-    mean = xp.mean(norms, axis=1, keepdims=True)
-    return 1.0 + norms / xp.where(mean > 0, mean, 1.0)
+    norms = plan.kernels["row_norms"].function(problem.xp, problem.v)
+    return Weights(norms, problem.xp.mean(norms, axis=1))
 
 
 def block_and_sample(problem: Problem, plan: Plan, prepared: SortedHashes, least_rows: int = 1) -> Selection:
@@ -261,24 +264,18 @@ def block_and_sample(problem: Problem, plan: Plan, prepared: SortedHashes, least
         Own keys at log-weight 0, sampled ones at −log of their inclusion probability.
         O(G (n_k + B · budget)) for B blocks.
     """
-    xp, options = problem.xp, plan.options
+    xp, options, dtype = problem.xp, plan.options, ACCUMULATION[problem.input_dtype]
     assert isinstance(options, SortLSH)
     own_size, samples = int(options.block_size or 0), int(options.num_samples or 0)
     queries, keys = prepared.queries, prepared.keys
     blocks = equal_blocks(xp, queries.order, max(options.rows, least_rows))
-    shape = (problem.groups, len(blocks.starts) - 1)
-    own_start = plan.kernels["bucket_windows"].function(xp, queries.codes, keys.codes, shape[1], own_size)
-    starts = plan.kernels["draw_uniform"].function(xp, plan.draw_seed, SAMPLES_STREAM, shape, problem.device)
-    # Since every weight is at least 1, this ceiling keeps every inclusion probability at or below 1 in every block.
-    ceiling = (int(keys.order.shape[1]) - own_size) / samples
-    capped = xp.where(prepared.weights > ceiling, ceiling, prepared.weights)
-    sampled, log_inclusion = plan.kernels["draw_indices"].function(xp, capped, own_start, own_size, starts, samples)
-
-    own = own_start[..., None] + xp.arange(own_size, dtype=xp.int64, device=problem.device)
-    positions = xp.concat([own, sampled], axis=-1)
-    of_own = xp.zeros(own.shape, dtype=problem.dtype, device=problem.device)
-    log_weight = xp.concat([of_own, xp.astype(-log_inclusion, problem.dtype)], axis=-1)
-    return Selection(blocks, take_along_rows(xp, keys.order, positions), log_weight)
+    orders = queries.codes, queries.order, keys.codes, keys.order
+    own_start = plan.kernels["bucket_windows"].function(xp, *orders, len(blocks.starts) - 1, own_size)
+    random = plan.draw_seed, SAMPLES_STREAM
+    key_index, log_weight = plan.kernels["draw_indices"].function(
+        xp, keys.order, prepared.weights, own_start, own_size, *random, samples, dtype
+    )
+    return Selection(blocks, key_index, log_weight)
 
 
 def temporary_bytes(

@@ -93,6 +93,23 @@ def test_what_was_before_is_kept_for_queries_of_no_block(rng):
     )
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_lists_number_the_rows_of_their_group(rng, tiles, monkeypatch, whole):
+    """Where every query is in a block, nothing else is written."""
+    groups, blocks, b, n_k = 3, 2, 20, 31
+    n_q = blocks * b if whole else 47
+    q, k, v = rows(rng, "bfloat16", (groups * n_q, 6), (groups * n_k, 6), (groups * n_k, 5))
+    found = [lists(rng, n_q, n_k, blocks, b, 9) for _ in range(groups)]
+    of_all = [
+        torch.cat(parts) for parts in zip(*((x + g * n_q, y + g * n_k, z) for g, (x, y, z) in enumerate(found)), strict=True)
+    ]
+    if whole:
+        monkeypatch.setattr(triton, "clear_rows", None)
+    given = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    part = triton.attend_blocks(xp, q, k, v, *given, 0.3, groups=groups, whole=whole)
+    assert_part(part, expected(q, k, v, *of_all, 0.3), v, "bfloat16")
+
+
 @pytest.mark.parametrize("b", [17, 33, 129])
 def test_a_query_that_fills_up_a_block_is_merged_once(rng, b):
     """Also where it comes again first thing in a tile of another program."""

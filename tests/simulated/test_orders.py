@@ -34,9 +34,11 @@ def test_hash_codes(rng, n, d, bits, dtype):
     given = planes if xp is host else torch.tensor(planes)
     if n > 1:
         assert np.abs((wide - wide.mean(axis=1, keepdims=True)) @ planes).min() > 1e-5
-    found = np.asarray(hash_codes(xp, x, given))
+    queries, found = (np.asarray(codes) for codes in hash_codes(xp, x[:, ::2], x, given))
     assert found.dtype == (np.int16 if bits <= 15 else np.int32)
-    np.testing.assert_array_equal(found, reference.hash_codes(host, wide, planes.astype(np.float64)))
+    expected = reference.hash_codes(host, wide[:, ::2], wide, planes.astype(np.float64))
+    np.testing.assert_array_equal(queries, expected[0])
+    np.testing.assert_array_equal(found, expected[1])
 
 
 def test_hash_codes_of_rows_far_away_and_not_finite(rng):
@@ -45,5 +47,6 @@ def test_hash_codes_of_rows_far_away_and_not_finite(rng):
     x[0, :, 0] = 1e6 + rng.integers(-3, 4, 40)
     x[0, 5, 1], x[0, 9, 2], x[0, 30, 3] = np.nan, np.inf, -np.inf
     planes = np.eye(4)
-    found = hash_codes(host, x.astype(np.float32), planes.astype(np.float32))
-    np.testing.assert_array_equal(found, reference.hash_codes(host, x.astype(np.float32).astype(np.float64), planes))
+    rows = x.astype(np.float32)
+    found = hash_codes(host, rows, rows, planes.astype(np.float32))
+    np.testing.assert_array_equal(found, reference.hash_codes(host, *[rows.astype(np.float64)] * 2, planes))

@@ -66,6 +66,8 @@ class AttendBlocks(Protocol):
         scale: float,
         bias: Array | None = None,
         before: AttentionState | None = None,
+        groups: int = 1,
+        whole: bool = False,
     ) -> AttentionState:
         """Return softmax attention with logits scale · ⟨q, k⟩ + log_weight + bias.
 
@@ -77,10 +79,10 @@ class AttendBlocks(Protocol):
             (R_q, d), (R_k, d), (R_k, d_v) rows of one floating dtype; half precision on accelerators only. All other numbers
             are of the dtype that it is computed in, float64 for float64 and float32 for the others.
         query_index
-            (N, b) int64 into the rows of q: the queries of each block. A row of q is in one block at most; it may be there
-            again right after itself.
+            (N, b) int64 into the rows of q of a block's group: the queries of each block. A row of q is in one block at
+            most; it may be there again right after itself.
         key_index
-            (N, s) int64 into the rows of k and v: the keys of each block.
+            (N, s) int64 into the rows of k and v of a block's group: the keys of each block.
         log_weight
             (N, s); −inf where a slot does not count.
         scale
@@ -90,6 +92,10 @@ class AttendBlocks(Protocol):
             where the query does not see the slot's key, which is finite then; None for nothing.
         before
             Attention to other keys, out (R_q, d_v) and lse (R_q,), to be merged with; its memory may be used for the result.
+        groups
+            How many groups blocks, and rows, are of: as many of each in every group, one group after another.
+        whole
+            Whether every row of q is in a block, so that nothing has to be written for those in none.
 
         Returns
         -------

@@ -11,7 +11,8 @@ import math
 import numpy as np
 
 from kdecore.arrays.memory import from_host_like, host_memory, host_view
-from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace, host
+from kdecore.arrays.rows import of_all_groups
 from kdecore.core.state import AttentionState
 from kdecore.kernels.runtime.jit import kernel
 from kdecore.kernels.runtime.simd import (
@@ -53,10 +54,13 @@ def attend_blocks(
     scale: float,
     bias: Array | None = None,
     before: AttentionState | None = None,
+    groups: int = 1,
+    whole: bool = False,
 ) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
-    inputs = tuple(host_view(x) for x in (q, k, v, query_index, key_index, log_weight))
-    queries, values, index = inputs[0], inputs[2], inputs[3]
+    queries, keys, values, index, listed, weight = (host_view(x) for x in (q, k, v, query_index, key_index, log_weight))
+    index = of_all_groups(host, index, groups, len(queries) // groups)
+    inputs = queries, keys, values, index, of_all_groups(host, listed, groups, len(keys) // groups), weight
     if before is None:
         out = np.zeros((queries.shape[0], values.shape[1]), queries.dtype)
         lse = np.full(queries.shape[0], -np.inf, queries.dtype)

@@ -1,7 +1,7 @@
 """`attend_blocks` in the array API: gather, product, softmax, product, over tiles that stay in cache."""
 
 from kdecore.arrays.namespace import Array, Namespace, accumulation_dtype, dtype_name
-from kdecore.arrays.rows import TILE_ELEMENTS, first_places, spans, take_rows
+from kdecore.arrays.rows import TILE_ELEMENTS, first_places, of_all_groups, spans, take_rows
 from kdecore.core.state import AttentionState, merge_states, softmax_part
 
 
@@ -16,9 +16,13 @@ def attend_blocks(
     scale: float,
     bias: Array | None = None,
     before: AttentionState | None = None,
+    groups: int = 1,
+    whole: bool = False,
 ) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
     blocks, rows = query_index.shape
+    query_index = of_all_groups(xp, query_index, groups, int(q.shape[0]) // groups)
+    key_index = of_all_groups(xp, key_index, groups, int(k.shape[0]) // groups)
     slots = int(key_index.shape[1])
     rows_step = min(rows, max(1, TILE_ELEMENTS // slots))
     # Copies of keys and values count like logits: with few rows a block they are the larger part.

@@ -222,6 +222,9 @@ def attend_tile(
     factor,
     rows,
     slots,
+    group_blocks,
+    group_queries,
+    group_keys,
     q_stride,
     k_stride,
     v_stride,
@@ -238,12 +241,16 @@ def attend_tile(
 ):
     """Let a tile of a block's queries attend to the block's list, into their rows of out and lse.
 
-    Logits are in units of log 2: ``factor`` is scale / ln 2. MERGING with what out and lse hold.
+    Logits are in units of log 2: ``factor`` is scale / ln 2. MERGING with what out and lse hold. Lists number the rows of
+    a block's group.
     """
     tiles = tl.cdiv(rows, ROWS)
     block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     row = tile * ROWS + tl.arange(0, ROWS)
     counts = row < rows
+    # All rows together are fewer than 2³¹.
+    group = block // group_blocks
+    q += (group * group_queries).to(tl.int64) * q_stride
     query = numbers(query_index, block, row, counts, rows)
     queries, queries_rest = load_parts(q, query, q_stride, counts, D_MAIN, D_REST, D)
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
@@ -252,7 +259,7 @@ def attend_tile(
     for first in range(0, used, SLOTS):
         slot = first + tl.arange(0, SLOTS)
         inside = slot < used
-        key = numbers(key_index, block, slot, inside, slots)
+        key = numbers(key_index, block, slot, inside, slots) + group * group_keys
         keys, keys_rest = load_parts(k, key, k_stride, inside, D_MAIN, D_REST, D)
         found = products(queries, queries_rest, keys, keys_rest, D_REST)
         added = added_to_slots(log_weight, block, slot, inside, slots)[None, :]
@@ -271,6 +278,7 @@ def attend_tile(
     own_lse, inverse = (top + tl.log2(total)) * LN2, 1.0 / total
     # A query that is there again is neither merged nor written again.
     mine = first_of_its_kind(query_index, block, row, counts, rows)
+    query += group * group_queries
     if MERGING:
         old = tl.load(lse + query, mask=mine, other=float("-inf"))
         both_top = tl.maximum(old, own_lse)
@@ -337,6 +345,8 @@ def attend_lists(
     scale: float,
     bias: Any = None,
     before: AttentionState | None = None,
+    groups: int = 1,
+    whole: bool = False,
 ) -> AttentionState:
     """Let blocks of queries attend to lists of keys.
 
@@ -348,7 +358,7 @@ def attend_lists(
         query_index, key_index and log_weight, as there; None where blocks and their keys follow each other row by row.
     sizes
         Numbers of blocks, of their queries and of their slots.
-    scale, bias, before
+    scale, bias, before, groups, whole
         As there.
     """
     blocks, rows, slots = sizes
@@ -357,10 +367,13 @@ def attend_lists(
     query_index, key_index, log_weight = (None, None, None) if lists is None else (x.contiguous() for x in lists)
     known = widths(q.shape[1], v.shape[1])
     tile = tiling(ATTEND[q.element_size()], rows, columns(known, bias))
+    written = whole or lists is None
     with torch.cuda.device_of(q):
         if before is None:
             out = torch.empty((q.shape[0], v.shape[1]), dtype=torch.float32, device=q.device)
-            lse = torch.full((q.shape[0],), -math.inf, dtype=torch.float32, device=q.device)
+            lse = torch.empty((q.shape[0],), dtype=torch.float32, device=q.device)
+            if not written:
+                lse.fill_(-math.inf)
         else:
             out, lse = before.out.contiguous(), before.lse.contiguous()
         attend_tile[flat_grid("attend_tile", blocks * triton.cdiv(rows, tile.kept))](
@@ -376,6 +389,9 @@ def attend_lists(
             scale * math.log2(math.e),
             rows,
             slots,
+            blocks // groups,
+            q.shape[0] // groups,
+            k.shape[0] // groups,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -387,7 +403,7 @@ def attend_lists(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        if before is None and lists is not None:
+        if before is None and not written:
             # Cheaper than zeros first: nearly every row is written anyway.
             width = v.shape[1]
             grid = flat_grid("clear_rows", triton.cdiv(len(lse), 128))
@@ -411,7 +427,9 @@ def attend_blocks(
     scale: float,
     bias: Array | None = None,
     before: AttentionState | None = None,
+    groups: int = 1,
+    whole: bool = False,
 ) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`, within its `triton_limit`."""
     sizes = (*query_index.shape, key_index.shape[1])
-    return attend_lists(q, k, v, (query_index, key_index, log_weight), sizes, scale, bias, before)
+    return attend_lists(q, k, v, (query_index, key_index, log_weight), sizes, scale, bias, before, groups, whole)

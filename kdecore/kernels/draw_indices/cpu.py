@@ -3,43 +3,61 @@
 import numpy as np
 
 from kdecore.arrays.memory import from_host_like, host_view
-from kdecore.arrays.namespace import Array, Namespace
+from kdecore.arrays.namespace import Array, Namespace, host
+from kdecore.kernels.draw_indices.contract import Weights
+from kdecore.kernels.draw_indices.reference import shares_in_order
+from kdecore.kernels.draw_uniform.reference import draw_uniform
 from kdecore.kernels.runtime.jit import kernel
 from kdecore.kernels.runtime.threads import run_tasks, small_tasks
 
 
 def draw_indices(
-    xp: Namespace, weights: Array, window_start: Array, window_size: int, starts: Array, count: int
+    xp: Namespace,
+    order: Array,
+    weights: Weights | None,
+    window_start: Array,
+    window_size: int,
+    seed: int,
+    stream: int,
+    count: int,
+    dtype: str,
 ) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.draw_indices.contract.DrawIndices`."""
-    weights_, windows, starts_ = host_view(weights), host_view(window_start), host_view(starts)
-    groups, n = weights_.shape
+    keys, windows = host_view(order), host_view(window_start)
+    groups, n = keys.shape
     blocks = windows.shape[1]
+    starts = draw_uniform(host, seed, stream, windows.shape, None)
+    given = None if weights is None else Weights(*(host_view(x) for x in weights))
+    shares = shares_in_order(host, keys, given, (n - window_size) / count)
     cumulative = np.zeros((groups, n + 1), np.float64)
-    np.cumsum(weights_, axis=1, out=cumulative[:, 1:])
+    np.cumsum(shares, axis=1, out=cumulative[:, 1:])
     guide = np.empty((groups, n), np.int64)
-    positions = np.empty((groups, blocks, count), np.int64)
-    log_inclusion = np.empty((groups, blocks, count), np.float64)
-    log_weights = np.log(weights_)
+    key_index = np.empty((groups, blocks, window_size + count), np.int64)
+    log_weight = np.empty(key_index.shape, dtype)
+    log_shares = np.log(shares)
 
     def work(first: int, last: int) -> None:
-        draw(cumulative, guide, log_weights, windows, window_size, starts_, positions, log_inclusion, first, last)
+        draw(cumulative, guide, log_shares, keys, windows, window_size, starts, key_index, log_weight, first, last)
 
     run_tasks(lambda first, last: fill_guide(cumulative, guide, first, last), groups, chunk=small_tasks(n))
     run_tasks(work, groups * blocks, chunk=small_tasks(count))
-    return from_host_like(xp, positions, weights), from_host_like(xp, log_inclusion, weights)
+    return from_host_like(xp, key_index, order), from_host_like(xp, log_weight, order)
 
 
 @kernel()
-def draw(cumulative, guide, log_weights, windows, size, starts, positions, log_inclusion, first, last):
-    """Draw for blocks first … last − 1, counted through all groups."""
-    blocks, count = positions.shape[1], positions.shape[2]
-    n = log_weights.shape[1]
+def draw(cumulative, guide, log_shares, order, windows, size, starts, key_index, log_weight, first, last):
+    """List keys for blocks first … last − 1, counted through all groups."""
+    blocks, count = key_index.shape[1], key_index.shape[2] - size
+    n = log_shares.shape[1]
     for task in range(first, last):
         group, block = task // blocks, task % blocks
-        sums, places = cumulative[group], guide[group]
+        sums, places, keys = cumulative[group], guide[group], order[group]
+        index, added = key_index[group, block], log_weight[group, block]
         bins = n / sums[n]
         start = windows[group, block]
+        for i in range(size):
+            index[i] = keys[start + i]
+            added[i] = 0.0
         below = sums[start]
         inside = sums[start + size] - below
         total = sums[n] - inside
@@ -55,8 +73,8 @@ def draw(cumulative, guide, log_weights, windows, size, starts, positions, log_i
             # Rounding may put a point on the wrong side of the window's edge, or past the end.
             position = max(found, start + size) if after else min(found, start - 1)
             position = min(max(position, 0), n - 1)
-            positions[group, block, i] = position
-            log_inclusion[group, block, i] = log_weights[group, position] + shift
+            index[size + i] = keys[position]
+            added[size + i] = -(log_shares[group, position] + shift)
 
 
 @kernel()

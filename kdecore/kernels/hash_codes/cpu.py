@@ -12,8 +12,13 @@ TASK_ROWS = 2046
 """Rows in a task, a multiple of `TILE_ROWS`."""
 
 
-def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
+def hash_codes(xp: Namespace, q: Array, k: Array, planes: Array) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.hash_codes.contract.HashCodes`."""
+    return hash_rows(xp, q, planes), hash_rows(xp, k, planes)
+
+
+def hash_rows(xp: Namespace, x: Array, planes: Array) -> Array:
+    """Return the buckets of rows (G, n, d)."""
     rows, normals = host_view(x), host_view(planes)
     groups, n, d = rows.shape
     bits = normals.shape[1]

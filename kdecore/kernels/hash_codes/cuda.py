@@ -1,8 +1,8 @@
-"""`hash_codes` in Numba CUDA: projections, their means, and then each row's signs and Gray rank. Three launches.
+"""`hash_codes` in Numba CUDA: projections, their means, and then each row's signs and Gray rank.
 
-Traffic on paper, 2,097,152 rows of 64 bfloat16 numbers, 12 planes: rows read once, 0.27 GB; projections written once and
-read twice, 0.3 GB: 0.19 ms at 3.0 TB/s. 3.2 GFLOP by register tiles of 4 rows × 4 planes, which read half a number from
-shared memory for each multiplication: 0.1 ms beside that.
+Three launches for queries, and three for keys. Traffic on paper, 2,097,152 rows of 64 bfloat16 numbers, 12 planes: rows
+read once, 0.27 GB; projections written once and read twice, 0.3 GB: 0.19 ms at 3.0 TB/s. 3.2 GFLOP by register tiles of 4
+rows × 4 planes, which read half a number from shared memory for each multiplication: 0.1 ms beside that.
 
 Means are summed in two numbers each (Knuth's two-sum): of rows far from the origin, those of one float32 sum would put rows
 on the wrong side.
@@ -32,8 +32,13 @@ TINY = {"LANES": 3, "THREADS": 12, "ROWS": 12, "DEPTH": 4, "PITCH": 5}
 """What tests in the simulator put in their place."""
 
 
-def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
+def hash_codes(xp: Namespace, q: Array, k: Array, planes: Array) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.hash_codes.contract.HashCodes`."""
+    return hash_rows(xp, q, planes), hash_rows(xp, k, planes)
+
+
+def hash_rows(xp: Namespace, x: Array, planes: Array) -> Array:
+    """Return the buckets of rows (G, n, d)."""
     groups, n, _ = x.shape
     bits = int(planes.shape[1])
     projected = xp.empty((groups, bits, n), dtype=planes.dtype, device=x.device)

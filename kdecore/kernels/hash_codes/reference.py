@@ -3,8 +3,13 @@
 from kdecore.arrays.namespace import Array, Namespace
 
 
-def hash_codes(xp: Namespace, x: Array, planes: Array) -> Array:
+def hash_codes(xp: Namespace, q: Array, k: Array, planes: Array) -> tuple[Array, Array]:
     """Follow `kdecore.kernels.hash_codes.contract.HashCodes`."""
+    return hash_rows(xp, q, planes), hash_rows(xp, k, planes)
+
+
+def hash_rows(xp: Namespace, x: Array, planes: Array) -> Array:
+    """Return the buckets of rows (G, n, d)."""
     bits = int(planes.shape[1])
     projected = xp.astype(x, planes.dtype, copy=False) @ planes
     # Subtracting the mean of the projections is projecting the centred rows, without a centred copy of x.
