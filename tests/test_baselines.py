@@ -1,5 +1,6 @@
 """Baselines against slow oracles of their papers' definitions, at their limits, and what counts their work."""
 
+import json
 import math
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from bench.baselines.counting import multiply_accumulates
 from tests import oracles
 
 MINE = ("nystromformer", "performer", "reformer", "scatterbrain_lsh", "scatterbrain_window")
+RECORDED = Path(__file__).parent.parent / "bench" / "results" / "baseline_packages.json"
 
 
 def draw(n_q, n_k, d=8, d_v=5, *, groups=2, size=1.0, seed=0, dtype=torch.float64):
@@ -456,3 +458,31 @@ def test_what_reformer_counts():
     q, k, v = draw(N_Q, N_Q)
     counted = multiply_accumulates(lambda: reformer.attend(q, k, v, 0.3, 48, 0))
     assert counted == G * N_Q * (48 * (D + D_V) + 4 * D * 8)
+
+
+# Packages.
+
+
+def test_performer_is_performer_pytorch_with_the_same_features():
+    package = pytest.importorskip("performer_pytorch.performer_pytorch", exc_type=ImportError)
+    q, k, v = (x[:1] for x in draw(40, 50, d=16))
+    rows = performer.projection(16, 40, seeded(3))
+    for eps, found in (
+        (0.0, performer.attend(q, k, v, 1 / 4, 40, 3)),
+        (1e-4, performer.attend_with_eps(q, k, v, 1 / 4, 40, 3)),
+    ):
+        phi_q, phi_k = (
+            package.softmax_kernel(x[None], projection_matrix=rows, is_query=is_query, eps=eps)
+            for x, is_query in ((q, True), (k, False))
+        )
+        torch.testing.assert_close(found, package.linear_attention(phi_q, phi_k, v[None])[0], rtol=1e-9, atol=1e-10)
+
+
+def test_recorded_errors_are_those_of_the_packages():
+    """What `python -m bench.baseline_packages` last wrote."""
+    rows = json.loads(RECORDED.read_text(encoding="utf-8"))["cases"]["rows"]
+    assert len(rows) == 40
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ours"] / row["package"])
+        assert row["ratio"] <= 1.1
+        assert row["ratio"] >= 0.9 or row["pair"] == "reformer-pytorch"
