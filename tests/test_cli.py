@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ import kdecore
 from bench.timing import interleaved
 from kdecore.accuracy.metrics import Errors
 from kdecore.arrays.backend import backend_named
-from kdecore.compare import cli, comparison, machine, timing
+from kdecore.compare import baselines, cli, comparison, machine, timing
 from kdecore.compare.cases import Case, glove_case
 from kdecore.compare.plots import comparison_png
 from kdecore.core.problem import canonicalise
 from kdecore.kernels import registry
 from kdecore.kernels.registry import KERNELS, TARGETS, cuda_problem
+from kdecore.methods import METHODS
 
 QUICK = ["--n", "80", "--seeds", "2", "--repeats", "1", "--budgets", "16"]
 
@@ -183,6 +185,95 @@ def test_compare_measures_every_method(tmp_path, capsys):
     start = lines.index("sortlsh")
     assert lines[start : start + len(table)] == table
     assert "density estimates" in out
+
+
+@pytest.fixture
+def two_baselines(monkeypatch):
+    """Baselines of bench.baselines that need no other package."""
+    pytest.importorskip("torch")
+    folder = import_module("bench.baselines")
+    found = {name: import_module(f"bench.baselines.{name}").attend for name in ("monarch", "uniform", "mean")}
+    monkeypatch.setattr(folder, "BASELINES", found, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_compare_takes_baselines(tmp_path, capsys, two_baselines, library):
+    case = small_case()
+    np.savez(tmp_path / "data.npz", q=case.q[:, :40], k=case.k, v=case.v)
+    status, out, err = run(capsys, "compare", tmp_path / "data.npz", "--library", library, "--scale", "0.5",
+        "--methods", "uniform,sortlsh,mean", "--budgets", "16", "32", "--seeds", "2", "--repeats", "1",
+        "--out", tmp_path / "out")  # fmt: skip
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    record = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    rows = record["rows"][1:]
+    assert [(row["method"], row["ran"], row["budget"], row["keys_per_query"]) for row in rows] == [
+        ("uniform", "uniform", 16, 16),
+        ("uniform", "uniform", 32, 32),
+        ("sortlsh", "sortlsh", 16, rows[2]["keys_per_query"]),
+        ("sortlsh", "sortlsh", 32, rows[3]["keys_per_query"]),
+        ("mean", "mean", None, 60),
+    ]
+    assert [row["certificate"] is None for row in rows] == [True, True, False, False, True]
+    assert all(row["milliseconds"] > 0 and row["speedup"] > 0 for row in rows)
+    torch = pytest.importorskip("torch")
+    tensors = [torch.from_numpy(x) for x in (case.q[:, :40], case.k, case.v)]
+    exact = kdecore.attention(*(x.double().numpy() for x in tensors), method="exact", scale=0.5)
+    for row in rows:
+        if row["method"] != "sortlsh":
+            outs = [two_baselines[row["method"]](*tensors, 0.5, row["budget"] or 60, seed).numpy() for seed in (0, 1)]
+            expected = [np.linalg.norm(a - b) / np.linalg.norm(b) for one in outs for a, b in zip(one, exact, strict=True)]
+            assert row["errors"]["frobenius"] == pytest.approx(np.mean(expected), rel=1e-5)
+    notes = " ".join(record["notes"])
+    assert "uniform, mean: other papers', from bench.baselines; keys/query are the budget, not measured." in notes
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(("uniform ", "mean "))] == [
+        "uniform",
+        "uniform",
+        "mean",
+    ]
+
+
+def test_baselines_know_grouped_heads_and_half_precision(two_baselines):
+    case = small_case((2, 4, 60, 8), np.float16)
+    grouped = replace(case, k=case.k[:, :2], v=case.v[:, :2])
+    problem = canonicalise(grouped.q, grouped.k, grouped.v)
+    out = baselines.baseline("mean", problem, backend_named("numpy"))(16, 0)
+    expected = np.repeat(grouped.v.astype(np.float32).mean(2, keepdims=True), 2, axis=1)
+    np.testing.assert_allclose(out, np.broadcast_to(expected, out.shape), rtol=1e-6)
+    assert out.shape == (2, 4, 60, 8)
+
+
+def test_names_of_baselines_are_guessed_too(tmp_path, capsys, two_baselines):
+    says = "treecode, monarch, uniform, mean, got 'unifrom'; did you mean 'uniform'?"
+    assert_fails(capsys, "compare", *QUICK, "--methods", "unifrom", "--out", tmp_path, says=says)
+
+
+@pytest.mark.parametrize("folder", ["nowhere.baselines", "bench"])
+def test_without_baselines_only_methods_are_known(tmp_path, capsys, monkeypatch, folder):
+    monkeypatch.setattr(baselines, "FOLDER", folder)
+    says = f"method must be one of {', '.join(METHODS)}, got 'hypr'; did you mean 'hyper'?"
+    assert_fails(capsys, "compare", *QUICK, "--methods", "hypr", "--out", tmp_path, says=says)
+
+
+def test_baselines_are_not_looked_for_without_need(tmp_path, no_plot, capsys, monkeypatch):
+    monkeypatch.setattr(baselines, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    assert run(capsys, "compare", *QUICK, "--methods", "hyper", "exact", "--out", tmp_path)[0] == 0
+
+
+def test_baselines_that_lack_a_package_say_so(tmp_path, capsys, monkeypatch):
+    def lacking(name):
+        raise ModuleNotFoundError("No module named 'einops'", name="einops")
+
+    monkeypatch.setattr(baselines, "import_module", lacking)
+    says = "methods of bench.baselines cannot be used: No module named 'einops'"
+    assert_fails(capsys, "compare", *QUICK, "--methods", "uniform", "--out", tmp_path, says=says)
+
+
+def test_what_a_baseline_cannot_do_is_one_line(tmp_path, capsys, two_baselines):
+    says = "monarch: budget must be at least 36 for 80 keys, got 16"
+    assert_fails(capsys, "compare", *QUICK, "--methods", "monarch", "--out", tmp_path / "out", says=says)
+    assert files_in(tmp_path) == []
 
 
 def test_compare_with_tolerances(tmp_path, no_plot, capsys, monkeypatch):
@@ -716,6 +807,22 @@ def test_plot_shows_tolerances(monkeypatch):
         assert any(text.startswith(("rtol 0.05 (exact):", "▾ rtol 0.05 (exact):")) for text in texts)
         legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         assert legend == [*curves, "rtol (Frobenius)"]
+
+
+def test_plot_shows_many_methods_apart(monkeypatch):
+    figures = []
+    monkeypatch.setattr("kdecore.compare.plots.Figure.savefig", lambda figure, *a, **k: figures.append(figure))
+    case = small_case()
+    exact, hyper = comparison.measure(case, ["hyper"], [8], [0], repeats=1)
+    many = [replace(hyper, method=f"method {i}", ran=f"method {i}", budget=i or None) for i in range(13)]
+    comparison_png(case, [exact, *many], machine.this_machine(), "numpy")
+    curves = [line for line in figures[0].axes[0].lines if line.get_label().startswith("method")]
+    assert [line.get_label() for line in curves] == [row.label for row in many]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in curves}
+    assert len(looks) == 13
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    assert sorted(text for text in texts if text.isdigit()) == sorted(map(str, range(1, 13)))
+    assert "None" not in texts
 
 
 def test_plot_with_any_errors():

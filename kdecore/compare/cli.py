@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure time, error and memory of methods against exact attention",
         description="Measure methods against exact attention; print a table, write compare.json and compare.png.",
         epilog=f"Methods: {', '.join(METHODS)}. Lists may have commas: --budgets 128,256. "
-        "Without FILE, a sample of GloVe word vectors is used.",
+        "In a clone of the project, also those of bench/baselines. Without FILE, a sample of GloVe word vectors is used.",
     )
     add = compare.add_argument
     add("files", nargs="*", metavar="FILE", help="one .npz, .safetensors or .pt with q, k, v (or query, key, "
@@ -265,6 +265,8 @@ def _notes(case: Case, problem: Problem, rows: list[Row]) -> list[str]:
         notes += [
             "rtol: kdecore chose method and budget for that Frobenius error, seed by seed; its time has the search in."
         ]
+    if others := list(dict.fromkeys(row.method for row in rows[1:] if row.method not in METHODS)):
+        notes += [f"{', '.join(others)}: other papers', from bench.baselines; keys/query are the budget, not measured."]
     if any(row.ran == "kdeformer" for row in rows):
         notes += ["kdeformer's keys/query leave out the keys that its density estimates evaluate; its time has them in."]
     if any(math.isnan(row.errors.spectral) for row in rows):

@@ -19,6 +19,7 @@ from kdecore.arrays.errors import OptionError, ShapeError
 from kdecore.arrays.namespace import Array, host
 from kdecore.arrays.random import check_seed, uniform
 from kdecore.arrays.scalars import integer_at_least, one_of
+from kdecore.compare.baselines import WITHOUT_BUDGET, baseline, known_methods
 from kdecore.compare.cases import Case
 from kdecore.compare.machine import peak_memory
 from kdecore.compare.timing import time_calls
@@ -50,7 +51,7 @@ class Row:
     rtol
         Relative Frobenius error asked for instead of a budget, or None.
     keys_per_query
-        Keys evaluated per query, measured, mean over seeds.
+        Keys evaluated per query, measured, mean over seeds; of baselines, the budget.
     milliseconds
         Median of ``timings``.
     timings
@@ -68,7 +69,7 @@ class Row:
     kernels
         Kernel name → implementation that ran.
     certificate
-        What the call with the first seed said of its own error; None where that result is exact.
+        What the call with the first seed said of its own error; None where that result is exact, or a baseline's.
     first_errors
         The errors with that seed, which the certificate is about.
     """
@@ -101,8 +102,8 @@ class Row:
 class _Subject:
     """What one `Row` measures.
 
-    ``call(seed)`` returns the output, ``describe(seed, certified)`` also a report, None for the baseline, with a
-    certificate if asked. ``rows`` are the queries that the output is for, None for all.
+    ``call(seed)`` returns the output, ``describe(seed, certified)`` also a report, with a certificate if asked; or None,
+    and then ``ran`` says what runs. ``rows`` are the queries that the output is for, None for all.
     """
 
     method: str
@@ -110,7 +111,8 @@ class _Subject:
     rtol: float | None
     call: Callable[[int], Array]
     describe: Callable[[int, bool], tuple[Array, Report | None]]
-    rows: Array | None
+    rows: Array | None = None
+    ran: str = ""
 
     def __str__(self) -> str:
         if self.rtol is not None:
@@ -150,7 +152,7 @@ def measure(
     case
         Inputs.
     methods
-        Names in `kdecore.methods.METHODS`; ``"exact"`` is measured once, having no budget.
+        Names in `kdecore.methods.METHODS`, or of `kdecore.compare.baselines`; those `WITHOUT_BUDGET` are measured once.
     budgets
         Keys per query, each at least 1; of those that cover all keys, and so are exact, only the smallest is measured.
     seeds
@@ -186,7 +188,7 @@ def measure(
     runs: list[tuple[str, dict[str, Any]]] = [
         (name, {"budget": budget})
         for name in dict.fromkeys(methods)
-        for budget in (some_budgets if name != "exact" else [None])
+        for budget in ([None] if name in WITHOUT_BUDGET else some_budgets)
     ]
     runs += [("auto", {"rtol": rtol}) for rtol in dict.fromkeys(rtols)]
     steps = 1 + (len(runs) + 1) * len(seeds)
@@ -196,7 +198,10 @@ def measure(
     q, k, v = (ours.from_numpy(array) for array in (case.q, case.k, case.v))
     subjects = [_baseline(q, k, v, problem.scale, timing_rows(problem, rows, seeds[0]))]
     attend = partial(attention, q, k, v, scale=problem.scale, diagonal=case.diagonal)
-    subjects += [_estimator(attend, method, **asked) for method, asked in runs]
+    subjects += [
+        _estimator(attend, method, **asked) if method in METHODS else _published(method, problem, ours, **asked)
+        for method, asked in runs
+    ]
     # Seed by seed, so that a busy spell of the machine falls on a few calls of every subject and medians shed it.
     samples: list[list[_Sample]] = [[] for _ in subjects]
     for seed in seeds:
@@ -224,7 +229,7 @@ def check_options(
 ) -> None:
     """Raise what `measure` raises for any inputs: `OptionError` naming the first argument out of range."""
     for method in methods:
-        one_of(tuple(METHODS), "method", method)
+        one_of(known_methods(methods), "method", method)
     for budget in budgets:
         integer_at_least(1, "budget", budget)
     for rtol in rtols:
@@ -309,7 +314,12 @@ def _baseline(q: Array, k: Array, v: Array, scale: float, rows: Array | None) ->
     def call(seed: int) -> Array:
         return function(some_q, k, v, scale)
 
-    return _Subject(label, None, None, call, lambda seed, certified: (call(seed), None), rows)
+    return _Subject(label, None, None, call, lambda seed, certified: (call(seed), None), rows, "exact")
+
+
+def _published(method: str, problem: Problem, ours: Backend, *, budget: int | None) -> _Subject:
+    call = partial(baseline(method, problem, ours), budget or problem.n_k)
+    return _Subject(method, budget, None, call, lambda seed, certified: (call(seed), None), None, method)
 
 
 def _estimator(attend: Callable[..., Any], method: str, *, budget: int | None = None, rtol: float | None = None) -> _Subject:
@@ -320,7 +330,7 @@ def _estimator(attend: Callable[..., Any], method: str, *, budget: int | None = 
         result: tuple[Array, Report] = with_report(seed=seed) if certified else with_report(seed=seed, certificate=0.0)
         return result
 
-    return _Subject(method, budget, rtol, lambda seed: call(seed=seed), describe, None)
+    return _Subject(method, budget, rtol, lambda seed: call(seed=seed), describe)
 
 
 @dataclass(frozen=True)
@@ -357,10 +367,10 @@ def _row(
     reports = [sample.report for sample in samples if sample.report is not None]
     return Row(
         method=subject.method,
-        ran=", ".join(dict.fromkeys(report.method for report in reports)) or "exact",
+        ran=", ".join(dict.fromkeys(report.method for report in reports)) or subject.ran,
         budget=subject.budget,
         rtol=subject.rtol,
-        keys_per_query=statistics.fmean([report.keys_per_query for report in reports] or [float(problem.n_k)]),
+        keys_per_query=statistics.fmean([report.keys_per_query for report in reports] or [subject.budget or problem.n_k]),
         milliseconds=milliseconds,
         timings=tuple(timings),
         timed_rows=timed_rows,

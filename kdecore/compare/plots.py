@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
-from itertools import chain, cycle, pairwise
+from itertools import chain, cycle, pairwise, product
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,6 +20,11 @@ from kdecore.compare.machine import Machine
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)))
+STYLES = [
+    (COLOURS[number], MARKERS[number - turn], DASHES[number - turn])
+    for turn, number in product(range(len(COLOURS)), range(len(COLOURS)))
+]
+"""Of curves; beyond six, colours come again with other markers and dashes."""
 # Axes of fewer decades than the first number get numbers at these multiples of powers of ten.
 SUBDIVISIONS = (
     (0.45, (1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)),
@@ -61,7 +66,7 @@ def comparison_png(case: Case, rows: Sequence[Row], machine: Machine, library: s
     canvas: Any = FigureCanvasAgg(figure)  # its methods are untyped
     axes = figure.add_subplot()
     curves = _curves(rows)
-    for points, colour, marker, dash in zip(curves.values(), COLOURS, MARKERS, DASHES, strict=False):
+    for points, (colour, marker, dash) in zip(curves.values(), STYLES, strict=False):
         times, errors = [point.milliseconds for point in points], [point.errors.spectral for point in points]
         axes.plot(
             times, errors, color=colour, marker=marker, linestyle=dash, linewidth=1.8, markersize=7, label=points[0].label
@@ -77,9 +82,8 @@ def comparison_png(case: Case, rows: Sequence[Row], machine: Machine, library: s
     scaled = f", scaled up from {rows[0].timed_rows:,} queries" if rows[0].timed_rows < case.q.shape[-2] else ""
     _draw_lines(axes, {label + (scaled if label == rows[0].label else ""): time for label, time in lines.items()})
     if entries := len(curves) + bool(chosen):
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=entries, columnspacing=1.5, frameon=False, fontsize=11
-        )
+        columns, below = min(entries, 6), (0.5, -0.12)
+        axes.legend(loc="upper center", bbox_to_anchor=below, ncols=columns, columnspacing=1.5, frameon=False, fontsize=11)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed in this layout
     _label_points(canvas, axes, curves, chosen, list(lines.values()))
@@ -178,8 +182,9 @@ def _label_points(
         taken.append(Bbox.from_extents(x - 2, frame.y0, x + 2, frame.y1))
     labels = [
         (point, f"{point.budget}", colour)
-        for points, colour in zip(curves.values(), COLOURS, strict=False)
+        for points, (colour, *_) in zip(curves.values(), STYLES, strict=False)
         for point in points
+        if point.budget is not None
     ]
     labels += [(row, f"rtol {row.rtol:g}", DARK) for row in chosen]
     for point, text, colour in labels:
