@@ -103,7 +103,7 @@ def test_nothing_global_is_drawn_from(name):
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        (lambda q, k, v: (q[0], k, v, 9), "q must be"),
+        (lambda q, k, v: (q[0], k, v, 9), "q must"),
         (lambda q, k, v: (q, k.float(), v, 9), "k must be"),
         (lambda q, k, v: (q, k[..., 1:], v, 9), "k must have"),
         (lambda q, k, v: (q, k[:1], v, 9), "k must have"),

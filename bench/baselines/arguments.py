@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, *, least: int = 1) -> None:
-    """Raise ValueError, naming the argument, unless shapes and dtypes fit, scale is positive, budget ``least`` or more."""
+    """Raise ValueError, naming the argument, unless shapes and dtypes fit, scale is finite, and budget ``least`` or more."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3 or 0 in x.shape:
             raise ValueError(f"{name} must have shape (groups, rows, columns), none of them 0, got {tuple(x.shape)}")
@@ -15,10 +15,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, *, least: 
         raise ValueError(f"k must have q's groups and columns, {q.shape[0]} and {q.shape[2]}, got {tuple(k.shape)}")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v must have k's groups and rows, {tuple(k.shape[:2])}, got {tuple(v.shape)}")
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
     if budget < least:
         raise ValueError(f"budget must be at least {least}, got {budget}")
+
+
+def check_positive(scale: float) -> None:
+    """Raise ValueError unless scale is positive, where rows are multiplied by its root."""
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:

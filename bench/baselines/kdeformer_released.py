@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines.sizes import check
+from bench.baselines.arguments import check
 
 VARIABLE = "KDEFORMER_REPO"
 HASHES = 7
@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
 
     Raises FileNotFoundError where `KDEFORMER_REPO` names no checkout.
     """
-    check(q, k, v, budget)
+    check(q, k, v, scale, budget)
     (n_q, n_k), layer = (q.shape[1], k.shape[1]), released(os.environ.get(VARIABLE, ""))
     block = max(size for size in range(1, max(1, min(budget // 3, n_k)) + 1) if n_k % size == 0)
     if n_q % (n_k // block):

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bench.baselines.sizes import check
+from bench.baselines.arguments import check
 
 ROUNDS = 2
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int) -> Tensor:
     """Return MonarchAttention, (G, n_q, d_v), for q (G, n_q, d), k (G, n_k, d) and v (G, n_k, d_v); ``seed`` is not used."""
-    check(q, k, v, budget)
+    check(q, k, v, scale, budget)
     chunks = chunks_for(k.shape[1], budget)
     queries, keys, values = (in_chunks(x, chunks) for x in (q, k, v))  # (G, chunks, rows, columns)
     rows = in_chunks(torch.ones_like(q[:1, :, :1]), chunks)[..., 0].mT[:, :, None]  # (1, j, 1, l), 0 behind the last query

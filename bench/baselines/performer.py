@@ -16,7 +16,7 @@ reflections is uniform among orthogonal matrices only with the signs of R's diag
 import torch
 from torch import Tensor
 
-from bench.baselines.arguments import check, normal, seeded
+from bench.baselines.arguments import check, check_positive, normal, seeded
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int) -> Tensor:
@@ -44,6 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
         An argument has the wrong shape, dtype or size.
     """
     check(q, k, v, scale, budget)
+    check_positive(scale)
     rows = projection(q.shape[2], budget, seeded(seed)).to(q)
     log_k = log_features(k, rows, scale)
     top = log_k.amax(dim=1, keepdim=True)
@@ -54,6 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
 def attend_with_eps(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int, *, eps: float = 1e-4) -> Tensor:
     """Attend as the authors' code does: ``eps`` is added to features, whose maxima are those of Wx; else as `attend`."""
     check(q, k, v, scale, budget)
+    check_positive(scale)
     rows = projection(q.shape[2], budget, seeded(seed)).to(q)
 
     def features(x: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bench.baselines.sizes import check
+from bench.baselines.arguments import check
 
 BLOCK = 64
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int) -> Tensor:
     """Return PISA's estimate, (G, n_q, d_v), for q (G, n_q, d), k (G, n_k, d) and v (G, n_k, d_v); ``seed`` is not used."""
-    check(q, k, v, budget)
+    check(q, k, v, scale, budget)
     (groups, n_q, _), n_k = q.shape, k.shape[1]
     size, chosen = layout(n_k, budget)
     queries, keys, values = (in_blocks(x, size) for x in (q, k, v))

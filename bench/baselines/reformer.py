@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.baselines.arguments import check, normal, seeded
+from bench.baselines.arguments import check, check_positive, normal, seeded
 
 ITSELF = 1e5
 """What is taken from a row's logit with itself."""
@@ -52,6 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     check(q, k, v, scale, budget, least=2 * rounds)
+    check_positive(scale)
     groups, n, d = q.shape
     if v.shape[1] != n:
         raise ValueError(f"q must have as many rows as v, since keys are the queries: {v.shape[1]}, got {n}")
@@ -81,6 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
 def exact_shared(q: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return what `attend` approximates, (G, n, d_v): keys are the normalised queries, and rows hardly see themselves."""
     check(q, q, v, scale, 1)
+    check_positive(scale)
     logits = scale * q @ functional.normalize(q, dim=2).mT
     return (logits - ITSELF * torch.eye(q.shape[1]).to(q)).softmax(dim=2) @ v
 

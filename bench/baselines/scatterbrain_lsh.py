@@ -13,7 +13,7 @@ keys are no likelier to be met than short ones.
 import torch
 from torch import Tensor
 
-from bench.baselines.arguments import check, normal, seeded
+from bench.baselines.arguments import check, check_positive, normal, seeded
 from bench.baselines.performer import projection
 from bench.baselines.reformer import buckets
 from bench.baselines.scatterbrain_window import blocks, features_and_support, halves, windows
@@ -45,6 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
         An argument has the wrong shape, dtype or size.
     """
     check(q, k, v, scale, budget, least=2)
+    check_positive(scale)
     features, width = halves(budget, k.shape[1])
     generator = seeded(seed)
     rows = projection(q.shape[2], features, generator).to(q)

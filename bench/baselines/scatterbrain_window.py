@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from bench.baselines.arguments import check, seeded
+from bench.baselines.arguments import check, check_positive, seeded
 from bench.baselines.performer import log_features, projection
 
 
@@ -44,6 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
         An argument has the wrong shape, dtype or size.
     """
     check(q, k, v, scale, budget, least=2)
+    check_positive(scale)
     features, width = halves(budget, k.shape[1])
     index = blocks(q.shape[1], max(1, width // 2)).to(q.device)
     middle = (2 * index[:, 0] + index.shape[1]) * k.shape[1] // (2 * q.shape[1])

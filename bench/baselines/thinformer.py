@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import exact
-from bench.baselines.sizes import check
+from bench.baselines.arguments import check
 from bench.baselines.uniform import sample
 
 FAILURE = 0.5
@@ -37,7 +37,7 @@ SMALLEST = 4
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int) -> Tensor:
     """Return Thinformer's estimate, (G, n_q, d_v), for q (G, n_q, d), k (G, n_k, d) and v (G, n_k, d_v)."""
-    check(q, k, v, budget)
+    check(q, k, v, scale, budget)
     kept = coreset(k, v, scale, budget, seed)[..., None]
     return exact.attend(q, k.take_along_dim(kept, 1), v.take_along_dim(kept, 1), scale, budget, seed)
 

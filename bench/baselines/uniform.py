@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bench.baselines import exact
-from bench.baselines.sizes import check
+from bench.baselines.arguments import check
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int) -> Tensor:
     """Return attention to a sample of the keys, (G, n_q, d_v), for q (G, n_q, d), k (G, n_k, d) and v (G, n_k, d_v)."""
-    check(q, k, v, budget)
+    check(q, k, v, scale, budget)
     drawn = sample(k, min(budget, k.shape[1]), torch.Generator(k.device).manual_seed(seed))[..., None]
     return exact.attend(q, k.take_along_dim(drawn, 1), v.take_along_dim(drawn, 1), scale, budget, seed)
 

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from bench.baselines.sizes import check
+from bench.baselines.arguments import check
 
 LEAST_PIVOT = 1e-12
 """Of a diagonal of ones: below it a key is a combination of those chosen already, and gets no weight."""
@@ -33,7 +33,7 @@ CROSSING = 3.1916010253237044
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int) -> Tensor:
     """Return WildCat's estimate, (G, n_q, d_v), for q (G, n_q, d), k (G, n_k, d) and v (G, n_k, d_v)."""
-    check(q, k, v, budget)
+    check(q, k, v, scale, budget)
     queries, keys, values = (x.double() for x in (q, k, v))
     keys = keys - keys.mean(1, keepdim=True)
     scaled = keys * (abs(scale) / squared_temperature(queries, keys, scale)).sqrt()
