@@ -18,26 +18,13 @@ from kdecore.core.state import AttentionState
 from kdecore.kernels import registry
 from kdecore.methods import sortlsh
 from kdecore.methods.plan import make_plan
+from tests.launches import LAUNCHES
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 VIEWS = frozenset(
     ["view", "_unsafe_view", "alias", "expand", "slice", "select", "unsqueeze", "squeeze", "transpose", "permute", "detach"]
 ) | {"empty", "scalar_tensor"}
 """Operations that launch nothing on a device."""
-LAUNCHES = {
-    "hash_codes": 2,
-    "bucket_order": 1,
-    "row_norms": 2,
-    "value_sizes": 2,
-    "spoil_groups": 2,
-    "node_summaries": 3,
-    "scaled_nodes": 2,
-    "draw_indices": 2,
-    "rank_codes": 2,
-    "pick_threshold": 7,
-    "attend_tree": 2,
-}
-"""Of a kernel's version for CUDA, and of what it is called with; 1 for the others."""
 
 
 def any_threshold(xp, queries, tree, budget, most, start):

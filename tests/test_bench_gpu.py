@@ -313,7 +313,7 @@ def test_times_on_paper_by_hand():
     row = {"heads": 16, "n": PAPER_ROWS // 16, "stages": stages}
     found = bounded(row, {"copy": 3.0, "product": 798.0})["stages"]
     assert found["finite_rows"]["paper_ms"] == pytest.approx(0.18)
-    assert found["open_tree"]["paper_ms"] == pytest.approx(8.2 / 5.5)
+    assert found["open_tree"]["paper_ms"] == pytest.approx(9.4 / 5.5)
     assert found["attend_blocks"]["paper_ms"] == pytest.approx(0.5)
     assert found["gap_moments"]["paper_ms"] == pytest.approx(0.03)
     assert found["copies"] == {"ms": 1.0}
@@ -324,18 +324,16 @@ def test_times_on_paper_by_hand():
     assert bounded(row, {}) == row
 
 
-def test_the_treecode_is_to_take_six_and_a_half_milliseconds():
-    """On an H100's rates, 131,072 rows in 16 heads; its sorts, PyTorch's, beside what is counted."""
-    used = {"finite_rows", "spoil_groups", "spoil_rows", *Treecode(ordering="sort").kernels} - {
-        "attend_blocks",
-        "bucket_order",
-    }
+@pytest.mark.parametrize(("n", "milliseconds"), [(131_072, 4.8), (32_768, 1.44), (8192, 0.61)])
+def test_what_the_treecode_takes_on_paper(n, milliseconds):
+    """On an H100's rates, in 16 heads, as docs/gpu.md says; its sorts, PyTorch's, move 0.8 GB beside what is counted."""
+    used = {"finite_rows", "spoil_groups", "spoil_rows", *Treecode(ordering="sort").kernels}
+    used -= {"attend_blocks", "bucket_order"}
     assert used <= set(PAPER)
     stages: dict[str, dict[str, float]] = {name: {} for name in used}
-    row = {"heads": 16, "n": PAPER_ROWS // 16, "stages": stages}
+    row = {"heads": 16, "n": n, "stages": stages}
     seconds = [stage["paper_ms"] for stage in bounded(row, {"copy": 3.0, "product": 798.0})["stages"].values()]
-    # 0.8 GB that two sorts of two passes each move.
-    assert 4.0 < sum(seconds) + 0.27 < 6.5
+    assert sum(seconds) + 0.27 * n / 131_072 == pytest.approx(milliseconds, rel=0.02)
 
 
 def test_every_kernel_has_random_arguments(rng):
@@ -498,7 +496,7 @@ def test_failures_come_first_and_the_table_is_short():
     assert text.index("FAILED") < text.index("CHECKS") < text.index("GOALS")
     assert "check 1: inf, at most 0.1" in text
     assert "and 18 more" in text
-    assert "50 launches (tests count 66)" in text
+    assert f"50 launches (tests count {LAUNCHES['sortlsh']})" in text
     assert "stage 0 1 (0.25), stage 1" in text
     assert "n = 8,192: a peer 0.5 (0.002), treecode 512 1 (nan)" in text
     assert "others: no time left: part 0; part 1; and 97 more" in text

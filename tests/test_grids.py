@@ -13,6 +13,7 @@ from kdecore.core.tree import BlockQueries, Tree, node_count
 from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.runtime import grids
+from tests.launches import GROWING, LAUNCHES
 
 G, N, D, D_V, P, LEAF, ROWS, SLOTS, COUNT = 16, 2**27 - 1, 3, 2, 3, 4, 16, 5, 200
 """16 · N rows in all: of one row more in each group there would be more rows than a grid has blocks."""
@@ -113,6 +114,8 @@ def test_grids_of_numba_kernels_lie_along_one_axis(monkeypatch, kernel):
     monkeypatch.setattr(launching, "launch", lambda one, blocks, *_: found.append(grids.flat_grid(one.name, blocks)))
     getattr(module, kernel)(xp, *NUMBA[kernel]())
     assert found
+    if kernel not in TRITON and kernel not in ("balanced_view", "bucket_order"):
+        assert len(found) == LAUNCHES.get(kernel, 1)
     assert all(0 < blocks <= 2**31 - 1 for (blocks,) in found)
 
 
@@ -152,6 +155,8 @@ def test_grids_of_triton_kernels_are_checked(monkeypatch, kernel):
     else:
         getattr(importlib.import_module(f"kdecore.kernels.{kernel}.triton"), kernel)(xp, *TRITON[kernel]())
     assert found
+    if kernel not in GROWING | {"attend_blocks", "gradients"}:
+        assert len(found) == LAUNCHES.get(kernel, 1)
     assert [one for one, _ in found] == checked
     assert all(0 < grid[0] <= 2**31 - 1 and grid[1:] in ((), (4,)) for _, grid in found)
 

@@ -104,6 +104,17 @@ def test_what_is_taken_is_taken_in_every_smaller_size(limit, first, second):
         assert limit(smaller) is None
 
 
+RECORDED = ("finite_rows", "spoil_groups", "spoil_rows", "shrink_matrices", "project_rows", "node_summaries", "gap_moments")
+
+
+@pytest.mark.parametrize("kernel", [*RECORDED, "attend_tree", "attend_blocks", "attend_dense"])
+def test_no_kernel_of_a_device_cuts_gradients_off(numba_there, kernel):
+    """Those whose results carry them; all others are given what carries none."""
+    on_devices = [one for one in KERNELS[kernel] if one.target in ("triton", "numba-cuda")]
+    assert {one.unsupported(CUDA) for one in on_devices} == {None}
+    assert {one.unsupported(replace(CUDA, gradient="reverse")) for one in on_devices} == {"records no gradients"}
+
+
 # registry.choose
 
 WIDE = replace(CUDA, largest=Largest(n_q=1000, n_k=100, d=300, d_v=300, item_bytes=4))

@@ -16,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdecore
 from kdecore.arrays.errors import DeviceError
+from kdecore.arrays.kept import kept_on_device
+from kdecore.arrays.memory import from_host
+from kdecore.arrays.random import normal
 from kdecore.methods import sortlsh
 from kdecore_adapters import torch_graphs
 from kdecore_adapters.torch_adapter import collect_reports, scaled_dot_product_attention
-from kdecore_adapters.torch_graphs import GRAPHS, KEPT, WARM_UPS, clear_graphs, replayed
+from kdecore_adapters.torch_graphs import GRAPHS, WARM_UPS, clear_graphs, replayed
 from kdecore_adapters.torch_modules import KDEAttention, replace_attention, reroute
 from tests.test_structure import FILES
 
@@ -269,27 +272,37 @@ def test_the_graphs_replayed_last_are_kept_and_others_freed(cuda):
     assert all(one() is None for one in made)
 
 
-def test_a_graph_is_captured_anew_before_what_it_reads_may_be_gone(cuda):
-    """Hyperplanes are kept for the last seeds, and a graph knows only where they were."""
+def test_a_graph_keeps_what_it_reads(cuda, monkeypatch):
+    """Hyperplanes are kept for the last few seeds, and a graph knows only where they were: it holds them itself."""
+    made = []
+
+    @kept_on_device(2)
+    def planes(xp, seed, shape, dtype, on):
+        found = from_host(xp, normal(seed, 0, shape), dtype=dtype, device=on.device)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(sortlsh, "_planes", planes)
     scaled_dot_product_attention(*tensors(), **GRAPHED)
-    planes = KEPT[0]
-    assert planes is sortlsh._planes
-    for seed in range(planes.cache_info().maxsize):
-        scaled_dot_product_attention(*tensors(), **GRAPHED)
-        kdecore.attention(*tensors(), method="sortlsh", budget=20, seed=100 + seed, kernels="array-api")
-    scaled_dot_product_attention(*tensors(), **GRAPHED)
-    assert cuda.count("capture") == 2
+    (own,) = made
+    for seed in (100, 101, 102):
+        kdecore.attention(*tensors(), method="sortlsh", budget=20, seed=seed, kernels="array-api")
+    gc.collect()
+    assert [one() is None for one in made] == [False, True, False, False]
+    clear_graphs()
+    gc.collect()
+    assert own() is None
 
 
-def test_every_cache_of_arrays_on_devices_is_known():
+def test_every_array_kept_on_devices_is_known_to_graphs():
     """They tell devices apart, by `NamedDevice`."""
-    cached = set()
+    cached = {}
     for module, path in FILES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and "cache" in ast.unparse(node.decorator_list or ast.Constant("")):
-                cached |= {(module, node.name)} if "NamedDevice" in ast.unparse(node.args) else set()
-    assert cached == {(cache.__module__, cache.__name__) for cache in KEPT}
-    assert sortlsh._planes in KEPT
+            if isinstance(node, ast.FunctionDef) and "NamedDevice" in ast.unparse(node.args):
+                cached[module, node.name] = [ast.unparse(one).partition("(")[0] for one in node.decorator_list]
+    assert ("kdecore.methods.sortlsh", "_planes") in cached
+    assert all(decorators == ["kept_on_device"] for decorators in cached.values())
 
 
 def test_a_call_that_raises_while_it_is_captured_leaves_nothing(cuda):

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.gradients import outside_inference_mode
+from kdecore.arrays.kept import kept_arrays_met
 from kdecore.arrays.namespace import common_device
-from kdecore.core import selection
-from kdecore.kernels.scaled_nodes import reference as scaled_nodes
-from kdecore.methods import sortlsh, tree_queries
 from kdecore_adapters.torch_backend import BACKEND
 
 GRAPHS = 8
@@ -29,8 +27,6 @@ DEVICE = "cuda"
 """Type of the devices that have graphs."""
 WAITING = ("rtol", "check_finite", "window")
 """Options with which a call reads from the device or copies from the host, as with ``key_lengths``: no graph can."""
-KEPT = (sortlsh._planes, scaled_nodes.level_factors, selection.positions, tree_queries.evenly_spaced)
-"""Caches of arrays on devices that calls make once and graphs go on reading."""
 
 # Two captures at a time are none, and buffers are filled and read by one call after the other.
 _one_at_a_time = Lock()
@@ -48,11 +44,14 @@ class Captured:
         Buffers that it reads.
     out
         The buffer that it writes.
+    read
+        Arrays kept for all calls that it goes on reading, whether or not they are kept for others.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     out: Tensor
+    read: tuple[Tensor, ...]
 
 
 def replayed(call: Callable[..., Tensor], tensors: Mapping[str, Tensor], settings: tuple[Any, ...]) -> Tensor:
@@ -89,7 +88,7 @@ def replayed(call: Callable[..., Tensor], tensors: Mapping[str, Tensor], setting
     rows = tuple((tuple(x.shape), x.dtype) for x in tensors.values())
     stream = torch.cuda.current_stream(device).cuda_stream
     with _one_at_a_time, torch.no_grad():
-        found = _captured(call, rows, device, stream, settings, renewed())
+        found = _captured(call, rows, device, stream, settings)
         for buffer, x in zip(found.inputs, tensors.values(), strict=True):
             buffer.copy_(x)
         found.graph.replay()
@@ -102,12 +101,6 @@ def clear_graphs() -> None:
         _captured.cache_clear()
 
 
-def renewed() -> tuple[int, ...]:
-    """Return how often each cache of `KEPT` may have been filled anew: what a graph reads is there until that changes."""
-    every = [cache.cache_info() for cache in KEPT]
-    return tuple(one.misses // (one.maxsize or 1) for one in every)
-
-
 @lru_cache(maxsize=GRAPHS)
 @outside_inference_mode()
 def _captured(
@@ -116,15 +109,14 @@ def _captured(
     device: torch.device,
     stream: int,
     settings: tuple[Any, ...],
-    renewals: tuple[int, ...],
 ) -> Captured:
-    """Capture a call of zeros; ``stream`` and ``renewals`` only tell graphs apart."""
+    """Capture a call of zeros; ``stream`` only tells graphs apart."""
     inputs = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in rows)
     new_stream: Any = torch.cuda.Stream
     aside = new_stream(device)
     torch.cuda.synchronize(device)
     # PyTorch's own context doesn't bring back the stream where the end of a capture fails: this one does.
-    with torch.cuda.stream(aside):
+    with torch.cuda.stream(aside), kept_arrays_met() as read:
         for _ in range(WARM_UPS):
             call(*inputs, *settings)
         torch.cuda.synchronize(device)
@@ -141,7 +133,7 @@ def _captured(
             raise OptionError(
                 f"cuda_graph needs a call that can be captured, got {type(first).__name__}: {first}"
             ) from error
-    return Captured(graph, inputs, out)
+    return Captured(graph, inputs, out, tuple(read))
 
 
 def check_capturable(

@@ -50,7 +50,7 @@ PAPER = {
     "value_sizes": Paper(0.51e9),
     "hash_codes": Paper(0.94e9),
     "bucket_order": Paper(0.13e9),
-    "draw_indices": Paper(0.09e9, 3e9),
+    "draw_indices": Paper(0.12e9, 1.6e9),
     "attend_blocks": Paper(1.5e9, 2.1e9, 0.27e12),
     "second_moment": Paper(waiting=0.02e-3),
     "balanced_view": Paper(waiting=0.1e-3),
@@ -61,12 +61,12 @@ PAPER = {
     "pick_threshold": Paper(waiting=0.14e-3),
     "gap_moments": Paper(waiting=0.03e-3),
     "shrink_matrices": Paper(waiting=0.01e-3),
-    "open_tree": Paper(0.0, 8.2e9, 0.35e12),
+    "open_tree": Paper(0.0, 9.4e9, 0.35e12),
     "attend_tree": Paper(1.5e9, 4.3e9, 0.27e12),
 }
 """Of `PAPER_ROWS` rows, d = 64, bfloat16, budget 512: what the kernels' docstrings count, for all launches of a call.
 
-Where instructions bound a kernel, the bytes that would take as long at 3.0 TB/s.
+Where instructions bound a kernel, the bytes that would take as long at 3.0 TB/s, or through the cache.
 """
 
 

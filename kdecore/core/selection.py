@@ -7,11 +7,11 @@ Every estimator is a Selection. It is unbiased in numerator and denominator when
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
-from kdecore.arrays.gradients import outside_inference_mode
+from kdecore.arrays.kept import kept_on_device
 from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
 from kdecore.arrays.rows import first_places, take_along_rows, take_columns, take_rows
 from kdecore.core.tree import Tree
@@ -236,8 +236,7 @@ def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     return Blocks(xp.reshape(held, (-1, count, longest)), starts)
 
 
-@lru_cache(maxsize=8)
-@outside_inference_mode()
+@kept_on_device(8)
 def positions(xp: Namespace, n: int, count: int, on: NamedDevice) -> Array:
     """Return which of n ordered queries each row of ``count`` equal blocks holds: int64 (count · ⌈n / count⌉,).
 

@@ -119,7 +119,7 @@ def attend_lists(problem: Problem, plan: Plan, selection: Selection, before: Att
         *(flat(x) for x in (selection.blocks.index, selection.key_index, selection.log_weight)),
         problem.scale,
         groups=problem.groups,
-        whole=selection.blocks.starts[-1] == problem.n_q,
+        whole=(selection.blocks.starts[0], selection.blocks.starts[-1]) == (0, problem.n_q),
         **more,
     )
     lead = (problem.groups, problem.n_q)

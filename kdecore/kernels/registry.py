@@ -191,19 +191,23 @@ def _within(unsupported: Unsupported, limit: Limit) -> Unsupported:
     return lambda site: unsupported(site) or limit(site.largest)
 
 
+CONSTANTS, FLOATS = (_host_constants, _cuda_constants, triton_problem), (_host_floats, _cuda_floats, _triton_floats)
+"""Why Numba for the CPU, Numba CUDA and Triton cannot run at a site: for results that carry no gradient, and for others."""
+
+
 def _implementations(
     name: str,
     *,
-    host: Unsupported = _host_constants,
-    cuda: Unsupported = _cuda_constants,
+    constant: bool = True,
     slower: Unsupported = _anywhere,
     recorded: Unsupported = _recorded_tensors,
     others: tuple[str, ...] = (),
 ) -> tuple[Implementation, ...]:
     """Return the implementations of the kernel in the folder of its name, with some of ``others``, fastest first.
 
-    ``cuda`` and ``slower`` are of the one in Numba CUDA, ``recorded`` of the one that knows its gradients. What sizes an
-    implementation takes, the kernel's contract says in ``LIMITS``.
+    Of what isn't ``constant`` gradients are recorded: it is for those that record them, or for calls that record none.
+    ``slower`` is of the one in Numba CUDA, ``recorded`` of the one that knows its gradients. What sizes an implementation
+    takes, the kernel's contract says in ``LIMITS``.
     """
     folder = f"kdecore.kernels.{name}"
     reference = getattr(import_module(f"{folder}.reference"), name)
@@ -220,8 +224,9 @@ def _implementations(
             unsupported = _within(unsupported, limits[target])
         return (Implementation(target, _late(module, name, reference), unsupported, slower),)
 
+    host, cuda, triton = CONSTANTS if constant else FLOATS
     return (
-        *other("triton", f"{folder}.triton", _triton_floats if host is _host_floats else triton_problem),
+        *other("triton", f"{folder}.triton", triton),
         *other("numba-cuda", f"{folder}.cuda", cuda, slower),
         *(Implementation("numba-cpu", getattr(module, name), host) for module in cpu),
         *((Implementation("torch-autograd", _recorded(name, reference), recorded),) if "torch-autograd" in others else ()),
@@ -230,9 +235,9 @@ def _implementations(
 
 
 KERNELS: dict[str, tuple[Implementation, ...]] = {
-    "finite_rows": _implementations("finite_rows", cuda=_cuda_floats, others=("numba-cuda",)),
-    "spoil_groups": _implementations("spoil_groups", cuda=_cuda_floats, others=("numba-cuda",)),
-    "spoil_rows": _implementations("spoil_rows", cuda=_cuda_floats, others=("numba-cuda",)),
+    "finite_rows": _implementations("finite_rows", constant=False, others=("numba-cuda",)),
+    "spoil_groups": _implementations("spoil_groups", constant=False, others=("numba-cuda",)),
+    "spoil_rows": _implementations("spoil_rows", constant=False, others=("numba-cuda",)),
     "row_norms": _implementations("row_norms", others=("numba-cuda",)),
     "value_sizes": _implementations("value_sizes", others=("numba-cuda",)),
     "hash_codes": _implementations("hash_codes", others=("triton", "numba-cuda")),
@@ -242,28 +247,22 @@ KERNELS: dict[str, tuple[Implementation, ...]] = {
     "draw_indices": _implementations("draw_indices", others=("numba-cuda",)),
     "balanced_view": _implementations("balanced_view", others=("numba-cuda",)),
     "second_moment": _implementations("second_moment", others=("numba-cuda",)),
-    "project_rows": _implementations("project_rows", host=_host_floats, others=("triton",)),
+    "project_rows": _implementations("project_rows", constant=False, others=("triton",)),
     "rank_codes": _implementations("rank_codes", others=("triton", "numba-cuda")),
     "tree_order": _implementations("tree_order"),
-    "node_summaries": _implementations(
-        "node_summaries", host=_host_floats, cuda=_cuda_floats, others=("triton", "numba-cuda", "torch-autograd")
-    ),
-    # Where gradients are recorded, the host's products are the library's, as those of `project_rows` are.
-    "scaled_nodes": _implementations("scaled_nodes", host=_host_floats, others=("numba-cuda",)),
+    "node_summaries": _implementations("node_summaries", constant=False, others=("triton", "numba-cuda", "torch-autograd")),
+    "scaled_nodes": _implementations("scaled_nodes", others=("numba-cuda",)),
     "pick_threshold": _implementations("pick_threshold", others=("triton", "numba-cuda")),
     "open_tree": _implementations("open_tree", others=("triton", "numba-cuda")),
-    "gap_moments": _implementations("gap_moments", host=_host_floats, others=("triton", "torch-autograd")),
-    "shrink_matrices": _implementations("shrink_matrices", cuda=_cuda_floats, others=("numba-cuda",)),
+    "gap_moments": _implementations("gap_moments", constant=False, others=("triton", "torch-autograd")),
+    "shrink_matrices": _implementations("shrink_matrices", constant=False, others=("numba-cuda",)),
     "attend_tree": _implementations(
-        "attend_tree", host=_host_floats, recorded=_recorded_on_host, others=("triton", "torch-autograd")
+        "attend_tree", constant=False, recorded=_recorded_on_host, others=("triton", "torch-autograd")
     ),
-    "attend_blocks": _implementations(
-        "attend_blocks", host=_host_floats, cuda=_cuda_floats, others=("triton", "numba-cuda", "torch-autograd")
-    ),
+    "attend_blocks": _implementations("attend_blocks", constant=False, others=("triton", "numba-cuda", "torch-autograd")),
     "attend_dense": _implementations(
         "attend_dense",
-        host=_host_floats,
-        cuda=_cuda_floats,
+        constant=False,
         slower=_few_queries,
         others=("triton", "numba-cuda", "torch-autograd"),
     ),

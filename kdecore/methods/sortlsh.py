@@ -14,11 +14,11 @@ queries meets the stretch of keys at its place. A_res, the rest, is sampled. Whe
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import ClassVar, Self
 
 from kdecore.arrays.errors import OptionError
-from kdecore.arrays.gradients import outside_inference_mode
+from kdecore.arrays.kept import kept_on_device
 from kdecore.arrays.memory import from_host
 from kdecore.arrays.namespace import ACCUMULATION, Array, NamedDevice, Namespace, named_device
 from kdecore.arrays.random import SAMPLES_STREAM, normal
@@ -28,6 +28,7 @@ from kdecore.core.problem import Problem
 from kdecore.core.selection import Selection, equal_blocks
 from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.registry import Choice
+from kdecore.kernels.site import Largest
 from kdecore.methods.base import Chunked, Method, Plan, Priors, Stages
 from kdecore.methods.choices import item_bytes
 from kdecore.methods.costs import CostModel, modelled_cost
@@ -195,8 +196,7 @@ def hash_codes(problem: Problem, plan: Plan) -> tuple[Array, Array]:
     return codes
 
 
-@lru_cache(maxsize=64)
-@outside_inference_mode()
+@kept_on_device(64)
 def _planes(xp: Namespace, seed: int, shape: tuple[int, int], dtype: object, on: NamedDevice) -> Array:
     """Return hyperplanes on a device. The last few are kept: making them there takes a copy that waits for it."""
     return from_host(xp, normal(seed, PLANES_STREAM, shape), dtype=dtype, device=on.device)
@@ -287,10 +287,17 @@ def temporary_bytes(
     return hashed + lists_bytes(problem, options, kernels, threads, options.rows)
 
 
+def largest(problem: Problem, options: SortLSH, kernel: str, chosen: dict[str, Choice], sizes: Largest) -> Largest:
+    """Return the largest sizes of what a kernel is given: of as many queries as keys both are ordered at once."""
+    both = kernel == "bucket_order" and problem.n_q == problem.n_k
+    return replace(sizes, groups=2 * sizes.groups) if both else sizes
+
+
 METHOD = Method(
     SortLSH,
     select,
     temporary_bytes=temporary_bytes,
+    largest=largest,
     cost=partial(modelled_cost, CostModel(0.7, 0.0, 75.0, 16_000.0, 0.0, 1e7)),
     stages=Stages(prepare, block_and_sample),
     chunked=Chunked(describe, sort_described, select_chunk, False),

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
-from kdecore.arrays.gradients import outside_inference_mode
+from kdecore.arrays.kept import kept_on_device
 from kdecore.arrays.memory import from_host
 from kdecore.arrays.namespace import Array, NamedDevice, Namespace, host, named_device
 from kdecore.arrays.rows import invert_permutation, take_along_rows, take_columns
@@ -89,8 +88,7 @@ def with_queries(problem: Problem, plan: Plan, prepared: PreparedTree, queries: 
     return replace(prepared, pilot=take_columns(xp, blocks.index, number), own=own)
 
 
-@lru_cache(maxsize=8)
-@outside_inference_mode()
+@kept_on_device(8)
 def evenly_spaced(xp: Namespace, count: int, some: int, on: NamedDevice) -> Array:
     """Return the numbers, int64 (some,), of so many of ``count`` blocks. The last few are kept."""
     return xp.arange(count, 2 * some * count, 2 * count, dtype=xp.int64, device=on.device) // (2 * some)

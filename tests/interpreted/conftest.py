@@ -9,10 +9,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of it
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
 from kdecore.kernels.attend_blocks import triton, triton_backward
+from tests.poison import poisoned
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "these tests are for TRITON_INTERPRET=1"
 
@@ -33,6 +35,13 @@ def as_devices_do(monkeypatch):
     )
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Let PyTorch's empty tensors be poisoned."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 @pytest.fixture

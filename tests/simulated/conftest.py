@@ -7,11 +7,14 @@ few.
 import importlib
 from pathlib import Path
 
+import array_api_compat.numpy
+import array_api_compat.torch
 import numpy as np
 import pytest
 from numba import config
 
 from kdecore import kernels
+from tests.poison import poisoned
 
 assert config.ENABLE_CUDASIM, "these tests are for NUMBA_ENABLE_CUDASIM=1"
 
@@ -32,6 +35,13 @@ def tiny_blocks(monkeypatch):
         for name, value in getattr(module, "TINY", {"THREADS": THREADS}).items():
             assert getattr(module, name) > value
             monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Let empty arrays of NumPy and PyTorch be poisoned."""
+    for xp in (array_api_compat.numpy, array_api_compat.torch):
+        monkeypatch.setattr(xp, "empty", poisoned(xp.empty))
 
 
 @pytest.fixture

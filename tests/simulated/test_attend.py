@@ -127,6 +127,23 @@ def test_a_bias_and_what_was_before(rng, dtype, shared, b, s, d_v):
     assert (np.asarray(part.lse)[rest] == -np.inf).all()
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_groups_number_their_own_rows(rng, dtype, whole):
+    """Two groups of two blocks; the last query of each is there twice, and where not all are in a block some are in none."""
+    queries = 9 if whole else 11
+    xp, given, wide = rows(rng, dtype, (2 * queries, 5), (40, 5), (40, 3))
+    order = [rng.permutation(queries)[:9] for _ in range(2)]
+    query_index = np.stack([np.append(x, x[-1:]).reshape(2, 5) for x in order]).reshape(4, 5)
+    key_index, log_weight = rng.integers(0, 20, (4, 7)), rng.standard_normal((4, 7))
+    *index, weight = (xp.asarray(x) for x in (query_index, key_index, log_weight))
+    weight = xp.astype(weight, getattr(xp, number(dtype)))
+    part = cuda.attend_blocks(xp, *given, *index, weight, 0.3, groups=2, whole=whole)
+    group = np.repeat([0, 1], 2)[:, None]
+    found = query_index + group * queries, key_index + group * 20, log_weight
+    assert_part(part, expected(wide, found, 0.3, dtype=number(dtype)), dtype)
+
+
 @pytest.mark.parametrize("d_v", [3, 33])
 def test_what_was_before_is_kept_for_queries_of_no_block(rng, d_v):
     xp, given, wide = rows(rng, "float32", (30, 4), (30, 4), (30, d_v))

@@ -8,19 +8,6 @@ from kdecore.kernels.open_tree import cuda
 from tests.trees import assert_lists, opened_by_a_threshold, pass_problem
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Let empty arrays hold what no list may, so that what is read before it is written shows."""
-    empty = host.empty
-
-    def filled(*args, **kwargs):
-        found = empty(*args, **kwargs)
-        found.fill(np.nan if found.dtype.kind == "f" else 10**9)
-        return found
-
-    monkeypatch.setattr(host, "empty", filled)
-
-
 def problem(rng, **given):
     """Return a problem of two groups of two blocks of 3 queries each, but for what is given."""
     return pass_problem(rng, **{"budget": 14, "n": 40, "n_q": 6, "rows": 3, "d": 3, "p": 2, **given})

@@ -10,19 +10,6 @@ from kdecore.kernels.pick_threshold.contract import ABOVE, BINS, OCTAVES, STEPS,
 from tests.trees import OneBlock, pass_problem, threshold_of
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Let empty arrays hold what no bound may be, so that what is read before it is written shows."""
-    empty = host.empty
-
-    def filled(*args, **kwargs):
-        found = empty(*args, **kwargs)
-        found.fill(np.nan if found.dtype.kind == "f" else 10**9)
-        return found
-
-    monkeypatch.setattr(host, "empty", filled)
-
-
 def binned_threshold(arguments, budget, most, start):
     """What the contract promises on accelerators, node by node."""
     blocks = [OneBlock(arguments, g, b) for g, b in np.ndindex(*arguments[0].index.shape[:2])]

@@ -1,7 +1,5 @@
 """What looks at rows, and what becomes of them, in the simulator: against references on the same numbers."""
 
-import array_api_compat.numpy
-import array_api_compat.torch
 import numpy as np
 import pytest
 import torch
@@ -20,22 +18,6 @@ from kdecore.kernels.value_sizes import cuda as sizes_cuda
 from kdecore.kernels.value_sizes import reference as sizes_reference
 from tests.simulated.rows import DTYPES, stored
 from tests.tolerances import assert_close
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Let empty arrays of NumPy and PyTorch hold NaN, so that what is never written shows."""
-
-    def filled(empty):
-        def call(*args, **kwargs):
-            found = empty(*args, **kwargs)
-            found[...] = np.nan
-            return found
-
-        return call
-
-    for xp in (array_api_compat.numpy, array_api_compat.torch):
-        monkeypatch.setattr(xp, "empty", filled(xp.empty))
 
 
 def rows_with_holes(rng, shape):

@@ -86,10 +86,12 @@ def attend_blocks(
     scale: float,
     bias: Array | None = None,
     before: AttentionState | None = None,
+    groups: int = 1,
+    whole: bool = False,
 ) -> AttentionState:
     """Follow `kdecore.kernels.attend_blocks.contract.AttendBlocks`."""
     sizes = (*query_index.shape, key_index.shape[1])
-    return attend_lists(xp, q, k, v, (query_index, key_index, log_weight), sizes, scale, bias, before)
+    return attend_lists(xp, q, k, v, (query_index, key_index, log_weight), sizes, scale, bias, before, groups, whole)
 
 
 def attend_lists(
@@ -102,6 +104,8 @@ def attend_lists(
     scale: float,
     bias: Array | None = None,
     before: AttentionState | None = None,
+    groups: int = 1,
+    whole: bool = True,
 ) -> AttentionState:
     """Let blocks of queries attend to lists of keys.
 
@@ -113,7 +117,7 @@ def attend_lists(
         query_index, key_index and log_weight, as there; None where blocks and their keys follow each other row by row.
     sizes
         Numbers of blocks, of their queries and of their slots.
-    scale, bias, before
+    scale, bias, before, groups, whole
         As there.
     """
     (blocks, rows, slots), d_v, name = sizes, int(v.shape[1]), dtype_name(q)
@@ -123,8 +127,9 @@ def attend_lists(
         return xp.empty((0,) * dimensions, dtype=dtype, device=q.device)
 
     if before is None:
-        out = xp.zeros((q.shape[0], d_v), dtype=dtype, device=q.device)
-        old, lse = nothing(1, dtype), xp.full((q.shape[0],), -math.inf, dtype=dtype, device=q.device)
+        old, found = nothing(1, dtype), {"dtype": dtype, "device": q.device}
+        out = xp.empty((q.shape[0], d_v), **found) if whole else xp.zeros((q.shape[0], d_v), **found)
+        lse = xp.empty((q.shape[0],), **found) if whole else xp.full((q.shape[0],), -math.inf, **found)
     else:
         # Thread blocks of other columns read what lse was before.
         out, old, lse = contiguous(before.out), before.lse, xp.asarray(before.lse, copy=True)
@@ -136,7 +141,8 @@ def attend_lists(
     # A number of the arrays' dtype: a Python float would be computed with in float64.
     factor = np.dtype(dtype_name(out)).type(scale * LOG2E)
     values = v if d_v > 0 else k  # something is read
-    numbers = rows, slots, slices, factor, before is not None
+    of_a_group = blocks // groups, q.shape[0] // groups, k.shape[0] // groups
+    numbers = rows, slots, slices, *of_a_group, factor, before is not None
     grid = blocks * -(-rows // ROWS) * slices
     launch(TILES[name, width], grid, THREADS, q, k, values, *lists, added, *numbers, old, out, lse)
     return AttentionState(out, lse)
@@ -243,7 +249,7 @@ def weigh(found, maxima, tops, shrinks, totals, weights):
 
 
 @cuda.jit(device=True)
-def finish(query_index, block, first, rows, totals, maxima, tops, of_rows, merging, old, lse):
+def finish(query_index, block, first, rows, first_query, totals, maxima, tops, of_rows, merging, old, lse):
     """Write lse of a tile's queries, and in two rows of ``maxima`` what their sums and their rows of out are multiplied by.
 
     A query that is there again is neither merged nor written again: its number becomes −1.
@@ -258,7 +264,7 @@ def finish(query_index, block, first, rows, totals, maxima, tops, of_rows, mergi
             total += maxima[other, row]
         total = total if total != number(0.0) else number(1.0)
         found, inverse = (tops[row] + math.log2(total)) * number(LN2), number(1.0) / total
-        if place >= rows or (listed and place > 0 and query_index[block, place - 1] == query):
+        if place >= rows or (listed and place > 0 and query_index[block, place - 1] + first_query == query):
             of_rows[row] = -1
         else:
             if merging:
@@ -328,18 +334,20 @@ def make(stored: str, width: int) -> CudaKernel:
     given = ", ".join(["stored[:, ::1]"] * 3 + ["int64[:, ::1]"] * 2 + ["number[:, ::1], number[:, :, ::1]"])
 
     @cuda_kernel(
-        f"{given}, int64, int64, int64, number, boolean, number[::1], number[:, ::1], number[::1]",
+        f"{given}, int64, int64, int64, int64, int64, int64, number, boolean, number[::1], number[:, ::1], number[::1]",
         THREADS,
         stored,
     )
     def attend_tile(
-        q, k, v, query_index, key_index, log_weight, bias, rows, slots, slices, factor, merging, old, out, lse
+        q, k, v, query_index, key_index, log_weight, bias, rows, slots, slices, group_blocks, group_queries, group_keys,
+        factor, merging, old, out, lse,
     ):  # fmt: skip
         """Let a tile of a block's queries attend to the block's list, into some columns of their rows of out, and lse."""
         thread, number, d, d_v = cuda.threadIdx.x, out.dtype.type, q.shape[1], out.shape[1]
         task, column = cuda.blockIdx.x // slices, cuda.blockIdx.x % slices * ACROSS * width
         tiles = -(-rows // ROWS)
         block, first = task // tiles, task % tiles * ROWS
+        first_query, first_key = block // group_blocks * group_queries, block // group_blocks * group_keys
         row_tile = cuda.shared.array((DEPTH, ROW_PITCH), out.dtype, ALIGNED)
         slot_tile = cuda.shared.array((DEPTH, SLOT_PITCH), out.dtype, ALIGNED)
         value_tile = cuda.shared.array((DEEP, width, ACROSS), out.dtype, ALIGNED)
@@ -356,7 +364,7 @@ def make(stored: str, width: int) -> CudaKernel:
         sums = cuda.local.array((TALL, width), out.dtype)
         for row in range(thread, ROWS, THREADS):
             # Past the last query it is the last again.
-            of_rows[row] = number_at(query_index, block, min(first + row, rows - 1), rows)
+            of_rows[row] = number_at(query_index, block, min(first + row, rows - 1), rows) + first_query
             tops[row] = -np.inf
         for a in range(SIDE):
             totals[a] = number(0.0)
@@ -365,7 +373,7 @@ def make(stored: str, width: int) -> CudaKernel:
             for s in range(thread, SLOTS, THREADS):
                 # Past the last slot that counts it is that again, and does not count.
                 slot = min(start + s, used - 1)
-                of_slots[s] = number_at(key_index, block, slot, slots)
+                of_slots[s] = number_at(key_index, block, slot, slots) + first_key
                 weight = log_weight[block, slot] * number(LOG2E) if log_weight.shape[0] > 0 else number(0.0)
                 added[s] = weight if start + s < used else number(-np.inf)
             cuda.syncthreads()
@@ -383,7 +391,7 @@ def make(stored: str, width: int) -> CudaKernel:
                 add_bias(found, bias, block, first, start, used)
             weigh(found, maxima, tops, shrinks, totals, weights)
             add_values(sums, shrinks, weights, v, of_slots, column, value_tile)
-        finish(query_index, block, first, rows, totals, maxima, tops, of_rows, merging, old, lse)
+        finish(query_index, block, first, rows, first_query, totals, maxima, tops, of_rows, merging, old, lse)
         for i in range(TALL):
             row = thread // ACROSS * TALL + i
             query = of_rows[row]

@@ -23,6 +23,6 @@ class RowNorms(Protocol):
         Returns
         -------
         Array
-            (G, n) float64, on accelerators the dtype that it is computed in; 0 for a row with a number that is not finite,
+            (G, n) float64, or of the dtype that rows are computed in; 0 for a row with a number that is not finite,
             and everywhere where the group's largest is 0. O(G n d).
         """

@@ -1,10 +1,9 @@
 """`scaled_nodes` in the array API."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
-from kdecore.arrays.gradients import outside_inference_mode
+from kdecore.arrays.kept import kept_on_device
 from kdecore.arrays.namespace import Array, NamedDevice, Namespace, named_device
 from kdecore.arrays.rows import take_columns
 from kdecore.core.tree import depth_of
@@ -71,8 +70,7 @@ def scaled(xp: Namespace, nodes: TreeNodes, share: Array, octaves: float) -> tup
     return spread, sizes
 
 
-@lru_cache(maxsize=16)
-@outside_inference_mode()
+@kept_on_device(16)
 def level_factors(xp: Namespace, nodes: int, octaves: float, dtype: Any, on: NamedDevice) -> Array:
     """Return 2^(octaves · level) for each of so many nodes: (nodes,). The last few are kept, as many steps make them."""
     number = xp.arange(1, nodes + 1, dtype=xp.float64, device=on.device)
