@@ -38,32 +38,6 @@ def sdpa(q: Any, k: Any, v: Any, scale: float) -> Any:
     return backend_named("torch").exact_attention(q, k, v, scale)
 
 
-def glove_error() -> Figures:
-    """KDEformer paper's GloVe protocol: n = 8192, K = Q, 384 keys per query, mean and deviation over 10 seeds."""
-    case = glove_case(8192)
-    q, v = case.q.astype(np.float64), case.v.astype(np.float64)
-    scale = case.scale or 1.0
-    exact = kdecore.attention(q, q, v, method="exact", scale=scale)
-    estimates: dict[str, Callable[[int], Any]] = {
-        method: partial(
-            lambda method, seed: kdecore.attention(q, q, v, method=method, budget=384, scale=scale, diagonal=0, seed=seed),
-            method,
-        )
-        for method in ("sortlsh", "hyper")
-    }
-    if kdeformer_released.VARIABLE in os.environ:
-        estimates["KDEformer as released"] = lambda seed: released(q, v, scale, seed)
-    figures = {}
-    for name, estimate in estimates.items():
-        found = [errors(host, estimate(seed), exact) for seed in range(10)]
-        spectral, frobenius = [x.spectral for x in found], [x.frobenius for x in found]
-        bar = 0.18 if name == "sortlsh" else None
-        figures[f"{name}, spectral error"] = Figure(float(np.mean(spectral)), "", at_most=bar)
-        figures[f"{name}, spectral error, deviation"] = Figure(float(np.std(spectral, ddof=1)), "")
-        figures[f"{name}, Frobenius error"] = Figure(float(np.mean(frobenius)), "")
-    return figures
-
-
 def released(q: Any, v: Any, scale: float, seed: int) -> Any:
     """Self-attention by KDEformer's released code, 128 keys in a block and 256 samples, on NumPy arrays without a copy."""
     queries, values = (torch.from_numpy(array)[None] for array in (q, v))
@@ -363,7 +337,6 @@ def random_inputs(heads: int, n: int) -> Any:
 MEASURES: dict[str, Callable[[], Figures]] = {
     function.__name__: function
     for function in (
-        glove_error,
         treecode_error,
         treecode_speed,
         treecode_growth,

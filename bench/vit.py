@@ -172,6 +172,28 @@ def load() -> VisionTransformer:
     return VisionTransformer(weights)
 
 
+def square(side: int, image: str) -> Tensor:
+    """Return a photograph of scikit-image's, cut to its central square and resized by bicubic interpolation.
+
+    Parameters
+    ----------
+    side
+        Pixels on a side.
+    image
+        A colour photograph that skimage.data has.
+
+    Returns
+    -------
+    Tensor
+        (1, 3, side, side) float32, colours of 0 … 1 but where the interpolation overshoots.
+    """
+    pixels = torch.from_numpy(np.asarray(getattr(needed("skimage.data"), image)(), dtype=np.float32) / 255)
+    shorter = min(pixels.shape[:2])
+    top, left = ((length - shorter) // 2 for length in pixels.shape[:2])
+    pixels = pixels[top : top + shorter, left : left + shorter].permute(2, 0, 1)[None]
+    return functional.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
+
+
 def photograph(image_size: int, image: str = "astronaut") -> Tensor:
     """Return a photograph of scikit-image's, cut to its central square, resized and normalised.
 
@@ -180,8 +202,7 @@ def photograph(image_size: int, image: str = "astronaut") -> Tensor:
     image_size
         Pixels on a side, divisible by 14.
     image
-        A colour photograph that skimage.data has; by default the portrait of astronaut Eileen Collins (NASA, public
-        domain), 512 × 512, enlarged by bicubic interpolation where image_size asks for it.
+        As in `square`; by default the portrait of astronaut Eileen Collins (NASA, public domain), 512 × 512.
 
     Returns
     -------
@@ -190,13 +211,8 @@ def photograph(image_size: int, image: str = "astronaut") -> Tensor:
     """
     if image_size < PATCH or image_size % PATCH:
         raise ValueError(f"image_size must be a positive multiple of {PATCH}, got {image_size}")
-    pixels = torch.from_numpy(np.asarray(getattr(needed("skimage.data"), image)(), dtype=np.float32) / 255)
-    side = min(pixels.shape[:2])
-    top, left = ((length - side) // 2 for length in pixels.shape[:2])
-    pixels = (pixels[top : top + side, left : left + side] - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
-    return functional.interpolate(
-        pixels.permute(2, 0, 1)[None], size=(image_size, image_size), mode="bicubic", antialias=True
-    )
+    mean, deviation = (torch.tensor(colours)[:, None, None] for colours in (MEAN, DEVIATION))
+    return (square(image_size, image) - mean) / deviation
 
 
 def qkv(
