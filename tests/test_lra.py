@@ -132,6 +132,21 @@ def test_marks_of_paths_are_connected_where_the_label_says_so(drawn):
             assert image[round(y), round(x)] >= 255 / pathfinder.CONTRAST
 
 
+def points(lines):
+    """Return points of lines that follow each other, 50 of each and of each gap."""
+    corners = lines[np.isfinite(lines[:, 0])].reshape(-1, 2)
+    parts = np.linspace(0, 1, 50)[:, None]
+    return np.concatenate([a + parts * (b - a) for a, b in itertools.pairwise(corners)])
+
+
+def test_paths_and_distractors_keep_apart(drawn):
+    for own in drawn[2]:
+        apart = [own[:14], own[14:28], *(own[28:].reshape(5, 4, 4))]
+        found = [points(one) for one in apart if np.isfinite(one[:, 0]).all()]
+        for one, other in itertools.combinations(found, 2):
+            assert np.linalg.norm(one[:, None] - other, axis=2).min() >= 2 - 1e-9
+
+
 def test_paddles_are_as_published(drawn):
     images, labels, lines = drawn
     assert images.dtype == np.uint8
@@ -305,6 +320,21 @@ def test_dropout_leaves_out_weights_alone():
     assert ((draws.mean(0) - exact).abs() <= 5 * error + 1e-6).all()
 
 
+def test_kdecore_knows_that_rows_attend_to_themselves(monkeypatch):
+    seen = []
+
+    def attend(q, k, v, **options):
+        seen.append(options)
+        return v
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", attend)
+    attention.attention("treecode", 16)(*qkv(), LENGTHS, 5)
+    lengths = seen[0].pop("key_lengths")
+    assert lengths.tolist() == LENGTHS.tolist()
+    threads = torch.get_num_threads()
+    assert seen == [{"method": "treecode", "budget": 16, "seed": 5, "diagonal": 0, "threads": threads}]
+
+
 def test_unknown_methods_are_named():
     with pytest.raises(ValueError, match=r"methods must be of exact, .*, got 'softmax'"):
         attention.attention("softmax", 8)
@@ -416,6 +446,15 @@ def test_losses_that_are_not_finite_end_a_run(splits, tmp_path):
         training.fit(network, splits, SCHEDULE, (attend, attend), 0, tmp_path / "state")
 
 
+def test_gradients_are_cut(splits):
+    net, some = network(), splits.train[:4]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.0)
+    with torch.no_grad():
+        net.head[0].weight.mul_(1e4)
+    training.take(net, optimizer, some, attention.attention("exact", 1), 0, "cpu")
+    assert max(float(x.grad.abs().max()) for x in net.parameters() if x.grad is not None) == 1
+
+
 def test_rates_rise_and_fall_by_lines():
     schedule = tasks.Schedule(10, 1, 1e-3, 4, 1)
     assert [training.rate(step, schedule) for step in range(10)] == pytest.approx(
@@ -475,6 +514,21 @@ def test_the_experiment_runs_and_runs_nothing_twice(tmp_path):
     assert lra.run(arguments, shown.append)["rows"][key] == kept
     lra.figure(results, tmp_path / "lra.png")
     assert (tmp_path / "lra.png").stat().st_size > 10_000
+
+
+def test_weights_of_attention_are_left_out_from_random_weights_alone(tmp_path, monkeypatch):
+    asked = []
+
+    def recorded(name, budget, dropout=0.0):
+        asked.append(dropout)
+        return attention.attention(name, budget, dropout)
+
+    monkeypatch.setattr(runs, "attention", recorded)
+    trained = runs.Run(replace(PROTOCOL, tuning=None), runs.TRAINED, "exact", None, 0)
+    for run in (trained, runs.Run(PROTOCOL, runs.TUNED, "exact", None, 0)):
+        runs.measure(run, tmp_path, "cpu")
+    # To measure, to train, and to look at the development set; tuning reads the first run's checkpoint on its way.
+    assert asked == [0.0, 0.1, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0]
 
 
 def test_the_full_protocol_trains_every_method(tmp_path):
