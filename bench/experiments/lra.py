@@ -225,9 +225,9 @@ def draw(left: Any, right: Any, rows: Sequence[Row]) -> None:
         right.axvline(100 * rows[0]["majority"], color="black", linestyle=":")
     left.set(xlabel="looks at the development set", ylabel=f"training loss, {last}")
     right.set(yticks=range(len(methods)), yticklabels=methods)
-    right.set_xlabel(f"test accuracy, %: filled {last}, hollow put in untrained; dotted: the majority class")
+    right.set_xlabel(f"test accuracy, %; filled: {last}, hollow: put in, dotted: majority")
     right.invert_yaxis()
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
