@@ -44,7 +44,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
         mixed = mixed / left.sum(-1).mT[..., None].clamp(min=torch.finfo(q.dtype).tiny)
         right = (scale * mixed @ keys.mT).masked_fill(behind, -torch.inf).softmax(-1)
         logits = scale * torch.einsum("gljd,gkjd->gjkl", queries, right @ keys)
-        left = rows * (logits + torch.special.entr(right).sum(-1).mT[..., None]).softmax(2)
+        # The slope of −x log x at 0, where keys are padding, is infinite, and gradients would be NaN.
+        entropy = torch.special.entr(right.clamp_min(torch.finfo(q.dtype).tiny)).sum(-1)
+        left = rows * (logits + entropy.mT[..., None]).softmax(2)
     out: Tensor = torch.einsum("gjkl,gkjv->gljv", left, right @ values)
     return out.flatten(1, 2)[:, : q.shape[1]]
 

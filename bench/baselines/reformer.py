@@ -70,7 +70,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
         row, index = key[..., chunk:].clamp_min(0), key.clamp_min(0)
         logits = scale * q[group, row] @ keys[group, index].mT
         logits = logits - ITSELF * (row[..., None] == index[..., None, :])
-        logits = logits - met(place // chunk, group, row, index).to(q).log()
+        # 0 for rows that fill the last chunk up: their results go nowhere, but gradients of infinities would be NaN.
+        logits = logits - met(place // chunk, group, row, index).clamp_min(1).to(q).log()
         logits = logits.masked_fill(key[..., None, :] < 0, -torch.inf)
         back = place[:, number]
         outs.append((logits.softmax(dim=3) @ v[group, index]).flatten(1, 2)[group[..., 0], back])
