@@ -129,7 +129,9 @@ def test_one_hidden_key_does_not_lose_the_others_queries_own_keys(rng):
     assert errors(host, hidden[:, rows], exact[:, rows]).frobenius < 1.2 * of_all
 
 
-@pytest.mark.parametrize(("n_q", "diagonal"), [(600, 0), (599, 1), (599, 0), (300, 300), (300, 17), (700, 0), (700, -100)])
+@pytest.mark.parametrize(
+    ("n_q", "diagonal"), [(600, 0), (600, 5), (600, -40), (599, 1), (599, 0), (300, 300), (300, 17), (700, 0), (700, -100)]
+)
 def test_treecode_finds_own_keys_where_they_are_said(rng, n_q, diagonal):
     q, k = rng.standard_normal((n_q, 16)), rng.standard_normal((600, 16))
     problem = canonicalise(q, k, k).standing_at(diagonal)

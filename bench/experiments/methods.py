@@ -7,8 +7,9 @@ from functools import partial
 from bench.baselines import BASELINES, Attend
 from bench.model_methods import estimated, exact_attention
 from kdecore.compare.baselines import WITHOUT_BUDGET
+from kdecore.methods import METHODS
 
-KDECORE = ("exact", "sortlsh", "hyper", "kdeformer", "treecode")
+KDECORE = tuple(name for name in METHODS if name != "auto")
 sdpa = partial(exact_attention, 0)
 """(q, k, v, scale) → exact attention by PyTorch's own function, which errors and times are relative to."""
 

@@ -24,8 +24,6 @@ EXACT, CONTROL = "exact", "mean"
 """Exact attention; and the mean of the values that count, the same for every query."""
 KDECORE = tuple(name for name in METHODS if name not in ("auto", EXACT))
 NAMES = (EXACT, *KDECORE, *(name for name in BASELINES if name != EXACT))
-WITHOUT_BUDGET = (EXACT, CONTROL)
-"""Methods that neither budget nor seed changes anything of."""
 WITHOUT_GRADIENTS = ("kdeformer_released", "wildcat")
 """The first records none, the second writes over what they need."""
 

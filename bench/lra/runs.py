@@ -7,11 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bench.lra.attention import CONTROL, EXACT, WITHOUT_BUDGET, WITHOUT_GRADIENTS, attention
+from bench.lra.attention import CONTROL, EXACT, WITHOUT_GRADIENTS, attention
 from bench.lra.model import DROPOUT, Classifier
 from bench.lra.samples import Splits
 from bench.lra.tasks import TASKS, Protocol, label, tuning
 from bench.lra.training import State, accuracy, fit, seeded
+from kdecore.compare.baselines import WITHOUT_BUDGET
 
 TRAINED, PUT_IN, TUNED, CONTROLLED = "trained", "put in", "tuned", "control, tuned"
 """Stages: trained from random weights; put, untrained, into the network that exact attention was trained in; tuned from that

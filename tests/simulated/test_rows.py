@@ -81,8 +81,11 @@ def test_spoil_groups(rng, dtype, spoilt, place, number):
 def test_spoil_rows_and_round_them(rng, dtype, shape):
     xp, like, _ = stored(np.zeros(1), dtype)
     out = np.exp(3.0 * rng.standard_normal(shape)).astype("float64" if dtype == "float64" else "float32")
+    # Halfway between two numbers of bfloat16, and of float16: the even one is below, and above.
+    ties = np.resize([1.0 + 2.0**-8, 1.0 + 3.0 * 2.0**-8, 1.0 + 2.0**-11, 1.0 + 3.0 * 2.0**-11], out[-1, 3:].shape)
+    out[-1, 3:] = ties
     part = AttentionState(xp.asarray(out), xp.asarray(logarithms(rng, shape[:2], dtype)))
-    finite = xp.asarray(rng.random(shape[:2]) < 0.7)
+    finite = xp.asarray((rng.random(shape[:2]) < 0.7) | (np.arange(shape[1]) >= 3))
     found, expected = (one.spoil_rows(xp, part, finite, like) for one in (spoil_cuda, spoil_reference))
     assert found.out.dtype == like.dtype
     # Rounded the same, bit by bit.
