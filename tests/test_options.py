@@ -108,7 +108,7 @@ def test_the_table_has_every_option_and_way():
 
     assert HEADER[1:] == [f"`{way}`" for way in WAYS]
     parameters = [p.name for p in inspect.signature(kdecore.attention).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert sorted(TABLE) == sorted([*parameters, "cuda_graph"])
+    assert sorted(TABLE) == sorted([*parameters, "cuda_graph", "layout"])
 
 
 def ask(way, options, call=None, arrays=ARRAYS):
@@ -162,6 +162,7 @@ BAD = {
     "check_finite": "yes",
     "max_memory": 0,
     "cuda_graph": "yes",
+    "layout": "sbhd",
     "return_lse": "yes",
     "return_report": "yes",
 }
@@ -316,9 +317,19 @@ def test_certificates_take_their_part(way):
 
 
 @of_kinds
+@pytest.mark.parametrize("way", [way for way in WAYS if TABLE["layout"][way] == "✓"])
+def test_layouts_are_views_of_the_same(way, kind):
+    found = ask(way, {**base(way, kind), "layout": "bshd"}, arrays=ARRAYS.swapaxes(2, 3))
+    torch.testing.assert_close(found, ask(way, base(way, kind)).transpose(1, 2), rtol=0, atol=1e-12)
+
+
+@of_kinds
 @pytest.mark.parametrize("way", [way for way in WAYS if TABLE["return_lse"][way] == "✓"])
 def test_more_is_returned_where_it_is_asked_for(way, kind):
-    out, lse, report = ask(way, {**base(way, kind), "return_lse": True, "return_report": True})
+    returned = {name: True for name in ("return_lse", "return_report") if TABLE[name][way] == "✓"}
+    out, lse, *reports = ask(way, {**base(way, kind), **returned})
     assert out.shape == (2, HEADS, N, D)
     assert lse.shape == (2, HEADS, N)
-    assert re.search("^method", str(report[0] if isinstance(report, tuple) else report))
+    assert len(reports) == len(returned) - 1
+    for report in reports:
+        assert re.search("^method", str(report[0] if isinstance(report, tuple) else report))

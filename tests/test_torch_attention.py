@@ -213,6 +213,152 @@ def test_options_that_depend_on_arrays_are_kept():
         assert checked(options) == options
 
 
+# Layouts, and log-sum-exp
+
+
+def exact_lse(q, k, scale=None, mask=None):
+    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.logsumexp(logits if mask is None else logits.masked_fill(~mask, -torch.inf), -1)
+
+
+LSE_CALLS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask": {"attn_mask": MASKS["boolean"]()},
+    "scale": {"scale": 0.3},
+    "window": {"window": 5, "diagonal": 0},
+    "rtol": {"rtol": 0.1},
+    "budget": {"budget": 9},
+    "grouped": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("call", LSE_CALLS.values(), ids=LSE_CALLS)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_what_would_be_left_to_pytorch_has_an_exact_log_sum_exp(call, layout):
+    q, k, v = same(heads_k=2 if "enable_gqa" in call else 4)
+    place = torch.arange(30)
+    seen = {
+        "is_causal": place <= place[:, None],
+        "attn_mask": call.get("attn_mask"),
+        "window": (place - place[:, None]).abs() < 5,
+    }
+    mask = next((seen[name] for name in seen if name in call), None)
+    plain = {name: x for name, x in call.items() if name in ("scale", "enable_gqa")}
+    expected = functional.scaled_dot_product_attention(q, k, v, mask, **plain)
+    of_heads = exact_lse(q, k.repeat_interleave(4 // k.shape[1], 1), call.get("scale"), mask)
+    if layout == "bshd":
+        q, k, v, expected, of_heads = (x.transpose(1, 2) for x in (q, k, v, expected, of_heads))
+    found = scaled_dot_product_attention(q, k, v, layout=layout, return_lse=True, **call)
+    torch.testing.assert_close(found, (expected, of_heads), rtol=1e-9, atol=1e-9)
+    alone = scaled_dot_product_attention(q, k, v, layout=layout, **call)
+    torch.testing.assert_close(alone, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {"method": "treecode", "budget": 20}, {"key_lengths": [50, 0], **ESTIMATED}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_log_sum_exp_is_that_of_the_function(options, dtype):
+    q, k, v = same(50, 50, heads_k=2, dtype=dtype)
+    out, lse = kdecore.attention(q, k, v, return_lse=True, **options)
+    found = scaled_dot_product_attention(q, k, v, enable_gqa=True, return_lse=True, **options)
+    assert all(map(torch.equal, found, (out, lse)))
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    found = scaled_dot_product_attention(*rows, enable_gqa=True, layout="bshd", return_lse=True, **options)
+    assert all(map(torch.equal, found, (out.transpose(1, 2), lse.transpose(1, 2))))
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+def test_a_result_of_another_layout_is_a_view(options):
+    q, k, v = (x.transpose(1, 2).contiguous() for x in same())
+    out = scaled_dot_product_attention(q, k, v, layout="bshd", **options)
+    assert out.shape == q.shape
+    assert out._base is not None or out.is_contiguous()
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+def test_parts_of_the_keys_are_merged_by_their_log_sum_exps(options):
+    """As in ring attention; budgets are full."""
+    q, k, v = same(40, 40)
+    options = {**options, **({"budget": 40} if options else {})}
+    parts = [scaled_dot_product_attention(q, k[..., s, :], v[..., s, :], return_lse=True, **options) for s in HALVES]
+    lse = torch.stack([lse for _, lse in parts])
+    out = (torch.stack([out for out, _ in parts]) * lse.softmax(0)[..., None]).sum(0)
+    torch.testing.assert_close(out, functional.scaled_dot_product_attention(q, k, v), rtol=1e-9, atol=1e-9)
+
+
+HALVES = slice(15), slice(15, None)
+
+LAYOUT_ERRORS = {
+    "layout": ({"layout": "nhd"}, kdecore.OptionError, "layout must be one of bhsd, bshd, got 'nhd'"),
+    "no string": ({"layout": None}, kdecore.OptionError, "layout must be one of bhsd, bshd, got None"),
+    "return_lse": ({"return_lse": 1}, kdecore.OptionError, "return_lse must be True or False, got 1"),
+    "dropout": ({"return_lse": True, "dropout_p": 0.5}, kdecore.OptionError, "dropout_p must be 0 where .*, got 0.5"),
+}
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+@pytest.mark.parametrize(("call", "error", "said"), LAYOUT_ERRORS.values(), ids=LAYOUT_ERRORS)
+def test_layouts_and_log_sum_exps_that_there_are_not_are_refused(call, error, said, options):
+    with pytest.raises(error, match=f"^{said}"):
+        scaled_dot_product_attention(*same(), **call, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_tensors_that_a_layout_does_not_fit_are_refused():
+    with pytest.raises(kdecore.ShapeError, match=r'^key must be \(…, n, heads, d\) with layout="bshd", got shape \(30, 6\)'):
+        scaled_dot_product_attention(*tensors((30, 2, 6), (30, 6), (30, 2, 6)), layout="bshd")
+    with pytest.raises(kdecore.DTypeError, match=r"^value must be a PyTorch tensor, got NoneType"):
+        scaled_dot_product_attention(*tensors((30, 2, 6), (30, 2, 6)), None, layout="bshd")
+    nested = torch.nested.nested_tensor([torch.ones(n, 4, 6) for n in (30, 20)], layout=torch.jagged)
+    assert scaled_dot_product_attention(nested, nested, nested, layout="bshd").shape == nested.shape
+    with pytest.raises(kdecore.DTypeError, match=r"^query must be a plain array, got a nested tensor"):
+        scaled_dot_product_attention(nested, nested, nested, layout="bshd", return_lse=True)
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+def test_layouts_and_log_sum_exps_make_one_graph(options):
+    arrays = [x.detach().transpose(1, 2).requires_grad_() for x in same(50, 50)]
+
+    def attend(q, k, v):
+        return scaled_dot_product_attention(q * 1.0, k, v, layout="bshd", return_lse=True, **options)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(*arrays), attend(*arrays)
+    assert all(map(torch.equal, found, expected))
+    slopes = (torch.autograd.grad(out.square().sum() + lse.sin().sum(), arrays) for out, lse in (found, expected))
+    for x, y in zip(*slopes, strict=True):
+        assert torch.equal(x, y)
+
+    class Both(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v)
+
+    exported = torch.export.export(Both(), tuple(x.detach() for x in arrays)).module()
+    assert all(map(torch.equal, exported(*arrays), expected))
+
+
+@pytest.mark.parametrize("grad", ["both", "out", "lse"])
+def test_log_sum_exps_are_mapped_over_and_their_gradients(grad):
+    q, k, v = tensors((3, 2, 30, 6), (2, 20, 6), (3, 2, 20, 5), grad=True)
+
+    def slopes(attend):
+        out, lse = torch.func.vmap(attend, in_dims=(0, None, 0))(q, k, v)
+        total = {"both": out.square().sum() + lse.sin().sum(), "out": out.square().sum(), "lse": lse.sin().sum()}[grad]
+        return torch.autograd.grad(total, (q, k, v), allow_unused=True, materialize_grads=True)
+
+    found = slopes(lambda *x: scaled_dot_product_attention(*x, method="treecode", budget=20, return_lse=True))
+    expected = slopes(lambda q, k, v: ((q @ k.mT / 6**0.5).softmax(-1) @ v, exact_lse(q, k)))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_leaves_log_sum_exps_in_float32():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = scaled_dot_product_attention(*same(dtype=torch.float32), return_lse=True, **ESTIMATED)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+
+
 # What is left to PyTorch
 
 

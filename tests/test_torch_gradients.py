@@ -229,6 +229,43 @@ def test_the_operator_evaluates_what_it_evaluated_again(method, call):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "array-api"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", [{}, {"causal": True}, {"mask": torch.ones(60, 60, dtype=torch.float64).tril(9) * 0.5}])
+def test_the_operators_log_sum_exp_is_recorded(method, call, kernels):
+    """As the function records it, beside the result and alone: values play no part in it then."""
+    arrays = tensors((2, 60, 6), (2, 60, 6), (2, 60, 5))
+    options = {"method": method, "budget": 16, "seed": 7, "return_lse": True}
+    torch_call = {{"causal": "is_causal", "mask": "attn_mask"}[name]: value for name, value in call.items()}
+    results = (
+        scaled_dot_product_attention(*arrays, **torch_call, **options, kernels=kernels),
+        kdecore.attention(*arrays, **call, **options, kernels="array-api"),
+    )
+    for alone in (False, True):
+        found, expected = (
+            torch.autograd.grad(
+                lse.sin().sum() + (0.0 if alone else (out**2).sum()),
+                arrays,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for out, lse in results
+        )
+        assert not alone or (found[2] == 0).all()
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
+
+
+def test_log_sum_exps_of_queries_that_see_no_key_have_no_gradient():
+    q, k, v = tensors((2, 4, 30, 6), (2, 4, 30, 6), (2, 4, 30, 5))
+    out, lse = scaled_dot_product_attention(q, k, v, method="sortlsh", budget=9, key_lengths=[0, 25], return_lse=True)
+    assert torch.isneginf(lse[0]).all()
+    for slope in torch.autograd.grad(out.sum() + lse[1].sum(), (q, k, v)):
+        assert (slope[0] == 0).all()
+        assert slope.isfinite().all()
+
+
 def test_a_learned_mask_gets_its_gradient_through_the_operator():
     q, k, v, mask, again = tensors((2, 40, 6), (2, 40, 6), (2, 40, 5), (40, 40), (40, 40))
     with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kdecore
 from kdecore.arrays.errors import DeviceError
@@ -108,7 +109,8 @@ class StandIn:
     def replay(self, graph):
         self.note("replay")
         for function, args, kwargs, out in graph.steps:
-            out.copy_(function(*args, **kwargs))
+            for buffer, found in zip(*map(tree_leaves, (out, function(*args, **kwargs))), strict=True):
+                buffer.copy_(found)
 
 
 @pytest.fixture
@@ -140,6 +142,15 @@ def test_a_replay_is_the_call(cuda):
     assert (cuda.count("capture"), cuda.count("replay")) == (1, 3)
 
 
+def test_a_replay_has_the_log_sum_exp_too(cuda):
+    for number in range(2):
+        q, k, v = tensors(number)
+        found = scaled_dot_product_attention(q, k, v, return_lse=True, **GRAPHED)
+        expected = kdecore.attention(q, k, v, method="sortlsh", budget=20, return_lse=True)
+        assert all(map(torch.equal, found, expected))
+    assert (cuda.count("capture"), cuda.count("replay")) == (1, 2)
+
+
 def test_a_later_call_leaves_results_and_inputs_as_they_are(cuda):
     first, second = tensors(0), tensors(1)
     before = [x.clone() for x in first]
@@ -153,11 +164,11 @@ def test_a_later_call_leaves_results_and_inputs_as_they_are(cuda):
 def test_a_call_is_warmed_up_and_captured_on_a_stream_of_its_own_and_replayed_on_the_current_one(cuda):
     def call(x):
         cuda.note("call")
-        return x + 1.0
+        return (x + 1.0,)
 
     cuda.current = 7
     x = torch.ones(3)
-    assert torch.equal(replayed(call, {"x": x}, ()), x + 1.0)
+    assert torch.equal(*replayed(call, {"x": x}, ()), x + 1.0)
     aside = 1
     assert cuda.events == [
         ("wait", 7),
@@ -168,7 +179,7 @@ def test_a_call_is_warmed_up_and_captured_on_a_stream_of_its_own_and_replayed_on
         ("replay", 7),
     ]
     assert cuda.current == 7
-    assert torch.equal(replayed(call, {"x": 2 * x}, ()), 2 * x + 1.0)
+    assert torch.equal(*replayed(call, {"x": 2 * x}, ()), 2 * x + 1.0)
     assert cuda.events[8:] == [("replay", 7)]
 
 
@@ -252,10 +263,10 @@ def test_the_graphs_replayed_last_are_kept_and_others_freed(cuda):
 
     def call(x, number):
         made.append(weakref.ref(x))
-        return x + number
+        return (x + number,)
 
     def number(i):
-        return float(replayed(call, {"x": torch.zeros(())}, (i,)))
+        return float(*replayed(call, {"x": torch.zeros(())}, (i,)))
 
     assert [number(i) for i in range(GRAPHS)] == list(range(GRAPHS))
     assert number(0) == 0.0
@@ -313,7 +324,7 @@ def test_a_call_that_raises_while_it_is_captured_leaves_nothing(cuda):
         if len(calls) == WARM_UPS + 1:
             cuda.breaks = RuntimeError("capture was invalidated")
             raise RuntimeError("Cannot copy between CPU and CUDA tensors")
-        return x + 1.0
+        return (x + 1.0,)
 
     cuda.current = 5
     with pytest.raises(kdecore.OptionError, match=r"^cuda_graph needs a call .*, got RuntimeError: Cannot copy"):
@@ -322,7 +333,7 @@ def test_a_call_that_raises_while_it_is_captured_leaves_nothing(cuda):
     assert torch_graphs._captured.cache_info().currsize == 0
     assert cuda.count("replay") == 0
     cuda.breaks = None
-    assert torch.equal(replayed(call, {"x": torch.ones(3)}, ()), torch.full((3,), 2.0))
+    assert torch.equal(*replayed(call, {"x": torch.ones(3)}, ()), torch.full((3,), 2.0))
     assert cuda.count("capture") == 2
 
 

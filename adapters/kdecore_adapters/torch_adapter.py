@@ -9,8 +9,9 @@ from torch.nn import functional
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from kdecore.arrays.backend import common_namespace
-from kdecore.arrays.errors import DTypeError, OptionError
+from kdecore.arrays.errors import DTypeError, OptionError, ShapeError
 from kdecore.arrays.namespace import ACCUMULATION
+from kdecore.arrays.scalars import check_boolean, one_of
 from kdecore.core.options import DEFAULT_BUDGET
 from kdecore.core.problem import check_scale
 from kdecore.methods import devices
@@ -30,6 +31,9 @@ __all__ = ["collect_reports", "scaled_dot_product_attention"]
 
 BEYOND = ("window", "key_lengths", "max_memory", "check_finite", "kernels")
 """Options that ask for what PyTorch's own attention would not do, in the result or on the way there."""
+EXACT: Mapping[str, Any] = {"method": "exact", "budget": None, "rtol": None}
+"""Options in place of others where a call is left to PyTorch, whose own attention returns no log-sum-exp."""
+LAYOUTS = ("bhsd", "bshd")
 
 
 def scaled_dot_product_attention(
@@ -41,8 +45,11 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    layout: str = "bhsd",
+    return_lse: bool = False,
     **kdecore_options: Any,
-) -> Tensor:
+) -> Any:
     """Return attention as `torch.nn.functional.scaled_dot_product_attention` does, estimated where that pays.
 
     A call that is left to PyTorch (see `left_to_torch`) is PyTorch's own. Works under torch.compile without graph breaks,
@@ -66,6 +73,12 @@ def scaled_dot_product_attention(
         Factor on ⟨q, k⟩; 1/√d if None.
     enable_gqa
         Whether key and value may have fewer heads, a divisor of the query's.
+    layout
+        ``"bhsd"``, or ``"bshd"``: query, key and value are (…, n, heads, d), and so is the result, a view. Nothing is copied
+        for it; a mask stays (…, heads, n_q, n_k).
+    return_lse
+        Also return the natural log of each query's softmax denominator, as parts of attention are merged by. PyTorch's own
+        attention has none to return: calls that would be left to it are evaluated by kdecore's exact method.
     **kdecore_options
         method, budget, rtol, seed (below 2**63) and other options of `kdecore.attention`, but those that arguments above
         say. They are checked and hold whether or not a call is left to PyTorch: one with ``window``, ``key_lengths``,
@@ -73,20 +86,28 @@ def scaled_dot_product_attention(
 
     Returns
     -------
-    Tensor
+    out : Tensor
         (…, n_q, d_v), of query's dtype and device, in the time and memory of `kdecore.attention`. Its gradients take another
         evaluation, with the same seed, and about as long again as two; nothing but the inputs is kept for them.
+    lse : Tensor
+        (…, heads, n_q), or (…, n_q, heads) with ``layout="bshd"``, float32, or float64 of float64: log Σⱼ exp(scale ·
+        ⟨q, kⱼ⟩) or its estimate, −∞ of a query that sees no key; only with ``return_lse``. Its gradients are recorded too.
 
     Raises
     ------
     OptionError
         dropout_p is not 0 where the call isn't left to PyTorch; attn_mask together with is_causal; ``diagonal`` that these
-        contradict; unknown options, and those out of their range.
+        contradict; unknown options, layouts, and those out of their range.
+    ShapeError
+        With ``layout="bshd"``, a tensor without a dimension of heads.
     KdecoreError
         What else `kdecore.attention` raises.
     """
+    return_lse = check_boolean("return_lse", return_lse)
     if is_causal and attn_mask is not None:
         raise OptionError("attn_mask must be None with is_causal=True")
+    if one_of(LAYOUTS, "layout", layout) == "bshd":
+        query, key, value = (swapped(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     lower_right, given = False, attn_mask
     if isinstance(attn_mask, CausalBias):
         lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
@@ -96,18 +117,33 @@ def scaled_dot_product_attention(
     if not torch.compiler.is_compiling():
         # In compiled code these may be symbols, which the operator checks when it runs.
         checked_seed(kdecore_options.get("seed", 0))
-        check_tensors(kdecore_options, query, key, value, attn_mask)
+        check_tensors(return_lse or beyond_torch(kdecore_options), query, key, value, attn_mask)
         check_scale(scale, 1)
     if is_causal or lower_right:
         kdecore_options = aligned(kdecore_options, query, key, top_left=is_causal)
-    if left_to_torch(query, key, value, kdecore_options, restricted=is_causal or given is not None):
-        return functional.scaled_dot_product_attention(
+    left = left_to_torch(query, key, value, kdecore_options, restricted=is_causal or given is not None)
+    if left and not return_lse:
+        out = functional.scaled_dot_product_attention(
             query, key, value, given, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+        return out.transpose(-3, -2) if layout == "bshd" else out
     if dropout_p > 0.0:
         raise OptionError(f"dropout_p must be 0 where a call isn't left to PyTorch, got {dropout_p}")
+    options = {**kdecore_options, **EXACT} if left else kdecore_options
     query, key, value = broadcast(query, key, value, enable_gqa)
-    return estimate(query, key, value, attn_mask, is_causal or lower_right, scale, kdecore_options)
+    out, lse = estimate(query, key, value, attn_mask, is_causal or lower_right, scale, options)
+    if layout == "bshd":
+        out, lse = out.transpose(-3, -2), lse.transpose(-2, -1)
+    return (out, lse) if return_lse else out
+
+
+def swapped(name: str, x: Any) -> Any:
+    """Return a tensor of the layout ``"bshd"`` in ``"bhsd"``, a view; what is no tensor is left for `check_tensors`."""
+    if not isinstance(x, Tensor):
+        return x
+    if x.ndim < 3:
+        raise ShapeError(f'{name} must be (…, n, heads, d) with layout="bshd", got shape {tuple(x.shape)}')
+    return x.transpose(-3, -2)
 
 
 def left_to_torch(
@@ -186,13 +222,16 @@ def card_of(device: str) -> str:
     return BACKEND.card(device)
 
 
-def check_tensors(options: Mapping[str, Any], query: Any, key: Any, value: Any, attn_mask: Any) -> None:
-    """Raise `DTypeError` unless arguments are tensors that attention is computed of, or all nested, for PyTorch's own."""
+def check_tensors(own: bool, query: Any, key: Any, value: Any, attn_mask: Any) -> None:
+    """Raise `DTypeError` unless arguments are tensors that attention is computed of, or all nested, for PyTorch's own.
+
+    ``own`` says that a call isn't left to that.
+    """
     tensors = {"query": query, "key": key, "value": value, **({} if attn_mask is None else {"attn_mask": attn_mask})}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise DTypeError(f"{name} must be a PyTorch tensor, got {type(tensor).__name__}")
-    if beyond_torch(options) or not all(tensor.is_nested for tensor in (query, key, value)):
+    if own or not all(tensor.is_nested for tensor in (query, key, value)):
         common_namespace(**tensors)
 
 

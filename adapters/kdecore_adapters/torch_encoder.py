@@ -187,10 +187,11 @@ class KDEAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         if is_causal and mask is not None:
             if dropout == 0.0 and not left_to_torch(q, k, v, options, restricted=True):
-                return estimate(q, k, v, mask, True, None, aligned(options, q, k, top_left=True))
+                return estimate(q, k, v, mask, True, None, aligned(options, q, k, top_left=True))[0]
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             mask, is_causal = both_masks(mask, causal), False
-        return scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, **options)
+        found: Tensor = scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, **options)
+        return found
 
 
 def _seen(mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """PyTorch: calls of repeated shapes as CUDA graphs, each one launch instead of some hundred (docs/gpu.md).
 
 The protocol is that of `torch.cuda.make_graphed_callables`: a call is warmed up on a stream of its own, captured there with
-buffers for its inputs and its result, and replayed on whichever stream is current after new inputs were copied there.
+buffers for its inputs and its results, and replayed on whichever stream is current after new inputs were copied there.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -43,23 +43,26 @@ class Captured:
     inputs
         Buffers that it reads.
     out
-        The buffer that it writes.
+        The buffers that it writes.
     read
         Arrays kept for all calls that it goes on reading, whether or not they are kept for others.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    out: Tensor
+    out: tuple[Tensor, ...]
     read: tuple[Tensor, ...]
 
 
-def replayed(call: Callable[..., Tensor], tensors: Mapping[str, Tensor], settings: tuple[Any, ...]) -> Tensor:
+def replayed(
+    call: Callable[..., tuple[Tensor, ...]], tensors: Mapping[str, Tensor], settings: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
     """Return ``call(*tensors, *settings)``, captured when it is met first and replayed whenever it comes again.
 
-    The last `GRAPHS` calls are kept, each with copies of its inputs, its result and all temporaries of a call. They are told
-    apart by shapes, dtypes and device of the tensors, by ``settings``, and by the current stream, on which one call of a
-    graph waits for the one before. PyTorch's settings, such as the precision of products, stay as they were at the capture.
+    The last `GRAPHS` calls are kept, each with copies of its inputs, its results and all temporaries of a call. They are
+    told apart by shapes, dtypes and device of the tensors, by ``settings``, and by the current stream, on which one call of
+    a graph waits for the one before. PyTorch's settings, such as the precision of products, stay as they were at the
+    capture.
 
     Parameters
     ----------
@@ -72,8 +75,8 @@ def replayed(call: Callable[..., Tensor], tensors: Mapping[str, Tensor], setting
 
     Returns
     -------
-    Tensor
-        Of the result's shape and dtype: a copy, which no later call changes.
+    tuple of Tensor
+        Of the results' shapes and dtypes: copies, which no later call changes.
 
     Raises
     ------
@@ -92,7 +95,7 @@ def replayed(call: Callable[..., Tensor], tensors: Mapping[str, Tensor], setting
         for buffer, x in zip(found.inputs, tensors.values(), strict=True):
             buffer.copy_(x)
         found.graph.replay()
-        return found.out.clone()
+        return tuple(x.clone() for x in found.out)
 
 
 def clear_graphs() -> None:
@@ -104,7 +107,7 @@ def clear_graphs() -> None:
 @lru_cache(maxsize=GRAPHS)
 @outside_inference_mode()
 def _captured(
-    call: Callable[..., Tensor],
+    call: Callable[..., tuple[Tensor, ...]],
     rows: tuple[tuple[tuple[int, ...], torch.dtype], ...],
     device: torch.device,
     stream: int,

@@ -187,7 +187,10 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
             function, more = (
                 (functional.scaled_dot_product_attention, {}) if reason else (scaled_dot_product_attention, options)
             )
-            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more)
+            found: Tensor = function(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, **more
+            )
+            return found
 
         return self.calls.watch(layer, reason, query, call)
 

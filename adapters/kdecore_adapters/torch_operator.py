@@ -148,7 +148,7 @@ def estimate(
     causal: bool,
     scale: float | None,
     options: Mapping[str, Any],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Call the operator; tensors are cast first as autocast would for PyTorch's own attention.
 
     Parameters
@@ -157,6 +157,11 @@ def estimate(
         As in `kdecore.attention`: the last query is aligned to the last key.
     options
         Of `OPTIONS`; ``seed`` is at most `LARGEST_SEED`.
+
+    Returns
+    -------
+    out, lse
+        (…, n_q, d_v) and (…, n_q), as `kdecore.attention` returns them.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -180,9 +185,10 @@ def estimate(
         scale = check_scale(scale, 1)
     settings = (mask, lengths, causal, scale, seed, encoded(options))
     if graph:
-        return replayed(attend, {"query": query, "key": key, "value": value}, settings)
-    found: Tensor = attend(query, key, value, *settings)
-    return found
+        out, lse = replayed(attend, {"query": query, "key": key, "value": value}, settings)
+    else:
+        out, lse = attend(query, key, value, *settings)
+    return out, lse
 
 
 @torch.library.custom_op("kdecore::attention", mutates_args=())
@@ -196,8 +202,8 @@ def attend(
     scale: float | None,
     seed: int,
     options: str,
-) -> Tensor:
-    """Return `kdecore.attention`, (…, n_q, d_v)."""
+) -> tuple[Tensor, Tensor]:
+    """Return `kdecore.attention`, (…, n_q, d_v), and its log-sum-exp, (…, n_q)."""
     with _recording():  # compiled code comes here without a check
         check_no_forward_mode(query, key, value, mask)
     settings = _settings(mask, lengths, causal, scale, seed, options)
@@ -205,15 +211,13 @@ def attend(
     if wanted:
         settings.setdefault("certificate", 0.0 if collected is None else REPORT_SHARE)
     with torch.autocast(query.device.type, enabled=False):
-        out = attention(query, key, value, **settings, return_report=wanted)
-    if wanted:
-        out, report = out
+        out, lse, *reports = attention(query, key, value, **settings, return_lse=True, return_report=wanted)
+    for report in reports:
         if collected is not None:
             collected.append(report)
         if count is not None:
             count(report)
-    found: Tensor = out.contiguous()
-    return found
+    return out.contiguous(), lse.contiguous()
 
 
 def _settings(
@@ -225,8 +229,9 @@ def _settings(
 
 
 @attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, lengths: Any, *rest: Any) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Any, lengths: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), query.new_empty(query.shape[:-1], dtype=dtype)
 
 
 @contextmanager
@@ -243,7 +248,8 @@ def _recording() -> Iterator[None]:
 
 @torch.library.custom_op("kdecore::attention_backward", mutates_args=())
 def attend_backward(
-    grad: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -255,7 +261,10 @@ def attend_backward(
     seed: int,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value and, ``of_mask``, mask; else an empty tensor for that."""
+    """Return the gradients of query, key, value and, ``of_mask``, mask; else an empty tensor for that.
+
+    ``grad_out`` and ``grad_lse`` are None where nothing follows from that result, one of them at most.
+    """
     inputs = [x.detach().requires_grad_() for x in (query, key, value)]
     if of_mask:
         assert mask is not None
@@ -263,31 +272,35 @@ def attend_backward(
         inputs.append(mask)
     settings = _settings(mask, lengths, causal, scale, seed, options)
     with _recording(), torch.autocast(query.device.type, enabled=False):
-        out = attention(*inputs[:3], **settings)
-        # The result itself isn't kept while it is differentiated.
-        edge = torch.autograd.graph.get_gradient_edge(out)
-        del out
-        found = [x.contiguous() for x in torch.autograd.grad((edge,), inputs, (grad,))]
+        results = attention(*inputs[:3], **settings, return_lse=True)
+        # The results themselves aren't kept while they are differentiated.
+        edges = [torch.autograd.graph.get_gradient_edge(x) for x in results]
+        del results
+        grads = {edge: grad for edge, grad in zip(edges, (grad_out, grad_lse), strict=True) if grad is not None}
+        # Values play no part in lse.
+        slopes = torch.autograd.grad(list(grads), inputs, list(grads.values()), allow_unused=True, materialize_grads=True)
+        found = [x.contiguous() for x in slopes]
     return found[0], found[1], found[2], found[3] if of_mask else query.new_empty(0)
 
 
 @attend_backward.register_fake
 def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, lengths: Any, of_mask: bool, *rest: Any
+    grad_out: Any, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, lengths: Any, of_mask: bool, *_: Any
 ) -> tuple[Tensor, ...]:
     found = [query, key, value, *([mask] if of_mask else [])]
     empty = [x.new_empty(x.shape) for x in found]
     return tuple(empty if of_mask else [*empty, query.new_empty(0)])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.causal, ctx.scale, ctx.seed, ctx.options = inputs
     ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     of_mask = bool(ctx.needs_input_grad[3])
-    found = attend_backward(grad, *ctx.saved_tensors, of_mask, ctx.causal, ctx.scale, ctx.seed, ctx.options)
+    found = attend_backward(grad_out, grad_lse, *ctx.saved_tensors, of_mask, ctx.causal, ctx.scale, ctx.seed, ctx.options)
     return *found[:3], found[3] if of_mask else None, None, None, None, None, None
 
 
@@ -312,13 +325,15 @@ def _map_inputs(info: Any, in_dims: Any, tensors: tuple[Any, ...]) -> list[Tenso
 
 
 @attend.register_vmap
-def _(info: Any, in_dims: Any, query: Any, key: Any, value: Any, mask: Any, lengths: Any, *rest: Any) -> tuple[Tensor, int]:
-    return attend(*_map_inputs(info, in_dims[:5], (query, key, value, mask, lengths)), *rest), 0
+def _(info: Any, in_dims: Any, query: Any, key: Any, value: Any, mask: Any, lengths: Any, *rest: Any) -> tuple[Any, Any]:
+    return attend(*_map_inputs(info, in_dims[:5], (query, key, value, mask, lengths)), *rest), (0, 0)
 
 
 @attend_backward.register_vmap
-def _(
-    info: Any, in_dims: Any, grad: Any, query: Any, key: Any, value: Any, mask: Any, lengths: Any, *rest: Any
-) -> tuple[Any, Any]:
-    found = attend_backward(*_map_inputs(info, in_dims[:6], (grad, query, key, value, mask, lengths)), *rest)
+def _(info: Any, in_dims: Any, grad_out: Any, grad_lse: Any, *inputs: Any) -> tuple[Any, Any]:
+    # As a row of one number, the gradient of lse has as many dimensions as the others.
+    grad_lse = None if grad_lse is None else grad_lse[..., None]
+    tensors, rest = inputs[:5], inputs[5:]
+    of_out, of_lse, *mapped = _map_inputs(info, in_dims[:7], (grad_out, grad_lse, *tensors))
+    found = attend_backward(of_out, None if of_lse is None else of_lse[..., 0], *mapped, *rest)
     return found, (0, 0, 0, 0 if rest[0] else None)

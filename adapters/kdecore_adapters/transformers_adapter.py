@@ -152,7 +152,7 @@ def attend(
             if dropout > 0.0:
                 raise OptionError(f"dropout must be 0 where a call isn't left to PyTorch, got {dropout}")
             lower_right = aligned(own, query, key, top_left=False)
-            out = estimate(*broadcast(query, key, value, True), whole, True, scaling, lower_right)
+            out, _ = estimate(*broadcast(query, key, value, True), whole, True, scaling, lower_right)
         else:
             out = scaled_dot_product_attention(
                 query, key, value, whole, dropout, is_causal=causal, scale=scaling, enable_gqa=True, **own
