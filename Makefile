@@ -32,6 +32,8 @@ $(READY): pyproject.toml constraints-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "kdecore needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable '.[dev]'
+# Without torchvision, which timm asks for: a build of it fits one build of PyTorch, and any other breaks transformers too.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'timm>=1.0.31'
 	touch $(READY)
 
 clean:

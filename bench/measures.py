@@ -13,6 +13,7 @@ from bench import glove_full
 from bench.baselines import kdeformer_released
 from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.contention import contention
+from bench.diffusion import diffusion
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
@@ -355,6 +356,7 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         training_speed,
         adapter_overhead,
         minilm,
+        diffusion,
         contention,
     )
 }

@@ -986,7 +986,6 @@ def test_the_graph_holds_the_operator(compiled, block):
     assert "scaled_dot_product_attention" not in graphs[0].code
 
 
-@pytest.mark.xfail(raises=torch._dynamo.exc.Unsupported, reason="methods of tensors that call super(), within a mode")
 def test_a_model_that_unflattens_compiles_to_one_graph(compiled):
     compile_, graphs = compiled
     found = nn.Sequential(nn.Unflatten(0, (2, 1)), nn.Flatten(0, 1), Layer())

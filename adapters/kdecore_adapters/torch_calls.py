@@ -29,7 +29,8 @@ class Count(NamedTuple):
     layer
         Its name; "" where none is known.
     outcome
-        The method that kdecore ran (``"exact"`` estimates nothing), `TAKEN`, or why the call was left to PyTorch.
+        The method that kdecore ran (``"exact"`` estimates nothing), `TAKEN`, why the call was left to PyTorch, or that a
+        module of diffusers' attention ran and none was met, with what it asked instead.
     """
 
     layer: str
@@ -75,13 +76,16 @@ class Calls:
     Attributes
     ----------
     tallies
-        `Count` → `Tally`.
+        `Count` → `Tally`, of the calls that were met.
+    unmet
+        `Count` → number of calls of modules in which none was met.
     compiled
         Whether there was compiled code, whose calls within a model are not counted.
     """
 
     def __init__(self) -> None:
         self.tallies: dict[Count, Tally] = {}
+        self.unmet: Counter[Count] = Counter()
         self.compiled = False
         self._lock = Lock()
 
@@ -96,7 +100,7 @@ class Calls:
     def counts(self) -> Counter[Count]:
         """`Count` → number of calls."""
         with self._lock:
-            return Counter({count: tally.calls for count, tally in self.tallies.items()})
+            return Counter({**{count: tally.calls for count, tally in self.tallies.items()}, **self.unmet})
 
     def watch(self, layer: str, reason: str, query: Tensor, call: Callable[[], Result]) -> Result:
         """Return what a call returns, and add it; ``reason`` says why it is left to PyTorch, "" where it isn't."""
@@ -126,10 +130,16 @@ class Calls:
                 error=max([*errors, *([] if old.error is None else [old.error])], default=None),
             )
 
+    def miss(self, count: Count) -> None:
+        """Add one call of a module in which none was met."""
+        with self._lock:
+            self.unmet[count] += 1
+
     def __str__(self) -> str:
         head = ("layer", "calls", "keys per query", "error at most", "ms a call", "what ran")
         with self._lock:
-            rows = [head, *(tally.row(count) for count, tally in self.tallies.items())]
+            tallies = self.tallies | {count: Tally(calls) for count, calls in self.unmet.items()}
+            rows = [head, *(tally.row(count) for count, tally in tallies.items())]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [
             "  ".join(
@@ -141,11 +151,11 @@ class Calls:
             )
             for row in rows
         ]
-        return "\n".join([*(lines if self.tallies else [NO_CALLS]), *([COMPILED] if self.compiled else [])])
+        return "\n".join([*(lines if tallies else [NO_CALLS]), *([COMPILED] if self.compiled else [])])
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
-            return {"tallies": dict(self.tallies), "compiled": self.compiled}
+            return {"tallies": dict(self.tallies), "unmet": Counter(self.unmet), "compiled": self.compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from kdecore.api.report import Report
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.scalars import integer_at_least
+from kdecore_adapters.diffusers_adapter import attends, models_of, named_parts, processor_of
 from kdecore_adapters.torch_adapter import BEYOND, beyond_torch, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import Calls, Count
 from kdecore_adapters.torch_encoder import MIN_KEYS, KDEAttention, left_by_model
@@ -40,10 +41,14 @@ class NothingReplaced(UserWarning):
 
 
 class _Running(local):
-    """What runs in this thread: modules of a model, the innermost last, and what is to be left with the first of them."""
+    """What runs in this thread: modules of a model, the innermost last, and what is to be left with the first of them.
+
+    Those of diffusers' attention that have not asked for any yet are in ``waiting``.
+    """
 
     def __init__(self) -> None:
         self.stack: list[tuple[str, Mapping[str, Any]]] = []
+        self.waiting: set[str] = set()
         self.within = ExitStack()
 
 
@@ -130,12 +135,11 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
         if self.calls.tallies or self.calls.compiled:
             return
         what = (
-            "only scaled_dot_product_attention and nn.MultiheadAttention of PyTorch are, and not a softmax of a model's own"
+            "only scaled_dot_product_attention and nn.MultiheadAttention of PyTorch are, and neither a softmax of a model's "
+            "own nor another library's attention"
         )
-        for name, value in self._options.items():
-            if beyond_torch({name: value}):
-                # As with an encoder that was compiled for evaluation: PyTorch has another function for its layers.
-                raise OptionError(f"{name} must not be given where no attention is met, got {value!r}: {what}")
+        # As with an encoder that was compiled for evaluation: PyTorch has another function for its layers.
+        _refuse_beyond_torch(self._options, what)
         warnings.warn(f"no attention was met: {what}", NothingReplaced, stacklevel=_callers_level())
 
     def _ran_compiled(self, report: Report) -> None:
@@ -151,6 +155,9 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
             return self.attend(*args, **kwargs)
         if func is functional.multi_head_attention_forward:
             return self.multi_head(*args, **kwargs)
+        if func is Tensor.unflatten:
+            # torch.compile can't follow the method, which calls super(), within a mode.
+            func = torch.unflatten
         return func(*args, **kwargs)
 
     def multi_head(self, *args: Any, **kwargs: Any) -> Any:
@@ -219,32 +226,41 @@ class Replacement(reroute):
     def __init__(self, *, min_keys: int = MIN_KEYS, **kdecore_options: Any) -> None:
         super().__init__(min_keys=min_keys, **kdecore_options)
         self._handles: list[Any] = []
+        self._whole: frozenset[str] = frozenset()
 
-    def attach(self, model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Give hooks to a model and all of its parts."""
-        for name, module in model.named_modules():
+    def attach(self, models: Mapping[str, nn.Module], layers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give hooks to models, by their names, and to all of their parts."""
+        self._whole = frozenset(models)
+        for name, module in named_parts(models):
             own = {key: value for pattern, o in layers.items() if fnmatchcase(name, pattern) for key, value in o.items()}
             self._handles.append(module.register_forward_pre_hook(_Enter(self, name, own)))
             self._handles.append(module.register_forward_hook(_Leave(self, name), always_call=True))
 
-    def enter(self, name: str, own: Mapping[str, Any]) -> None:
-        """Begin a module, whose options beside those of the one around it are ``own``."""
-        if not name:
-            # The whole model: what a KeyboardInterrupt left, after which PyTorch calls no hooks.
+    def enter(self, name: str, own: Mapping[str, Any], asks: bool) -> None:
+        """Begin a module, whose options beside those of the one around it are ``own``; ``asks``: for attention."""
+        if name in self._whole:
+            # What a KeyboardInterrupt left, after which PyTorch calls no hooks.
             self.leave_all_but(0)
         stack = self._running.stack
         if not stack:
             self.__enter__()
         outer = stack[-1][1] if stack else self._options
         stack.append((name, {**outer, **own}))
+        if asks:
+            self._running.waiting.add(name)
 
-    def leave(self, name: str, ended: bool) -> None:
+    def leave(self, name: str, module: nn.Module, ended: bool) -> None:
         """End a module; ``ended`` says that it raised nothing."""
+        waited, counted = name in self._running.waiting, ended and not torch.compiler.is_compiling()
         # Of a module that another hook kept from being entered there is nothing to leave.
         entered = [i for i, (running, _) in enumerate(self._running.stack) if running == name]
         if entered:
+            options = self._running.stack[entered[-1]][1]
             self.leave_all_but(entered[-1])
-        if not name and ended and not torch.compiler.is_compiling():
+            if waited and counted and not self.calls.compiled:
+                self.calls.miss(Count(name, f"none met: {processor_of(module)}"))
+                _refuse_beyond_torch(options, f"{name or 'the model'} asks {processor_of(module)}")
+        if name in self._whole and counted:
             self.warn_of_nothing()
 
     def leave_all_but(self, depth: int) -> None:
@@ -253,18 +269,20 @@ class Replacement(reroute):
         if stack and depth == 0:
             # Not a block's end: a part of a model may well have no attention.
             self.__exit__(GeneratorExit, None, None)
+        self._running.waiting.difference_update(name for name, _ in stack[depth:])
         del stack[depth:]
 
     def layer(self) -> tuple[str, Mapping[str, Any]]:
-        """Return the name of the layer that is running, and its options."""
+        """Return the name of the layer that is running and asks for attention, and its options."""
+        self._running.waiting.clear()
         return self._running.stack[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "handles": self._handles}
+        return {**super().__getstate__(), "handles": self._handles, "whole": self._whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._handles = state["handles"]
+        self._handles, self._whole = state["handles"], state["whole"]
 
     def restore(self) -> None:
         """Leave the model's attention to PyTorch again; of a copy, `restore_attention` does."""
@@ -281,8 +299,8 @@ class _Enter:
     name: str
     own: Mapping[str, Any]
 
-    def __call__(self, *_: Any) -> None:
-        self.replacement.enter(self.name, self.own)
+    def __call__(self, module: nn.Module, given: Any) -> None:
+        self.replacement.enter(self.name, self.own, attends(module))
 
 
 @dataclass(frozen=True)
@@ -293,7 +311,14 @@ class _Leave:
     name: str
 
     def __call__(self, module: nn.Module, given: Any, out: Any) -> None:
-        self.replacement.leave(self.name, out is not None)
+        self.replacement.leave(self.name, module, out is not None)
+
+
+def _refuse_beyond_torch(options: Mapping[str, Any], why: str) -> None:
+    """Raise for an option that PyTorch's attention hasn't, where no attention is met for it to hold."""
+    for name, value in options.items():
+        if beyond_torch({name: value}):
+            raise OptionError(f"{name} must not be given where no attention is met, got {value!r}: {why}")
 
 
 def _callers_level() -> int:
@@ -305,16 +330,16 @@ def _callers_level() -> int:
     return level
 
 
-def restore_attention(model: nn.Module) -> None:
+def restore_attention(model: Any) -> None:
     """Leave the attention of a model to PyTorch again, whatever replaced it: also of one that was copied or loaded whole."""
-    for module in model.modules():
+    for _, module in named_parts(models_of(model)):
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if isinstance(hook, _Enter | _Leave):
                 hook.replacement.restore()
 
 
 def replace_attention(
-    model: nn.Module,
+    model: Any,
     *,
     layers: Mapping[str, Mapping[str, Any]] | None = None,
     min_keys: int = MIN_KEYS,
@@ -329,9 +354,10 @@ def replace_attention(
     Parameters
     ----------
     model
-        Any module.
+        Any module; or a pipeline of diffusers, for its models that denoise.
     layers
         Options for some of its modules: name, with ``*`` and ``?`` as in file names, → options that replace others.
+        Names of a pipeline begin with that of a model, as in ``transformer.transformer_blocks.0.*``.
     min_keys
         As in `reroute`.
     **kdecore_options
@@ -341,11 +367,14 @@ def replace_attention(
     -------
     Replacement
         ``print`` it for a table of calls; see `reroute`. In compiled models they are not counted, which it says.
+        Modules of diffusers' attention that ran and asked for none in a way that is met are counted too, with what they
+        asked.
 
     Raises
     ------
     OptionError
-        Unknown options, or layers that the model hasn't.
+        Unknown options, layers that the model hasn't, or neither a module nor a pipeline; when the model is called: options
+        that PyTorch's attention hasn't, where none is met.
 
     Warns
     -----
@@ -360,12 +389,13 @@ def replace_attention(
     `KDEAttention`. After a KeyboardInterrupt call `Replacement.restore`, or the model once more.
     """
     layers = layers or {}
-    names = [name for name, _ in model.named_modules()]
+    models = models_of(model)
+    names = [name for name, _ in named_parts(models)]
     for pattern, own in layers.items():
         checked({**kdecore_options, **own})
         if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
             some = ", ".join(map(repr, names[1:9] or names)) + (", …" if len(names) > 9 else "")
             raise OptionError(f"layers must name modules of the model, got {pattern!r}; it has {some}")
     replacement = Replacement(min_keys=min_keys, **kdecore_options)
-    replacement.attach(model, layers)
+    replacement.attach(models, layers)
     return replacement
