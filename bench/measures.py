@@ -13,6 +13,7 @@ from bench import glove_full
 from bench.baselines import kdeformer_released
 from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.contention import contention
+from bench.estimators import estimators
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
@@ -346,6 +347,7 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         block_rate,
         growth,
         key_index,
+        estimators,
         tolerance_worst,
         crossover,
         causal_speed,
