@@ -14,6 +14,7 @@ from bench.baselines import kdeformer_released
 from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.contention import contention
 from bench.diffusion import diffusion
+from bench.estimators import estimators
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
@@ -347,6 +348,7 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         block_rate,
         growth,
         key_index,
+        estimators,
         tolerance_worst,
         crossover,
         causal_speed,

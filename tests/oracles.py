@@ -131,3 +131,11 @@ def causal_bias(n_q, n_k, window=None):
     distance = np.arange(n_q)[:, None] + (n_k - n_q) - np.arange(n_k)[None, :]
     seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     return np.where(seen, 0.0, -np.inf)
+
+
+def nadaraya_watson(x, y, points, bandwidth, weights=None):
+    """Mean of y (n, c) over rows x (n, d), by Gaussian kernels around points (m, d): (m, c) float64, in long double."""
+    x, y, points = (np.asarray(one, dtype=np.longdouble) for one in (x, y, points))
+    logs = np.stack([-np.sum((x - point) ** 2, axis=1) for point in points]) / (2 * np.longdouble(bandwidth) ** 2)
+    kernels = np.exp(logs - logs.max(axis=1, keepdims=True)) * (1.0 if weights is None else weights)
+    return (kernels @ y / kernels.sum(axis=1, keepdims=True)).astype(np.float64)

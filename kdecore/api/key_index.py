@@ -91,6 +91,8 @@ class KeyIndex:
     4097
     """
 
+    _build = staticmethod(key_tree.build)
+
     @outside_inference_mode()
     def __init__(
         self,
@@ -374,7 +376,7 @@ class KeyIndex:
         # Planned for one query: there are none yet.
         plan = self._plan(replace(problem, q=problem.k[:, :1, :]), self._options)
         with quiet():
-            return Segment(problem, key_tree.build(problem, plan, in_library_of(problem.k, self._moment)))
+            return Segment(problem, self._build(problem, plan, in_library_of(problem.k, self._moment)))
 
     def _fitting(self, name: str, queries: Array, *others: Array) -> Problem:
         """Return queries with one of the keys in canonical form, or raise what they don't fit in, under their name.

@@ -19,11 +19,11 @@ PARITY = 0x1BD11BDA
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def check_seed(seed: object) -> int:
-    """Return ``seed`` as an int in [0, 2**64), or raise `OptionError`."""
-    number = integer("seed", seed)
+def check_seed(seed: object, name: str = "seed") -> int:
+    """Return ``seed`` as an int in [0, 2**64), or raise `OptionError` naming it."""
+    number = integer(name, seed)
     if not 0 <= number < 2**64:
-        raise OptionError(f"seed must lie in [0, 2**64), got {number}")
+        raise OptionError(f"{name} must lie in [0, 2**64), got {number}")
     return number
 
 
