@@ -570,7 +570,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def test_every_row_of_the_table_names_tests_that_are_there():
     text = (DOCS / "integrations.md").read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    rows = [line.strip("| ").split(" | ") for line in text.split("\n## ")[0].splitlines() if line.startswith("|")][2:]
     assert len(rows) >= len(FACTORIES)
     for *_, tests in rows:
         (path,) = re.findall(r"\]\(([^)]+)\)", tests)
