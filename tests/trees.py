@@ -5,7 +5,7 @@ import numpy as np
 from kdecore.arrays.namespace import host
 from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.node_summaries.reference import node_summaries
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, first_nodes
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, SHORT, first_nodes
 from kdecore.kernels.pick_threshold.contract import ABOVE
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 from kdecore.kernels.tree_order.reference import tree_order
@@ -98,6 +98,13 @@ class OneBlock:
     def log_weight(self, level, i):
         return self.sigma(level, i) + np.log(len(self.members(level, i)))
 
+    def listed(self, level, i):
+        """The log-weight in a list: by how large the largest of so few draws is expected to be."""
+        h, log = 2**level - 1 + i, np.log(len(self.members(level, i)))
+        half = ALONG * self.squares.mean(axis=0) @ self.variances[h] + self.norms.mean() * self.spread[h]
+        reached = log**2 / (log + SHORT)
+        return log + (half if half <= reached else 2 * np.sqrt(half * reached) - reached)
+
     def logits(self, level, i):
         return self.queries @ self.keys[2**level - 1 + i] + self.log_weight(level, i)
 
@@ -138,7 +145,7 @@ def opened_by_a_threshold(arguments, threshold, most, start):
         closed, opened = block.descend(start, threshold, most)
         total = np.logaddexp.reduce([block.logits(*node) for node in (*closed, *opened)], axis=0)
         rows = [2**level - 1 + i for level, i in closed]
-        weights = [block.log_weight(*node) for node in closed]
+        weights = [block.listed(*node) for node in closed]
         shares = [np.exp(block.logits(*node) - total).mean() for node in closed]
         singles = [block.nodes + position for leaf in opened for position in block.members(*leaf)]
         more = [0.0] * len(singles)

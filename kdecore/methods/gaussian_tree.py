@@ -17,7 +17,7 @@ from kdecore.core.tree import bounds, depth
 from kdecore.kernels.balanced_view.contract import View
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import ALONG
-from kdecore.kernels.open_tree.reference import frozen
+from kdecore.kernels.open_tree.reference import frozen, reached
 from kdecore.methods.base import Plan
 from kdecore.methods.key_tree import DEEPER, KeyTree, similar_together
 from kdecore.methods.view import DIRECTIONS, LEAF_SIZE
@@ -70,7 +70,8 @@ def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
     # Too small to be seen beside the largest, but not 0.
     mean_weight = xp.maximum(nodes.values[:, :count, -2:-1], xp.full_like(largest, xp.finfo(v.dtype).smallest_normal))
     keys = mean_kernels(xp, nodes.keys[:, :count, :d], nodes.variances, xp.log(mean_weight) + largest)
-    keys[:, :, -1] -= frozen(xp, half, log_counts(xp, problem.n_k, half))
+    # What nodes are listed with for their half variances is taken back.
+    keys[:, :, -1] -= frozen(xp, half, reached(log_counts(xp, problem.n_k, half)))
     values = xp.concat([nodes.values[:, :count, :-2] / mean_weight, take_along_rows(xp, v, order)], axis=1)
     # The last coordinate of every query is 1. Without spread, the values' last column, there is no first-order term.
     along = xp.concat(

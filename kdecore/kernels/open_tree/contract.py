@@ -17,7 +17,9 @@ ALONG = 0.5
 
 Nodes stay closed where their variances happen to be small, so that these are less than the truth (docs/treecode.md).
 """
-
+SHORT = 2.2
+"""The largest of c normal numbers is expected √(2 R) deviations above their mean, R = (ln c)² / (ln c + `SHORT`), to 2 % for
+all c ≥ 2; its limit for large c, √(2 ln c), is 1.6 times as much for 4."""
 
 MOST_ROWS, WIDEST, MOST_BYTES = 128, 128, 2**15
 """Queries of a block, columns of a key, and bytes of all a block's queries, at most, in Triton: of more, registers are
@@ -91,7 +93,10 @@ class OpenTree(Protocol):
             (G, B, s) int64, rows of the tree's keys, ascending: closed nodes, then single keys; s as long as the longest
             list, or ``most``, so that accelerators read nothing back. 0 in slots that a list doesn't have.
         log_weight
-            (G, B, s): σ_h + ln c; 0 for single keys; −inf for slots that a list doesn't have.
+            (G, B, s): σ_h + ln c, where σ_h > R = (ln c)² / (ln c + `SHORT`) with 2 √(σ_h R) − R for σ_h, which is meant
+            before freezing: the largest of c draws is expected there, and no more; 0 for single keys; −inf for slots that a
+            list doesn't have. Trees are opened by the larger weight: what may be large is looked at, and counts as what it
+            is likely to be (derived).
         share
             (G, B, s): mean share of the attention that a closed node gets of the block's queries, by the weights of the
             nodes closed and the leaves opened; 0 for others.

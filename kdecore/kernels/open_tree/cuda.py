@@ -30,7 +30,7 @@ from numba import cuda
 from kdecore.arrays.namespace import Array, Namespace, dtype_name
 from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.open_tree import contract
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, SHORT, STEP
 from kdecore.kernels.runtime.cuda_jit import CudaKernel, cuda_kernel, for_each_reader, launch
 
 THREADS = 128
@@ -113,6 +113,17 @@ def frozen(half_variance, log_count):
         root = math.sqrt(half_variance * log_count)
         return root + root - log_count
     return half_variance
+
+
+@cuda.jit(device=True)
+def listed_as(log_weight, log_count, short):
+    """Return the log-weight that a closed node is listed with, as the contract has it; ``short`` is its `SHORT`."""
+    sigma, reached = log_weight - log_count, log_count * log_count / (log_count + short)
+    if not sigma > reached:
+        return log_weight
+    root = math.sqrt(sigma * log_count)
+    root = sigma + log_count if sigma > log_count else root + root
+    return root * math.sqrt(log_count / (log_count + short)) - reached + log_count
 
 
 @cuda.jit(device=True)
@@ -410,7 +421,9 @@ def list_nodes(counts, nodes, n, limit, node, used, slots, numbers, rows, key_in
     for place in range(start, stop):
         first, last = bounds_of(node[place], n)
         if not errors[place] > limit:
-            key_index[slot], log_weight[slot], share[slot] = node[place], bias[place], shares[place] / number(rows)
+            log_count = math.log(number(last - first))
+            key_index[slot], share[slot] = node[place], shares[place] / number(rows)
+            log_weight[slot] = listed_as(bias[place], log_count, number(SHORT))
             slot += 1
         elif node[place] >= nodes // 2:
             for position in range(first, last):

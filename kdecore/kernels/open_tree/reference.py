@@ -5,7 +5,7 @@ from typing import NamedTuple
 from kdecore.arrays.namespace import Array, Namespace
 from kdecore.arrays.rows import take_rows
 from kdecore.core.tree import BlockQueries, Tree, depth_of
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, SHORT, STEP
 
 
 class Loaded(NamedTuple):
@@ -51,13 +51,13 @@ def open_tree(
         current, sums = first_level(xp, start, loaded)
         closed: list[tuple[Array, Array, Array]] = []
         while True:
-            sums, logits, log_weight, error = weigh(xp, tree, loaded, level, current, sums)
+            sums, logits, listed, error = weigh(xp, tree, loaded, level, current, sums)
             opened = (current >= 0) & (error > limit[..., None])
             shut = (current >= 0) & ~opened
             weights = xp.where(shut[:, :, None, :], xp.exp(logits - sums.top[..., None]), 0.0)
             total = sums.closed + xp.sum(xp.exp(logits - sums.top[..., None]), axis=-1)
             sums = Sums(sums.top, sums.closed + xp.sum(weights, axis=-1))
-            closed.append((xp.where(shut, current + (1 << level) - 1, -1), log_weight, logits))
+            closed.append((xp.where(shut, current + (1 << level) - 1, -1), listed, logits))
             if level == last:
                 break
             step = STEP - (last - level) % STEP
@@ -110,7 +110,7 @@ def first_level(xp: Namespace, start: tuple[int, int, int], queries: Loaded) -> 
 def weigh(
     xp: Namespace, tree: Tree, queries: Loaded, level: int, current: Array, sums: Sums
 ) -> tuple[Sums, Array, Array, Array]:
-    """Weigh nodes (G, B, m) of a level, −1 for none: return sums, logits (G, B, b, m), log-weights and errors (G, B, m)."""
+    """Weigh nodes (G, B, m) of a level, −1 for none: return sums, logits (G, B, b, m), log-weights, errors (G, B, m)."""
     at = xp.maximum(current, xp.zeros_like(current))
     begin, end = (at * tree.n) >> level, ((at + 1) * tree.n) >> level
     node = at + ((1 << level) - 1)
@@ -118,16 +118,17 @@ def weigh(
     variances, spread = gather(xp, tree.variances, node), gather(xp, tree.spread[:, :, None], node)[..., 0]
     norm = xp.mean(queries.half_norms, axis=-1, keepdims=True)
     along = xp.mean(queries.squares, axis=2)[:, :, None, :] @ xp.matrix_transpose(variances)
-    sigma = frozen(xp, along[:, :, 0, :] + spread * norm, log_count)
-    log_weight = sigma + log_count
+    half = along[:, :, 0, :] + spread * norm
+    sigma = frozen(xp, half, log_count)
+    listed = frozen(xp, half, reached(log_count)) + log_count
     if queries.apart:
         along = queries.squares @ xp.matrix_transpose(variances)
-        half = along + spread[:, :, None, :] * queries.half_norms[..., None]
-        sigmas = frozen(xp, half, log_count[:, :, None, :])
+        own = along + spread[:, :, None, :] * queries.half_norms[..., None]
+        sigmas = frozen(xp, own, log_count[:, :, None, :])
     else:
         ratio = xp.where(norm > 0, queries.half_norms / xp.where(norm > 0, norm, 1.0), 1.0)
         sigmas = sigma[:, :, None, :] * ratio[..., None]
-    logits = queries.scaled @ xp.matrix_transpose(gather(xp, tree.keys, node)) + log_weight[:, :, None, :]
+    logits = queries.scaled @ xp.matrix_transpose(gather(xp, tree.keys, node)) + (sigma + log_count)[:, :, None, :]
     logits = xp.where((current < 0)[:, :, None, :], -xp.inf, logits)
     largest = xp.max(logits, axis=-1)
     top = xp.maximum(sums.top, largest)
@@ -139,7 +140,7 @@ def weigh(
     total = closed + xp.sum(weights, axis=-1)
     shares = weights / xp.where(total > 0, total, 1.0)[..., None]
     error = xp.sum((shares * sigmas) ** 4, axis=2) ** 0.25 * gather(xp, tree.sizes[:, :, None], node)[..., 0]
-    return Sums(top, closed), logits, log_weight, xp.where(current < 0, 0.0, error)
+    return Sums(top, closed), logits, listed, xp.where(current < 0, 0.0, error)
 
 
 def descendants(xp: Namespace, node: Array, step: int) -> Array:
@@ -157,10 +158,15 @@ def compact(xp: Namespace, node: Array, *others: Array) -> list[Array]:
     return [take_last(xp, x, first) for x in (node, *others)]
 
 
-def frozen(xp: Namespace, half_variance: Array, log_count: Array) -> Array:
-    """Return ln of the mean of exp over so many normal numbers, as the contract has it."""
-    beyond = 2.0 * xp.sqrt(half_variance * xp.where(log_count > 0, log_count, 0.0)) - log_count
-    return xp.where(half_variance > log_count, beyond, half_variance)
+def reached(log_count: Array) -> Array:
+    """Return half variances whose mean of exp so many draws, their logarithm given, are expected to reach."""
+    return log_count * log_count / (log_count + SHORT)
+
+
+def frozen(xp: Namespace, half_variance: Array, limit: Array) -> Array:
+    """Return ln of the mean of exp over normal numbers, whose half variance counts in full up to a limit."""
+    beyond = 2.0 * xp.sqrt(half_variance * xp.where(limit > 0, limit, 0.0)) - limit
+    return xp.where(half_variance > limit, beyond, half_variance)
 
 
 def gather(xp: Namespace, values: Array, index: Array) -> Array:

@@ -23,6 +23,7 @@ import triton.language as tl
 from kdecore.arrays.namespace import Array, Namespace
 from kdecore.core.tree import BlockQueries, Tree, depth_of
 from kdecore.kernels.attend_blocks.triton import one_run
+from kdecore.kernels.open_tree import contract
 from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP, triton_limit
 from kdecore.kernels.runtime.grids import flat_grid
 from kdecore.kernels.site import Largest
@@ -31,6 +32,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 HALF_ALONG = tl.constexpr(0.5 * ALONG)
 LEVELS, BELOW = tl.constexpr(STEP), tl.constexpr(1 << STEP)
 SMALLEST = tl.constexpr(LEAST)
+SHORT = tl.constexpr(contract.SHORT)
 LOWEST = tl.constexpr(-1e30)
 """Below every logit: what is subtracted from logits has to be finite."""
 
@@ -79,6 +81,14 @@ def frozen(half_variance, log_count):
 
 
 @triton.jit
+def listed_as(sigma, log_count):
+    """Return what a closed node is listed with for its half variance, frozen or not, as the contract has it."""
+    reached = log_count * log_count / (log_count + SHORT)
+    root = tl.where(sigma > log_count, 0.5 * (sigma + log_count), tl.sqrt(sigma * log_count))
+    return tl.where(sigma > reached, 2.0 * root * tl.sqrt(log_count / (log_count + SHORT)) - reached, sigma)
+
+
+@triton.jit
 def level_of(node):
     """Return the levels of nodes, which are numbered through all of them."""
     # The exponent of a float32, which holds these numbers exactly.
@@ -124,7 +134,7 @@ def estimate(
     there, top, total, n, factor, key_stride,
     D: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, DIRECTIONS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Return weights of nodes, the errors that they are estimated to make if they stay closed, and their log-weights."""
+    """Return weights of nodes, the errors that they are estimated to make if closed, and their log-weights in a list."""
     logits, sigma, log_count, along, around = weigh(
         queries, squares, half_norm, keys, spread, variances, level, place, there, n, factor, key_stride,
         D, COLUMNS, P, DIRECTIONS,
@@ -138,7 +148,7 @@ def estimate(
     else:
         size *= sigma
     share *= share
-    return weights, tl.sqrt(tl.sqrt(tl.sum(share * share, 0))) * size, sigma + log_count
+    return weights, tl.sqrt(tl.sqrt(tl.sum(share * share, 0))) * size, listed_as(sigma, log_count) + log_count
 
 
 @triton.jit

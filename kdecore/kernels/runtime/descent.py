@@ -12,7 +12,7 @@ import numpy as np
 from kdecore.arrays.memory import host_view
 from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
-from kdecore.kernels.open_tree.contract import ALONG, LEAST, STEP
+from kdecore.kernels.open_tree.contract import ALONG, LEAST, SHORT, STEP
 from kdecore.kernels.runtime.jit import kernel
 from kdecore.kernels.runtime.simd import (
     TILE_ROWS,
@@ -188,6 +188,16 @@ def frozen(half_variance, log_count):
 
 
 @kernel()
+def listed_as(sigma, log_count):
+    """Return what a closed node is listed with for its half variance, frozen or not, as `open_tree`'s contract has it."""
+    reached = log_count * log_count / (log_count + SHORT)
+    if sigma <= reached:
+        return sigma
+    root = sigma + log_count if sigma > log_count else 2.0 * np.sqrt(sigma * log_count)
+    return root * np.sqrt(log_count / (log_count + SHORT)) - reached
+
+
+@kernel()
 def weigh_level(tree, group, level, m, b, apart, work):
     """Weigh the m current nodes of a level for a block's queries, and estimate the errors of leaving them closed."""
     keys, spread, variances, sizes = tree.keys, tree.spread, tree.variances, tree.sizes
@@ -275,13 +285,16 @@ def descend(tree, group, start, threshold, most, b, apart, work):
                 square = np.float64(work.sigma[c]) * work.sigma[c]
                 if not work.error[c] * square * square > limit:
                     # Here, and not in a function: passing so many arrays takes as long.
-                    work.node[closed], work.log_weight[closed] = base + work.current[c], work.bias[c]
+                    sigma = np.float64(work.bias[c]) * LN2 - work.sizes[c]
+                    less = (sigma - listed_as(sigma, np.float64(work.sizes[c]))) * (1.0 / LN2)
+                    work.node[closed], work.log_weight[closed] = base + work.current[c], work.bias[c] - less
                     for lane in range(0, filled, lanes):
                         source, target = lane * width + c * lanes, lane * width + closed * lanes
                         copy_vector(work.logits, source, work.kept, target)
                         weight, total = np.uintp(source), np.uintp(lane)
                         for i in range(np.uintp(lanes)):
                             work.closed_totals[total + i] += work.weights[weight + i]
+                            work.kept[np.uintp(target) + i] -= less
                     closed += 1
                 elif level == last:
                     i = work.current[c]
