@@ -13,6 +13,7 @@ from bench import glove_full
 from bench.baselines import kdeformer_released
 from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.contention import contention
+from bench.distributed import ring_error, sharded_speed
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
@@ -356,6 +357,8 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         adapter_overhead,
         minilm,
         contention,
+        sharded_speed,
+        ring_error,
     )
 }
 """Measure name → function."""
