@@ -15,6 +15,7 @@ from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.contention import contention
 from bench.diffusion import diffusion
 from bench.estimators import estimators
+from bench.distributed import ring_error, sharded_speed
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
@@ -360,6 +361,8 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         minilm,
         diffusion,
         contention,
+        sharded_speed,
+        ring_error,
     )
 }
 """Measure name → function."""

@@ -531,3 +531,34 @@ def test_saved_models_know_nothing_of_it(tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="kdecore")
     torch.testing.assert_close(again.eval()(input_ids=IDS)[0], expected, **CHECK)
     assert calls.counts.total() == 2
+
+
+# Without a mask, as where a sequence is sharded (tests/ranks.py): positions and the model's window say what a mask would
+
+
+def asked_alone(*arrays, **said):
+    module = torch.nn.Module()
+    return transformers.AttentionInterface()["kdecore"](module, *arrays, None, **said)[0].transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", [[(20, 40), (60,)], [(5, 30, 25)]], ids=["each its own", "one row for all"])
+def test_positions_that_start_anew_are_other_samples(lengths):
+    register(**FULL)
+    q, k, v = torch.randn(3, 2, 4, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    sample = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+    seen = (sample[:, :, None] == sample[:, None, :]).tril()[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    torch.testing.assert_close(asked_alone(q, k, v, is_causal=True, position_ids=positions), expected, **CHECK)
+    whole = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(asked_alone(q, k, v, is_causal=False, position_ids=positions), whole, **CHECK)
+
+
+@pytest.mark.parametrize("own", [None, 11, 40])
+def test_the_models_window_holds_without_a_mask(own):
+    register(**FULL, **({} if own is None else {"window": own}))
+    q, k, v = torch.randn(3, 2, 4, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen = torch.ones(N, N, dtype=torch.bool).tril()
+    seen &= ~seen.tril(-min(16, own or 16))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    torch.testing.assert_close(asked_alone(q, k, v, is_causal=True, sliding_window=16), expected, **CHECK)

@@ -6,6 +6,7 @@ array; any other mask is the boolean one that transformers makes for PyTorch's a
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,6 +74,10 @@ def register(
     Causal decoders with a cache, grouped heads, left and right padding, sliding windows and packed sequences work as with
     ``"sdpa"``. Steps of decoding, of fewer than `torch_encoder.MIN_QUERIES` queries, and attention with a position bias
     (T5) are left to PyTorch.
+
+    DeepSpeed's ``UlyssesSPAttentionHF.register_with_transformers(core_attn_implementation="kdecore", …)`` takes this name:
+    the function is called with the whole sequence and some of the heads, and without a mask. Causal self-attention without
+    one goes by ``position_ids``, which start anew where another sample does, and by the model's ``sliding_window``.
     """
     if name in ("eager", "sdpa", "flex_attention") or name.startswith(("flash_attention", "paged|")):
         raise OptionError(f"name must not be one that transformers has, got {name!r}")
@@ -131,6 +136,14 @@ def attend(
     bias = kwargs.get("position_bias")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and attention_mask is None and query.shape[2] > 1
+    if causal and bias is None and (packed := samples_of(kwargs.get("position_ids"), query, key)):
+        rest: Any = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_ids": None}
+        outs = []
+        for row, some in packed:
+            q, k, v = (x[row, :, some] for x in (query, key, value))
+            outs.append(attend(layers, options, min_keys, calls, module, q, k, v, None, **rest)[0])
+        return torch.cat(outs, dim=1).reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    own = windowed(own, kwargs.get("sliding_window"), query, key) if causal else own
     reason = left_by_model(query, key, value, attention_mask, dropout, own, min_keys, causal=causal, biased=bias is not None)
     padded = attention_mask is not None and attention_mask.dtype == CAUSAL_TOO
     hides = attention_mask.bool() if attention_mask is not None and padded else attention_mask
@@ -160,6 +173,33 @@ def attend(
         return out.transpose(1, 2).contiguous()
 
     return calls.watch(layer, reason, query, leave if reason else take), None
+
+
+def samples_of(positions: Tensor | None, query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
+    """Return where each sample of causal self-attention lies, batch and rows, where positions say that several are packed.
+
+    Models say it by masks; what shards their sequences, such as DeepSpeed's Ulysses, leaves those out, and positions alone
+    are left to tell. Compiled code can't look.
+    """
+    batch, _, n, _ = query.shape
+    if positions is None or positions.ndim != 2 or not positions.shape[1] == n == key.shape[2]:
+        return []
+    if torch.compiler.is_compiling() or len(positions) not in (1, batch):
+        return []
+    apart = positions.diff(dim=1) != 1
+    if not bool(apart.any()):
+        return []
+    rows = apart.expand(batch, -1).cpu()
+    edges = [[0, *(row.nonzero()[:, 0] + 1).tolist(), n] for row in rows]
+    return [(slice(row, row + 1), slice(*some)) for row in range(batch) for some in pairwise(edges[row])]
+
+
+def windowed(options: Mapping[str, Any], window: int | None, query: Tensor, key: Tensor) -> Mapping[str, Any]:
+    """Return options of causal self-attention without a mask, with the model's sliding window where that hides anything."""
+    if window is None or window >= key.shape[2] or query.shape[2] != key.shape[2]:
+        return options
+    own = options.get("window")
+    return {**options, "window": window if own is None else min(own, window)}
 
 
 def mask(

@@ -127,13 +127,18 @@ def certify(
     Certificate
         O(G m n_k (d + d_v)) for the m queries of each group that the share pays for, at least `FEWEST_ROWS`, at most n_q.
     """
-    affordable = share * cost - STATISTICS_COST
-    m = min(problem.n_q, max(FEWEST_ROWS, int(affordable / (FEW_ROWS_PENALTY * row_cost))))
+    m = affordable_rows(problem.n_q, cost, row_cost, share)
     rows = sample_rows(problem.xp, problem.groups, problem.n_q, m, seed, problem.device)
     exact = exact_rows(rows)
     estimate = take_along_rows(problem.xp, without_gradient(out), rows)
     shape = (problem.groups, m, 1, problem.d_v)
     return estimate_errors(host.reshape(to_host(estimate), shape), host.reshape(to_host(exact), shape), problem.n_q)
+
+
+def affordable_rows(n_q: int, cost: float, row_cost: float, share: float) -> int:
+    """Return how many of n_q queries of each group are compared; costs and share as in `certify`."""
+    affordable = share * cost - STATISTICS_COST
+    return min(n_q, max(FEWEST_ROWS, int(affordable / (FEW_ROWS_PENALTY * row_cost))))
 
 
 def check_share(share: object) -> float:

@@ -5,6 +5,7 @@ int64 masked to 32 bits, since some libraries lack arithmetic on unsigned intege
 """
 
 import functools
+import hashlib
 import math
 
 from kdecore.arrays.errors import OptionError
@@ -25,6 +26,13 @@ def check_seed(seed: object, name: str = "seed") -> int:
     if not 0 <= number < 2**64:
         raise OptionError(f"{name} must lie in [0, 2**64), got {number}")
     return number
+
+
+def piece_seed(seed: int, piece: tuple[int, ...]) -> int:
+    """Return the seed of a piece of a call, told by its path, in [0, 2**64): for each piece another, for () the call's."""
+    if not piece:
+        return seed
+    return int.from_bytes(hashlib.blake2b(repr((seed, piece)).encode(), digest_size=8).digest())
 
 
 def threefry2x32(key: tuple[int, int], c0: Array, c1: Array) -> tuple[Array, Array]:

@@ -3,13 +3,13 @@
 Every method's record stands in its file; `register` adds one.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.namespace import Array
+from kdecore.arrays.random import piece_seed
 from kdecore.core.chunks import ChunkRange, Features
 from kdecore.core.options import Options
 from kdecore.core.problem import Problem
@@ -71,9 +71,7 @@ class Plan:
     @property
     def draw_seed(self) -> int:
         """Seed of what this piece of the call draws: for each piece another."""
-        if not self.piece:
-            return self.seed
-        return int.from_bytes(hashlib.blake2b(repr((self.seed, self.piece)).encode(), digest_size=8).digest())
+        return piece_seed(self.seed, self.piece)
 
 
 class Stages(NamedTuple):
