@@ -14,8 +14,8 @@ from bench.baselines import kdeformer_released
 from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.contention import contention
 from bench.diffusion import diffusion
-from bench.estimators import estimators
 from bench.distributed import ring_error, sharded_speed
+from bench.estimators import estimators
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
