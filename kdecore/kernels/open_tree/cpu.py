@@ -66,7 +66,8 @@ def open_blocks(queries, tree, threshold, most, start, lists, first, last):
                 work.factors[i] = 1.0 / (work.totals[lane + i] * b) if lane + i < b else 0.0
             for c in range(closed):
                 start_of_row, total = np.uintp(lane * width + c * lanes), queries.q.dtype.type(0.0)
+                opened_by = np.exp2(work.less[c])
                 for i in range(np.uintp(lanes)):
                     # Where nothing was left of what was closed before, it gets no more than all.
-                    total += min(work.kept[start_of_row + i], work.totals[lane + i]) * work.factors[i]
+                    total += min(work.kept[start_of_row + i] * opened_by, work.totals[lane + i]) * work.factors[i]
                 share[group, block, c] += total

@@ -56,8 +56,9 @@ class Work(NamedTuple):
         Nodes of a level, numbered within it, and of the next one.
     tops, totals, closed_totals
         Each query's largest logit so far, and sums of weights: of all nodes, and of those closed.
-    node, log_weight, kept
-        The block's list: rows of the keys, log-weights, and (panels, width, lanes) logits.
+    node, log_weight, kept, less
+        The block's list: rows of the keys, log-weights, (panels, width, lanes) logits, and how much less closed nodes are
+        listed with than they were weighed by.
     leaves
         The leaves opened.
     factors
@@ -87,6 +88,7 @@ class Work(NamedTuple):
     node: Any
     log_weight: Any
     kept: Any
+    less: Any
     leaves: Any
     factors: Any
 
@@ -120,6 +122,7 @@ def memory(filled, d, p, width, like):
         np.zeros(width, np.int64),
         np.zeros(width, dtype),
         np.zeros(panel_sizes, dtype),
+        np.zeros(width, dtype),
         np.zeros(width, np.int64),
         np.zeros(lanes, dtype),
     )
@@ -288,6 +291,7 @@ def descend(tree, group, start, threshold, most, b, apart, work):
                     sigma = np.float64(work.bias[c]) * LN2 - work.sizes[c]
                     less = (sigma - listed_as(sigma, np.float64(work.sizes[c]))) * (1.0 / LN2)
                     work.node[closed], work.log_weight[closed] = base + work.current[c], work.bias[c] - less
+                    work.less[closed] = less
                     for lane in range(0, filled, lanes):
                         source, target = lane * width + c * lanes, lane * width + closed * lanes
                         copy_vector(work.logits, source, work.kept, target)
