@@ -40,20 +40,40 @@ def methods(block: int, diagonal: int | None = None) -> dict[str, Method]:
 
 
 def estimated(
-    method: str | Options, diagonal: int | None, q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
+    method: str | Options,
+    diagonal: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    budget: int,
+    seed: int,
+    *,
+    kernels: str = "auto",
 ) -> Tensor:
     """Attend by a method of kdecore's."""
-    out: Tensor = kdecore.attention(q, k, v, method=method, budget=budget, scale=scale, seed=seed, diagonal=diagonal)
+    out: Tensor = kdecore.attention(
+        q, k, v, method=method, budget=budget, scale=scale, seed=seed, diagonal=diagonal, kernels=kernels
+    )
     return out
 
 
 def published(
-    block: int, diagonal: int | None, q: Tensor, k: Tensor, v: Tensor, scale: float, budget: int, seed: int
+    block: int,
+    diagonal: int | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    budget: int,
+    seed: int,
+    *,
+    kernels: str = "auto",
 ) -> Tensor:
     """Attend by Algorithm 3 with the paper's block and hyperplanes; of a small budget half is samples."""
     block = min(block, budget // 2)
     options = SortLSH(block_size=block, num_samples=budget - block, num_hashes=HASHES)
-    return estimated(options, diagonal, q, k, v, scale, budget, seed)
+    return estimated(options, diagonal, q, k, v, scale, budget, seed, kernels=kernels)
 
 
 def exact_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -13,8 +13,11 @@ from torch.nn import functional
 import kdecore
 from bench import lightglue, vit
 from bench.baselines import BASELINES
-from bench.experiments import biggan, command, glove, matching, methods, networks, summary, vision
+from bench.baselines.counting import multiply_accumulates
+from bench.experiments import biggan, command, glove, matching, methods, networks, operations, summary, vision
 from bench.experiments.rows import attempted, collect
+from bench.experiments.unpadded import unpadded
+from kdecore.kernels import registry
 
 NAMES = [*methods.KDECORE, "mean", "choosy"]
 EXACT_ERROR = {"glove": ("spectral", 1e-12), "vision": ("features", 1e-5), "matching": ("recall", None)}
@@ -165,10 +168,10 @@ def small(monkeypatch):
     )
     monkeypatch.setattr(lightglue, "load", matcher)
     monkeypatch.setattr(lightglue, "pair", pair)
-    for cached in (glove.words, matching.scene, vision.scene):
+    for cached in (glove.words, matching.scene, matching.calls, vision.scene, vision.calls):
         cached.cache_clear()
     yield
-    for cached in (glove.words, matching.scene, vision.scene):
+    for cached in (glove.words, matching.scene, matching.calls, vision.scene, vision.calls):
         cached.cache_clear()
 
 
@@ -188,7 +191,7 @@ def test_every_method_has_its_rows(name, tmp_path, capsys):
     shown, record = run(name, tmp_path, "--budgets", *budgets)
     rows = list(record["rows"].values())
     assert [len([row for row in rows if row["method"] == one]) for one in NAMES] == [1, 2, 2, 2, 2, 1, 2]
-    assert shown == list(record["rows"])
+    assert shown == [*record["rows"], *record.get("operations", {})]
     quantity, most = EXACT_ERROR[name]
     found = {row["method"]: row for row in rows}
     if most is None:
@@ -212,9 +215,10 @@ def test_rows_that_are_there_are_not_measured_again(name, tmp_path):
     assert again == []
     assert after == before
     more, record = run(name, tmp_path, "--methods", "exact", "sortlsh", "mean")
-    assert len(more) == 1
-    assert more[0].endswith("mean")
-    assert {key: record["rows"][key] for key in first} == before["rows"]
+    assert len(more) == (1 if name == "glove" else 2)
+    assert all(key.endswith("mean") for key in more)
+    assert before["rows"].items() <= record["rows"].items()
+    assert before.get("operations", {}).items() <= record.get("operations", {}).items()
 
 
 def test_a_run_that_is_cut_off_goes_on(tmp_path):
@@ -295,6 +299,16 @@ def test_failed_rows_are_tried_again_and_numbers_are_finite(tmp_path):
     assert json.loads(path.read_text()) == found
 
 
+def test_sections_of_a_file_are_kept(tmp_path):
+    path = tmp_path / "some.json"
+    collect(path, {"a": lambda: {"x": 1.0}}, print)
+    collect(path, {"a": lambda: {"x": 2.0}}, print, "operations")
+    found = collect(path, {"b": lambda: {"x": 3.0}}, print)
+    assert found["rows"] == {"a": {"x": 1.0}, "b": {"x": 3.0}}
+    assert found["operations"] == {"a": {"x": 2.0}}
+    assert json.loads(path.read_text()) == found
+
+
 def test_what_methods_raise_otherwise_is_raised():
     with pytest.raises(RuntimeError, match="broken"):
         attempted({}, lambda: (_ for _ in ()).throw(RuntimeError("broken")))
@@ -321,6 +335,102 @@ def test_summary_is_of_seeds():
         "| s | b | 0.5 | 2 | 2 ± 1.4 | 1.2 |",
         "| s | a |  | 2 | – | 1.5 |",
     ]
+
+
+def measured(counts):
+    """Rows of one method with three budgets, and its operations for some of them."""
+    rows = {
+        str(budget): {"size": "s", "method": "m", "budget": budget, "recall": recall, "seconds": time, "exact_seconds": 1.0}
+        for budget, recall, time in ((0.1, 0.5, 0.2), (0.2, 0.75, 0.4), (0.3, 1.0, 3.0))
+    }
+    work = {
+        str(budget): {"size": "s", "method": "m", "budget": budget} | one
+        for budget, one in zip((0.1, 0.2, 0.3), counts, strict=True)
+    }
+    return {"rows": rows, "operations": work}
+
+
+def test_equal_times_and_operations():
+    counts = [{"multiply_accumulates": count, "exact_multiply_accumulates": 8} for count in (1, 4)]
+    results = measured([*counts, {"failed": "no package"}])
+    times, works = summary.within(results, "recall", max).split("\n\n")
+    assert times.splitlines()[-1] == "| s | m | – | 0.5 | 0.75 | 0.75 |"
+    assert works.splitlines()[-1] == "| s | m | 0.5 | 0.5 | 0.75 | 0.75 |"
+    assert summary.within(results, "recall", min).splitlines()[-1] == "| s | m | 0.5 | 0.5 | 0.5 | 0.5 |"
+    head, _, *lines = summary.table(results, "part", {"recall": "recall"}).splitlines()
+    assert head.endswith("| time / exact | operations / exact |")
+    assert [line.split(" | ")[-1] for line in lines] == ["0.125 |", "0.5 |", "– |"]
+
+
+# -------------------------------------------------------------------------------------------------------------- operations
+
+
+def test_a_call_of_each_shape_is_counted_for_all():
+    """An attention of 2 · 6 · 5 pairs stands for three, its transpose for one; a method that multiplies q and k only."""
+    q, k = torch.ones(2, 6, 4), torch.ones(2, 5, 4)
+    seen = []
+
+    def attend(q, k, v, scale, budget, seed):
+        seen.append((q.shape[1], budget, scale))
+        return q @ k.mT
+
+    def run(within, across):
+        for scale in (1.0, 2.0, 3.0):
+            torch.testing.assert_close(within(q, k, k[..., :3], scale), methods.sdpa(q, k, k[..., :3], scale))
+        within(k, q, q[..., :3], 4.0)
+        across(q, q, q, 5.0)
+
+    calls = operations.recorded(run, kinds=2)
+    assert [[call.scale for call in of_kind] for of_kind in calls] == [[1.0, 2.0, 3.0, 4.0], [5.0]]
+    found = operations.counted([attend, attend], calls, 2)
+    assert seen == [(6, 2, 2.0), (5, 3, 4.0), (6, 3, 5.0)]
+    pairs = 3 * 60 + 60, 72
+    assert found["multiply_accumulates"] == 4 * sum(pairs)
+    assert found["exact_multiply_accumulates"] == 7 * pairs[0] + 8 * pairs[1]
+
+
+def test_operations_of_networks_are_those_of_their_shapes(tmp_path):
+    """Two layers of two heads of 8 and 65 tokens, as `transformer` has them."""
+    _, record = run("vision", tmp_path, "--budgets", "4", "--methods", "exact", "sortlsh", "mean", "choosy")
+    found = {row["method"]: row for row in record["operations"].values()}
+    exact = 2 * 2 * 65 * 65 * 16
+    for name, share in (("exact", 1.0), ("mean", 0.0)):
+        assert found[name]["exact_multiply_accumulates"] == exact
+        assert found[name]["multiply_accumulates"] == share * exact
+    assert 0.25 <= found["sortlsh"]["multiply_accumulates"] / exact < 1
+    assert found["choosy"]["failed"] == "budget must be a multiple of 1,000"
+
+
+@pytest.mark.parametrize("diagonal", [None, 0])
+def test_lists_that_are_not_filled_up_change_the_count_alone(diagonal):
+    rng = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 300, 16, generator=rng, dtype=torch.float64) for _ in range(3))
+    before = dict(registry.KERNELS)
+    outs = []
+
+    def call():
+        options = {"method": "treecode", "budget": 40, "scale": 1.0, "diagonal": diagonal, "kernels": "array-api"}
+        outs.append(kdecore.attention(q, k, v, **options))
+
+    padded = multiply_accumulates(call)
+    with unpadded():
+        found = multiply_accumulates(call)
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-10, atol=1e-12)
+    # The budget's keys and means, at least, and less than with the longest list everywhere.
+    assert 2 * 300 * 40 * 32 < found < 0.95 * padded
+    assert before == registry.KERNELS
+
+
+def test_of_one_block_nothing_is_filled_up():
+    rng = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, n, 16, generator=rng, dtype=torch.float64) for n in (64, 500, 500))
+
+    def call():
+        kdecore.attention(q, k, v, method=kdecore.Treecode(block_size=64), budget=100, scale=0.5, kernels="array-api")
+
+    with unpadded():
+        found = multiply_accumulates(call)
+    assert found == multiply_accumulates(call)
 
 
 # ---------------------------------------------------------------------------------------------------------------- networks
@@ -356,7 +466,7 @@ def test_methods_are_kdecores_and_all_baselines(monkeypatch):
     assert list(methods.methods(["treecode", "uniform", "exact"])) == ["exact", "treecode", "uniform"]
     monkeypatch.setattr(kdecore, "attention", lambda q, k, v, **options: options)
     found = methods.methods(diagonal=0)["hyper"](*torch.ones(3, 2, 64, 8), 0.5, 9, 3)
-    assert found == {"method": "hyper", "budget": 9, "scale": 0.5, "diagonal": 0, "seed": 3}
+    assert found == {"method": "hyper", "budget": 9, "scale": 0.5, "diagonal": 0, "seed": 3, "kernels": "auto"}
     assert methods.methods()["hyper"](*torch.ones(3, 2, 64, 8), 0.5, 9, 3)["diagonal"] is None
 
 
@@ -372,14 +482,6 @@ def test_matches_are_scored():
     found = matching.score(torch.tensor([0, 3, 2, -1]), apart)
     assert found == {"recall": 1.0, "precision": pytest.approx(2 / 3), "matches": 3, "correspondences": 2}
     assert matching.score(torch.tensor([1, -1, -1, -1]), apart)["recall"] == 0.0
-
-
-def test_equal_times():
-    rows = {
-        str(budget): {"size": "s", "method": "m", "budget": budget, "recall": recall, "seconds": time, "exact_seconds": 1.0}
-        for budget, recall, time in ((0.1, 0.5, 0.2), (0.2, 0.75, 0.4), (0.3, 1.0, 3.0))
-    }
-    assert matching.table({"rows": rows}).splitlines()[-1] == "| s | m | 0.5 | 0.75 | 0.75 |"
 
 
 def test_replaced_attention_is_the_networks_own():

@@ -6,7 +6,6 @@ of pairs of keypoints within 3 px of each other, each the other's nearest; a mat
 """
 
 import argparse
-import math
 from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from bench import lightglue
 from bench.baselines import Attend
-from bench.experiments import summary
+from bench.experiments import operations, summary
 from bench.experiments.methods import add_shared_arguments, methods, runs
-from bench.experiments.networks import PARTS, PHOTOGRAPHS, beside_exact, nothing_yet
+from bench.experiments.networks import PARTS, PHOTOGRAPHS, Layer, beside_exact, nothing_yet
 from bench.experiments.rows import Results, Row, Show, attempted, collect
 
 Counts = tuple[int, int]
@@ -27,8 +26,6 @@ TINY, SMALL, LARGE = (64, 32), (4096, 1024), (8192, 8192)
 SIDES = {TINY: 128, SMALL: 1024, LARGE: 1536}
 """Pixels on a side, by the keypoints."""
 PIXELS = 3.0
-LIMITS = (0.25, 0.5, 1.0)
-"""Times over exact attention's within which the best recall is told."""
 QUANTITIES = {"recall": "recall of matches within 3 px", "precision": "precision"}
 
 
@@ -43,14 +40,24 @@ def run(arguments: argparse.Namespace, show: Show) -> Results:
     lightglue.load()
     counts = TINY if arguments.tiny else LARGE if arguments.large else SMALL
     within, across = methods(arguments.methods, diagonal=0), methods(arguments.methods)
+    chosen = list(runs(within, arguments.budgets or PARTS))
     plan = {
         f"{counts[0]:,} × {counts[1]:,}, seed {seed}, {name}" + f", n_k/{part}" * (part is not None): partial(
             measure, name, (within[name], across[name]), counts, part, seed
         )
         for seed in range(arguments.seeds or (1 if arguments.tiny else len(PHOTOGRAPHS)))
-        for name, part in runs(within, arguments.budgets or PARTS)
+        for name, part in chosen
     }
-    return collect(arguments.out / "matching.json", plan, show)
+    path = arguments.out / "matching.json"
+    collect(path, plan, show)
+    kinds = [methods(arguments.methods, diagonal, kernels="array-api") for diagonal in (0, None)]
+    work = {
+        f"{counts[0]:,} × {counts[1]:,}, {name}" + f", n_k/{part}" * (part is not None): partial(
+            count, name, [kind[name] for kind in kinds], counts, part
+        )
+        for name, part in chosen
+    }
+    return collect(path, work, show, "operations")
 
 
 @lru_cache(maxsize=1)
@@ -101,22 +108,37 @@ def measure(name: str, attends: Iterable[Attend], counts: Counts, part: int | No
         with lightglue.attention_replaced(model, within, across):
             return score(lightglue.matches(model, pair), apart) | seconds
 
-    size = "{:,} × {:,} keypoints".format(*counts)
-    return attempted({"size": size, "method": name, "budget": part and 1 / part, "seed": seed}, one)
+    return attempted({"size": size_of(counts), "method": name, "budget": part and 1 / part, "seed": seed}, one)
+
+
+def size_of(counts: Counts) -> str:
+    """Return what rows call a size."""
+    return "{:,} × {:,} keypoints".format(*counts)
+
+
+def count(name: str, attends: Iterable[Attend], counts: Counts, part: int | None) -> Row:
+    """Return the operations of a method within images and across them."""
+    identity = {"size": size_of(counts), "method": name, "budget": part and 1 / part}
+    return attempted(identity, lambda: operations.counted(attends, calls(counts), part))
+
+
+@lru_cache(maxsize=1)
+def calls(counts: Counts) -> list[list[operations.Call]]:
+    """Return the attention within images, and across them, of the first seed with exact attention."""
+    model, (pair, _) = lightglue.load(), scene(0, counts)
+
+    def run(within: Layer, across: Layer) -> None:
+        with lightglue.attention_replaced(model, within, across):
+            lightglue.matches(model, pair)
+
+    return operations.recorded(run, kinds=2)
 
 
 def table(results: Results) -> str:
-    """Return recall and precision at equal budgets, and the best recall at equal times."""
-    lines = []
-    for size, found in summary.series(results).items():
-        for method, budgets in found.items():
-            reached = [(summary.time_share(rows), summary.mean(rows, "recall")) for rows in budgets.values()]
-            best = [max((recall for share, recall in reached if share <= limit), default=math.nan) for limit in LIMITS]
-            lines.append([size, method, *(f"{recall:.3g}" for recall in best)])
-    head = ["size", "best recall within so much of exact attention's time", *(f"{limit:g}" for limit in LIMITS)]
-    return f"{summary.table(results, 'keys / n_k', QUANTITIES)}\n\n{summary.markdown(head, lines)}"
+    """Return recall and precision at equal budgets, and the best recall at equal times and equal operations."""
+    return f"{summary.table(results, 'keys / n_k', QUANTITIES)}\n\n{summary.within(results, 'recall', max)}"
 
 
 def figure(results: Results, path: Path) -> None:
-    """Draw recall and precision against the budget, and recall against time."""
+    """Draw recall and precision against the budget, and recall against time and operations."""
     summary.figure(results, "keys evaluated for each query, over all keys", QUANTITIES, path, scale="linear")

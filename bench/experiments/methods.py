@@ -22,22 +22,22 @@ def add_shared_arguments(parser: argparse.ArgumentParser, budgets: str) -> None:
     parser.add_argument("--tiny", action="store_true", help="a size that takes seconds, to see that it runs")
 
 
-def methods(names: Sequence[str] | None = None, diagonal: int | None = None) -> dict[str, Attend]:
+def methods(names: Sequence[str] | None = None, diagonal: int | None = None, kernels: str = "auto") -> dict[str, Attend]:
     """Return name → function: kdecore's, then baselines of other names.
 
     Parameters
     ----------
     names
         Which; all if None.
-    diagonal
-        Where queries stand among the keys, as `kdecore.attention` takes it; baselines don't know.
+    diagonal, kernels
+        Where queries stand among the keys, and what computes, as `kdecore.attention` takes them; baselines don't know.
 
     Raises
     ------
     ValueError
         An unknown name.
     """
-    known: dict[str, Attend] = {name: partial(estimated, name, diagonal) for name in KDECORE}
+    known: dict[str, Attend] = {name: partial(estimated, name, diagonal, kernels=kernels) for name in KDECORE}
     known |= {name: one for name, one in BASELINES.items() if name not in known}
     if unknown := [name for name in names or () if name not in known]:
         raise ValueError(f"methods must be of {', '.join(known)}, got {', '.join(unknown)}")

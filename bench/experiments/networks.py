@@ -25,6 +25,11 @@ def nothing_yet() -> Seconds:
     return {"seconds": 0.0, "exact_seconds": 0.0}
 
 
+def keys_of(k: Tensor, part: int | None) -> int:
+    """Return the budget of a call with keys k (G, n_k, d): n_k // part, or 1; n_k if None."""
+    return max(1, k.shape[1] // (part or 1))
+
+
 def beside_exact(attend: Attend, part: int | None, seed: int, seconds: Seconds) -> Layer:
     """Return a method as a network's attention, which times itself.
 
@@ -33,7 +38,7 @@ def beside_exact(attend: Attend, part: int | None, seed: int, seconds: Seconds) 
     attend
         The method.
     part
-        The budget of a call is n_k // part, or 1; n_k if None.
+        As `keys_of` takes it.
     seed
         Of the network's run; each call draws numbers of its own.
     seconds
@@ -51,7 +56,7 @@ def beside_exact(attend: Attend, part: int | None, seed: int, seconds: Seconds) 
     def call(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = (x.contiguous() for x in (q, k, v))
         number = next(seeds)
-        estimate = partial(attend, q, k, v, scale, max(1, k.shape[1] // (part or 1)), number)
+        estimate = partial(attend, q, k, v, scale, keys_of(k, part), number)
         if number == first:
             estimate()
         started = time.perf_counter()

@@ -12,7 +12,7 @@ from kdecore.compare.machine import this_machine
 Row = dict[str, Any]
 """Names → numbers and texts; None for a number that isn't finite, and for a budget where there is none."""
 Results = dict[str, Any]
-"""``machine``: `Machine` as a dictionary; ``rows``: key → `Row`."""
+"""``machine``: `Machine` as a dictionary; ``rows``, and ``operations`` where they are counted: key → `Row`."""
 Show = Callable[[str], None]
 """Called with what is being done."""
 FAILURES = (ValueError, NotImplementedError, OSError, ModuleNotFoundError, FloatingPointError)
@@ -21,7 +21,7 @@ SAME = ("cpu", "cores", "versions", "threads")
 """What of a machine has to be the same for rows to stand beside each other."""
 
 
-def collect(path: Path, plan: Mapping[str, Callable[[], Row]], show: Show) -> Results:
+def collect(path: Path, plan: Mapping[str, Callable[[], Row]], show: Show, section: str = "rows") -> Results:
     """Measure the rows that a file doesn't hold yet, and write each when it is found.
 
     Parameters
@@ -32,21 +32,23 @@ def collect(path: Path, plan: Mapping[str, Callable[[], Row]], show: Show) -> Re
         Key → what measures the row. A key says everything that a row depends on but code and machine.
     show
         Called with the key of each row before it is measured.
+    section
+        Where in the file the rows are.
 
     Returns
     -------
     Results
-        All rows of the file.
+        All of the file.
 
     Raises
     ------
     ValueError
         The file's rows are from another machine, or of other versions.
     """
-    results = {"machine": asdict(this_machine()), "rows": {}}
+    results: Results = {"machine": asdict(this_machine()), "rows": {}}
     if path.exists():
-        results["rows"] = read(path, results["machine"])
-    rows = results["rows"]
+        results = read(path, results["machine"])
+    rows = results.setdefault(section, {})
     missing = [key for key in plan if key not in rows or "failed" in rows[key]]
     for done, key in enumerate(missing):
         show(f"{done + 1} of {len(missing)}: {key}")
@@ -63,13 +65,12 @@ def attempted(identity: Row, measure: Callable[[], Row]) -> Row:
         return identity | {"failed": str(error)}
 
 
-def read(path: Path, machine: Row) -> dict[str, Row]:
-    """Return the rows of a file, or raise `ValueError` where they are from another machine."""
+def read(path: Path, machine: Row) -> Results:
+    """Return what a file has, now of this machine, or raise `ValueError` where its rows are from another one."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if differing := [name for name in SAME if record["machine"][name] != machine[name]]:
         raise ValueError(f"{path} must hold rows of this machine, got another {', '.join(differing)}: choose another --out")
-    found: dict[str, Row] = record["rows"]
-    return found
+    return {**record, "machine": machine}
 
 
 def write(path: Path, results: Results) -> None:

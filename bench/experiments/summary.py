@@ -1,11 +1,13 @@
 """Rows over seeds: a table of means and deviations, and a figure with a curve for each method.
 
 Rows have ``size`` and ``method``, ``budget`` (a number or None), ``seconds`` and ``exact_seconds`` beside what is measured.
+Where an experiment has ``operations`` too, a size, method and budget has ``multiply_accumulates`` and
+``exact_multiply_accumulates``.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ Curves = dict[str, dict[float | None, list[Row]]]
 """Method → budget → rows; methods as in `ORDER`, budgets ascending, None alone."""
 ORDER = tuple(dict.fromkeys([*KDECORE, *BASELINES]))
 """Of methods in tables; a method looks the same in every figure."""
+LIMITS = (0.125, 0.25, 0.5, 1.0)
+"""Times and operations over exact attention's within which the best result is told."""
 Style = dict[str, Any]
 """What matplotlib takes of a curve."""
 
@@ -65,6 +69,15 @@ def time_share(rows: Sequence[Row]) -> float:
     return float(np.median([mine / exact for mine, exact in pairs]))
 
 
+def work_shares(results: Results) -> dict[tuple[str, str, float | None], float]:
+    """Return size, method and budget → operations over exact attention's; without those that couldn't be counted."""
+    return {
+        (row["size"], row["method"], row["budget"]): row["multiply_accumulates"] / row["exact_multiply_accumulates"]
+        for row in results.get("operations", {}).values()
+        if "failed" not in row
+    }
+
+
 def table(results: Results, budget: str, quantities: Mapping[str, str]) -> str:
     """Return a line for each size, method and budget.
 
@@ -77,14 +90,44 @@ def table(results: Results, budget: str, quantities: Mapping[str, str]) -> str:
     quantities
         Name in rows → what it is called; mean and deviation are shown.
     """
-    lines = []
+    lines, works = [], work_shares(results)
     for size, curves in series(results).items():
         for method, curve in curves.items():
             for number, rows in curve.items():
                 spent = "" if number is None else f"{number:g}"
                 cells = [shown(rows, name) for name in quantities]
-                lines.append([size, method, spent, str(len(rows)), *cells, f"{time_share(rows):.2g}"])
-    return markdown(["size", "method", budget, "seeds", *quantities.values(), "time / exact"], lines)
+                work = [f"{works.get((size, method, number), math.nan):.3g}"] * bool(works)
+                lines.append([size, method, spent, str(len(rows)), *cells, f"{time_share(rows):.2g}", *work])
+    head = ["size", "method", budget, "seeds", *quantities.values(), "time / exact", *["operations / exact"] * bool(works)]
+    return markdown(head, lines)
+
+
+def within(results: Results, name: str, best: Callable[..., float]) -> str:
+    """Return tables of the best mean of a quantity within shares of exact attention's time, and of its operations.
+
+    Parameters
+    ----------
+    results
+        An experiment's.
+    name
+        Of the quantity in rows.
+    best
+        `max` or `min`.
+    """
+    works, tables = work_shares(results), []
+    for spent in ("time", "operations"):
+        lines = []
+        for size, curves in series(results).items():
+            for method, curve in curves.items():
+                reached = [
+                    (time_share(rows) if spent == "time" else works.get((size, method, number), math.nan), mean(rows, name))
+                    for number, rows in curve.items()
+                ]
+                found = [best((x for share, x in reached if share <= limit), default=math.nan) for limit in LIMITS]
+                lines.append([size, method, *(f"{x:.3g}" for x in found)])
+        head = ["size", f"best {name} within so much of exact attention's {spent}", *(f"{limit:g}" for limit in LIMITS)]
+        tables.append(markdown(head, lines))
+    return "\n\n".join(tables)
 
 
 def shown(rows: Sequence[Row], name: str) -> str:
@@ -99,7 +142,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def figure(results: Results, budget: str, quantities: Mapping[str, str], path: Path, scale: str = "log") -> None:
-    """Draw each quantity against the budget, and the first against time; a line of panels for each size.
+    """Draw each quantity against the budget, and the first against time and operations; a line of panels for each size.
 
     Parameters
     ----------
@@ -110,16 +153,22 @@ def figure(results: Results, budget: str, quantities: Mapping[str, str], path: P
     scale
         Of quantities: ``"log"``, for errors, without exact attention's, which are rounding, or ``"linear"``, for parts of 1.
     """
-    found = series(results)
-    drawn = Figure(figsize=(6.0 * (len(quantities) + 1), 0.8 + 5.0 * len(found)), dpi=100, layout="constrained")
+    found, works, first = series(results), work_shares(results), next(iter(quantities))
+    shares = {"wall time over exact attention's, on a shared machine": time_share}
+    if works:
+        shares["multiply-accumulates over exact attention's"] = lambda rows: works.get(
+            tuple(rows[0][part] for part in ("size", "method", "budget")), math.nan
+        )
+    across = len(quantities) + len(shares)
+    drawn = Figure(figsize=(6.0 * across, 0.8 + 5.0 * len(found)), dpi=100, layout="constrained")
     FigureCanvasAgg(drawn)
-    grid = drawn.subplots(len(found), len(quantities) + 1, squeeze=False)
+    grid = drawn.subplots(len(found), across, squeeze=False)
     for panels, (size, curves) in zip(grid, found.items(), strict=True):
         if scale == "log":
             curves.pop("exact", None)
         for name, curve in curves.items():
-            draw(panels, curve, list(quantities), {"label": name} | look(place(name)))
-        for panel, name in zip(panels, [*quantities, next(iter(quantities))], strict=True):
+            draw(panels, curve, list(quantities), list(shares.values()), {"label": name} | look(place(name)))
+        for panel, name in zip(panels, [*quantities, *[first] * len(shares)], strict=True):
             panel.set(xscale="log", yscale=scale, ylabel=quantities[name], xlabel=budget, title=size)
             panel.set_ylim((0.0, 1.05) if scale == "linear" else None)
             panel.grid(alpha=0.3)
@@ -127,12 +176,13 @@ def figure(results: Results, budget: str, quantities: Mapping[str, str], path: P
             panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             panel.xaxis.set_minor_locator(NullLocator())
         ticks = sorted({number for curve in curves.values() for number in curve if number is not None})
-        for panel in panels[:-1]:
+        for panel in panels[: len(quantities)]:
             panel.xaxis.set_major_locator(FixedLocator(ticks))
-        panels[-1].xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        panels[-1].axvline(1.0, color="black", linestyle=":")
-        panels[-1].set(xlabel="wall time over exact attention's, on a shared machine")
-    handles = [panels[-1].get_legend_handles_labels() for panels in grid]
+        for panel, label in zip(panels[len(quantities) :], shares, strict=True):
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            panel.axvline(1.0, color="black", linestyle=":")
+            panel.set(xlabel=label)
+    handles = [panels[len(quantities)].get_legend_handles_labels() for panels in grid]
     legend = {label: handle for pairs in handles for handle, label in zip(*pairs, strict=True)}
     drawn.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=8, frameon=False, handlelength=3)
     drawn.savefig(path)
@@ -148,8 +198,14 @@ def look(number: int) -> Style:
     }
 
 
-def draw(panels: Sequence[Axes], curve: Mapping[float | None, list[Row]], names: Sequence[str], style: Style) -> None:
-    """Draw one method: quantities against the budget, a line across where there is none, and the first against time."""
+def draw(
+    panels: Sequence[Axes],
+    curve: Mapping[float | None, list[Row]],
+    names: Sequence[str],
+    shares: Sequence[Callable[[Sequence[Row]], float]],
+    style: Style,
+) -> None:
+    """Draw one method: quantities against the budget, a line across where there is none, and the first against shares."""
     for panel, name in zip(panels, names, strict=False):
         means = [mean(rows, name) for rows in curve.values()]
         if None in curve:
@@ -157,5 +213,5 @@ def draw(panels: Sequence[Axes], curve: Mapping[float | None, list[Row]], names:
         else:
             budgets = [number for number in curve if number is not None]
             panel.errorbar(budgets, means, yerr=[deviation(rows, name) for rows in curve.values()], capsize=3, **style)
-    times = [time_share(rows) for rows in curve.values()]
-    panels[-1].plot(times, [mean(rows, names[0]) for rows in curve.values()], **style)
+    for panel, share in zip(panels[len(names) :], shares, strict=True):
+        panel.plot(*zip(*((share(rows), mean(rows, names[0])) for rows in curve.values()), strict=True), **style)
