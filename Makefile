@@ -9,13 +9,15 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/kdecore compare --out demo
 
-# Tests in processes of their own run beside the others: libraries that start a thread for each core would wait for each other.
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+# In a process for each core: libraries that start a thread for each core would wait for each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 
-# Every tenth test of each file, in little more than a minute.
+test: $(READY)
+	$(TESTS)
+
+# Every tenth test of each file, in a minute.
 quick: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --quick
+	$(TESTS) --quick
 
 fuzz: $(READY)
 	$(BIN)/pytest tests/test_fuzz.py --hypothesis-profile=fuzz

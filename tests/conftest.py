@@ -1,5 +1,6 @@
 """The `backend` fixture: every test that takes it runs on each array library that is here."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +19,6 @@ import torch
 from kdecore.arrays import backend as backends
 from kdecore.core import problem as problems
 from kdecore_adapters import register_backends
-from tests import processes
 
 # A device runs these where kdecore is not installed.
 register_backends()
@@ -48,7 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _command(item) is not None)
+    # What takes longest first: the other processes of `make test` take over what is left behind it.
+    items.sort(key=lambda item: _command(item) is None)
     if config.getoption("quick"):
         few = [item for item in items if _command(item) is None]
         kept = {item for path in {item.path for item in few} for item in [one for one in few if one.path == path][::10]}
@@ -56,15 +57,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in few if item in kept]
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start what needs a process of its own, which the last tests wait for."""
-    commands = dict.fromkeys(command for item in session.items if (command := _command(item)) is not None)
-    if commands and not session.config.option.collectonly:
-        processes.RUNNER.start(list(commands))
+def pytest_collection_finish() -> None:
+    """Let garbage be looked for among what tests make alone, not among all that was imported: timings do so before each."""
+    gc.collect()
+    gc.freeze()
 
 
-def pytest_sessionfinish() -> None:
-    processes.RUNNER.stop()
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show the tables that tests recorded, though they passed."""
+    for report in terminalreporter.getreports("passed"):
+        for name, shown in report.user_properties:
+            terminalreporter.section(name)
+            terminalreporter.write_line(shown)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ from kdecore.methods import METHODS
 QUICK = ["--n", "80", "--seeds", "2", "--repeats", "1", "--budgets", "16"]
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """Begin at once: hundreds of calls are timed here, and no time is looked at."""
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 1e-4)
+
+
 @pytest.fixture
 def no_plot(monkeypatch):
     """Write a stand-in for the plot, which takes half a second to draw."""

@@ -12,7 +12,7 @@ from kdecore_adapters.distributed import ProcessGroupError, ring_attention, ulys
 from kdecore_adapters.distributed.parts import asked, parts_of, shared_out
 from kdecore_adapters.distributed.ranks import Layout, Shard
 from kdecore_adapters.distributed.ulysses import of_all_heads
-from tests.processes import Command, finish
+from tests.processes import Command, run
 from tests.ranks import CHECKS
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
@@ -23,7 +23,7 @@ LAUNCHES = [Command(("-m", "tests.ranks", str(number))) for number in CHECKS]
 
 @pytest.mark.parametrize("command", LAUNCHES, ids=str)
 def test_in_processes(command):
-    out = finish(command)
+    out = run(command)
     for check in CHECKS[int(command.arguments[-1])]:
         assert check.__name__ in out
 

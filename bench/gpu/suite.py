@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.gpu.session import Findings, Row, Session
 
 MOST_FAILURES = 200
-DEVICE_TESTS = ("tests", "-k", "cupy or torch-cuda")
+DEVICE_TESTS, PROCESSES = ("tests", "-k", "cupy or torch-cuda"), 8
 REHEARSED_TESTS = ("tests/test_metrics.py", "--noconftest")
 
 
@@ -21,19 +21,19 @@ def suite(session: Session) -> Findings:
     """Run the tests until there is no time left; yield one row."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "outcomes.jsonl"
-        selected = REHEARSED_TESTS if session.rehearsal else DEVICE_TESTS
-        code, said = run_tests(command(report, selected), session.left())
+        selected, processes = (REHEARSED_TESTS, 1) if session.rehearsal else (DEVICE_TESTS, PROCESSES)
+        code, said = run_tests(command(report, selected, processes), session.left())
         text = report.read_text(encoding="utf-8") if report.exists() else ""
     row = {"selected": " ".join(selected), "exit_code": code, "cut_off": code is None, **read_outcomes(text)}
     # pytest says 5 where nothing was selected.
     yield "tests", row | ({} if row["passed"] or row["failed"] else {"said": said})
 
 
-def command(report: Path, selected: Iterable[str]) -> list[str]:
+def command(report: Path, selected: Iterable[str], processes: int = 1) -> list[str]:
     """Return pytest's command line, in several processes and with limits of time where the plug-ins are there."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "bench.gpu.outcomes", "-W", "default", f"--outcomes={report}"]
-    if find_spec("xdist") is not None:
-        options += ["-n", "8", "--dist", "loadfile"]
+    if processes > 1 and find_spec("xdist") is not None:
+        options += ["-n", str(processes), "--dist", "loadfile"]
     if find_spec("pytest_timeout") is not None:
         options += ["--timeout", "120"]
     return [sys.executable, "-m", "pytest", *options, *selected]

@@ -65,11 +65,18 @@ def assert_gradients(rng, call, truth, inputs, dtype):
         torch.testing.assert_close(x.double(), y, rtol=0, atol=max(limit, 1e-6))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("biased", ["", "for each block", "for all"])
-@pytest.mark.parametrize(("b", "s", "d", "d_v"), [(1, 1, 1, 1), (5, 9, 4, 33), (20, 37, 17, 3)])
-def test_gradients_of_blocks(rng, backward, dtype, biased, b, s, d, d_v):
-    """With hidden slots, a query that sees nothing, one that is there again, and some that are in no block."""
+SIZES, BIASES = [(1, 1, 1, 1), (5, 9, 4, 33), (20, 37, 17, 3)], ["", "for each block", "for all"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "biased", "sizes"), [(DTYPES[(i + j) % 3], BIASES[i], SIZES[j]) for i in range(3) for j in range(3)], ids=str
+)
+def test_gradients_of_blocks(rng, backward, dtype, biased, sizes):
+    """With hidden slots, a query that sees nothing, one that is there again, and some that are in no block.
+
+    Every dtype with every bias and with all sizes, and every bias with all sizes.
+    """
+    b, s, d, d_v = sizes
     q, k, v = rows(rng, dtype, (2 * b + 3, d), (30, d), (30, d_v))
     query_index, key_index, log_weight = lists(rng, len(q), 30, 2, b, s)
     log_weight[0, 1::3] = -torch.inf

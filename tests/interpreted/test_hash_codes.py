@@ -47,7 +47,7 @@ def assert_codes(q, k, planes):
     ("n_q", "n_k", "d", "bits"),
     [
         *((1, 1, 1, 1), (2, 2, 16, 12), (1, 37, 19, 12), (64, 5, 65, 15)),
-        *((129, 130, 6, 16), (301, 90, 64, 17), (30, 44, 4, 30)),
+        *((129, 130, 6, 16), (101, 90, 64, 17), (30, 44, 4, 30)),
     ],
 )
 def test_hash_codes(rng, dtype, n_q, n_k, d, bits):
@@ -60,10 +60,9 @@ def test_hash_codes(rng, dtype, n_q, n_k, d, bits):
     assert_codes(*given, planes)
 
 
-@pytest.mark.parametrize("offset", [1e2, 1e3])
-def test_hash_codes_of_rows_far_from_the_origin(rng, offset):
+def test_hash_codes_of_rows_far_from_the_origin(rng):
     """As of the others, in tests/test_kernels.py: hardly a sign differs from float64's."""
-    n, d, bits = 20_000, 16, 12
+    n, d, bits, offset = 20_000, 16, 12, 1e3
     x = torch.from_numpy((rng.standard_normal((1, n, d)) + offset * rng.standard_normal(d)).astype(np.float32))
     planes = torch.from_numpy(rng.standard_normal((d, bits)).astype(np.float32))
     _, exact = reference.hash_codes(xp, x[:, :1].double(), x.double(), planes.double())
