@@ -399,6 +399,43 @@ def test_wrong_options_of_an_attention_config_are_refused(params, said):
         vllm_omni(*arrays(), options=params)
 
 
+def test_a_tolerance_takes_the_place_of_a_budget_and_a_budget_of_one():
+    q = torch.randn(1, 1500, 2, 8)
+    for given, own in (({"budget": 64}, {"rtol": 0.3}), ({"rtol": 0.3}, {"budget": 64})):
+        kernel = hosts.vllm_omni(method="treecode", **given)
+        found = kernel(q, q, q, own, False, None)
+        expected = kdecore.attention(*(q.transpose(1, 2),) * 3, method="treecode", **own)
+        torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
+def test_a_misspelt_option_of_an_attention_config_gets_a_hint():
+    q = torch.randn(1, 40, 2, 8)
+    with pytest.raises(kdecore.OptionError, match=r"budgett must be None.* did you mean 'budget'"):
+        hosts.VLLM_OMNI(q, q, q, {"budgett": 64}, False, None)
+    with pytest.raises(kdecore.OptionError, match="params must be a mapping of options, got NoneType"):
+        hosts.VLLM_OMNI(q, q, q, None, False, None)
+
+
+def test_a_mask_of_keys_that_is_added_is_not_taken_for_one_of_what_is_seen():
+    q = torch.randn(1, 40, 2, 8)
+    with pytest.raises(kdecore.DTypeError, match=r"attn_mask \(batch, n_k\) must be boolean"):
+        hosts.VLLM_OMNI(q, q, q, {"attn_mask": torch.zeros(1, 40)}, False, None)
+
+
+def test_no_more_keys_of_xdit_are_valid_than_there_are():
+    q = torch.randn(1, 2, 40, 8)
+    with pytest.raises(kdecore.OptionError, match="valid_kv_len must be at most the number of keys, 40, got 41"):
+        hosts.xdit()(q, q, q, 0.0, False, {"valid_kv_len": 41})
+
+
+def test_values_of_comfyui_may_be_wider_than_grouped_keys():
+    q, k, v = torch.randn(1, 50, 4 * 16), torch.randn(1, 50, 2 * 16), torch.randn(1, 50, 2 * 32)
+    found = hosts.comfyui()(q, k, v, 4, enable_gqa=True)
+    heads = (x.unflatten(-1, (number, -1)).transpose(1, 2) for x, number in ((q, 4), (k, 2), (v, 2)))
+    expected = functional.scaled_dot_product_attention(*heads, enable_gqa=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
 def test_masks_of_vllm_omni_that_can_not_be_kept_are_refused(options):
     with pytest.raises(kdecore.OptionError, match=r"^attn_mask must be None with is_causal=True"):

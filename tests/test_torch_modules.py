@@ -572,6 +572,34 @@ def test_restore_leaves_attention_to_pytorch():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in found.modules())
 
 
+def test_restore_while_another_thread_runs_the_model():
+    """What that asks for from then on is PyTorch's, and nothing stays behind where it ends."""
+    found, x = model(), rows(2, N, WIDTH)
+    replacement = replace_attention(found, min_keys=1, **SMALL)
+    began, go_on, modes = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        began.set()
+        go_on.wait(60)
+
+    handle = found[0].register_forward_pre_hook(wait)
+
+    def ask():
+        found(x)
+        modes.append(running_modes())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    began.wait(60)
+    replacement.restore()
+    go_on.set()
+    thread.join()
+    handle.remove()
+    assert modes == [[]]
+    assert not replacement.counts
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in found.modules())
+
+
 @pytest.mark.parametrize("how", ["itself", "twice", "pickled", "copied"])
 def test_restore_attention_leaves_any_model_to_pytorch(how):
     """Of a copy, `Replacement.restore` of what was copied knows nothing."""

@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdecore.arrays.errors import OptionError, ShapeError
+from kdecore.arrays.errors import DTypeError, OptionError, ShapeError, did_you_mean
 from kdecore.arrays.scalars import check_boolean, integer_at_least, one_of
-from kdecore_adapters.torch_adapter import (
-    EXACT,
-    beyond_torch,
-    check_tensors,
-    scaled_dot_product_attention,
-    swapped,
-)
+from kdecore_adapters.torch_adapter import EXACT, beyond_torch, check_tensors, scaled_dot_product_attention, swapped
 from kdecore_adapters.torch_calls import Calls
 from kdecore_adapters.torch_encoder import MIN_KEYS, left_by_model
-from kdecore_adapters.torch_operator import OPTIONS, checked
+from kdecore_adapters.torch_operator import OPTIONS, checked, overridden
 
 __all__ = ["VLLM_OMNI", "comfyui", "comfyui_override", "sageattention", "vllm_omni", "xdit"]
 
@@ -44,13 +38,7 @@ PACKED = ("indices_k", "cu_seqlens_k", "max_seqlen_k")
 """What xDiT says a second time, for kernels of packed samples, beside a mask or a length."""
 PRECISIONS = (None, torch.float16, torch.bfloat16, torch.float32)
 """Dtypes that ComfyUI may want logits in: they are computed in float32 at least."""
-QUANTISED = (
-    "smooth_k",
-    "smooth_v",
-    "qk_quant_gran",
-    "quantization_backend",
-    "pv_accum_dtype",
-)
+QUANTISED = ("smooth_k", "smooth_v", "qk_quant_gran", "quantization_backend", "pv_accum_dtype")
 """Arguments of SageAttention that say how it rounds: nothing is quantised here."""
 
 
@@ -93,13 +81,17 @@ def _vllm_omni(
     is_causal: bool,
     softmax_scale: float | None,
 ) -> Any:
+    if not isinstance(params, Mapping):
+        raise OptionError(f"params must be a mapping of options, got {type(params).__name__}")
     own = {name: params[name] for name in (*OPTIONS, "min_keys") if name in params}
-    _refuse("params", params, *own, *STATE, "attn_mask")
+    _refuse("params", params, *OPTIONS, "min_keys", "attn_mask", *STATE)
     mask = params.get("attn_mask")
     if isinstance(mask, Tensor) and mask.ndim not in (2, 4):
         shape = tuple(mask.shape)
         raise ShapeError(f"attn_mask must be (batch, n_k), or have four dimensions as PyTorch's, got shape {shape}")
     if isinstance(mask, Tensor) and mask.ndim == 2:
+        if mask.is_floating_point():
+            raise DTypeError(f"attn_mask (batch, n_k) must be boolean, True for what is seen, got {mask.dtype}")
         mask = mask.bool()[:, None, None, :]
     return attend(query, key, value, mask, own, is_causal=is_causal, scale=softmax_scale, layout="bshd")
 
@@ -152,6 +144,8 @@ def _xdit(
     )
     if length is not None:
         length = integer_at_least(1, "valid_kv_len", length)
+        if length > key.shape[2]:
+            raise OptionError(f"valid_kv_len must be at most the number of keys, {key.shape[2]}, got {length}")
         key, value = key[:, :, :length], value[:, :, :length]
         mask = mask if mask is None else mask[..., :length]
     found = attend(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, return_lse=return_lse)
@@ -237,11 +231,9 @@ def _comfyui(
     heads = integer_at_least(1, "heads", heads)
     _check_tensors(q, k, v, mask)
     if not skip_reshape:
-        width = q.shape[-1] // heads
-        q, k, v = (
-            _with_heads(name, x, x.shape[-1] // max(width, 1) if enable_gqa and name != "q" else heads)
-            for name, x in (("q", q), ("k", k), ("v", v))
-        )
+        # A key is as wide as a query; of values there are as many heads as of keys.
+        key_heads = k.shape[-1] // max(q.shape[-1] // heads, 1) if enable_gqa else heads
+        q, k, v = (_with_heads(name, x, of) for name, x, of in (("q", q, heads), ("k", k, key_heads), ("v", v, key_heads)))
     elif q.ndim != 4 or q.shape[1] != heads:
         raise ShapeError(f"q must be (batch, {heads}, n, d) with skip_reshape=True, got shape {tuple(q.shape)}")
     if mask is not None and mask.ndim < 4:
@@ -325,7 +317,8 @@ def _refuse(name: str, given: Mapping[str, Any], *known: str) -> None:
     for other, value in given.items():
         if other not in known and value is not None:
             so_far = ", ".join(known) or "nothing"
-            raise OptionError(f"{other} must be None, got {type(value).__name__}: of {name} kdecore knows {so_far}")
+            hint = did_you_mean(other, known)
+            raise OptionError(f"{other} must be None, got {type(value).__name__}: of {name} kdecore knows {so_far}{hint}")
 
 
 def _check_tensors(*tensors: Any) -> None:
@@ -367,7 +360,7 @@ def _attend(
     **call
         dropout_p, is_causal, scale and return_lse, as in `scaled_dot_product_attention`.
     """
-    kdecore_options = {**options, **(own or {})}
+    kdecore_options = overridden(options, own or {})
     min_keys = integer_at_least(0, "min_keys", kdecore_options.pop("min_keys"))
     if own and not torch.compiler.is_compiling():
         checked(kdecore_options)

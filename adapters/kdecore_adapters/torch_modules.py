@@ -8,16 +8,18 @@ wherever it is called. Neither changes parameters, so saved models load without 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from kdecore.arrays.errors import OptionError
 from kdecore_adapters.diffusers_adapter import attends, models_of, named_parts, processor_of
 from kdecore_adapters.torch_calls import Calls, Count
 from kdecore_adapters.torch_encoder import MIN_KEYS, KDEAttention
-from kdecore_adapters.torch_operator import checked
+from kdecore_adapters.torch_operator import checked, overridden
 from kdecore_adapters.torch_reroute import NothingReplaced, refuse_beyond_torch, reroute
 
 __all__ = ["Calls", "KDEAttention", "NothingReplaced", "replace_attention", "reroute", "restore_attention"]
@@ -30,6 +32,7 @@ class Replacement(reroute):
         super().__init__(min_keys=min_keys, **kdecore_options)
         self._handles: list[Any] = []
         self._whole: frozenset[str] = frozenset()
+        self._restored, self._threads, self._lock = False, set[int](), Lock()
 
     def attach(self, models: Mapping[str, nn.Module], layers: Mapping[str, Mapping[str, Any]]) -> None:
         """Give hooks to models, by their names, and to all of their parts."""
@@ -46,9 +49,12 @@ class Replacement(reroute):
             self.leave_all_but(0)
         stack = self._running.stack
         if not stack:
+            if self._restored:
+                return
             self.__enter__()
+            self._thread_runs(True)
         outer = stack[-1][1] if stack else self._options
-        stack.append((name, {**outer, **own}))
+        stack.append((name, overridden(outer, own)))
         if asks:
             self._running.waiting.add(name)
 
@@ -63,7 +69,7 @@ class Replacement(reroute):
             if waited and counted and not self.calls.compiled:
                 self.calls.miss(Count(name, f"none met: {processor_of(module)}"))
                 refuse_beyond_torch(options, f"{name or 'the model'} asks {processor_of(module)}")
-        if name in self._whole and counted:
+        if name in self._whole and counted and not self._restored:
             self.warn_of_nothing()
 
     def leave_all_but(self, depth: int) -> None:
@@ -72,6 +78,7 @@ class Replacement(reroute):
         if stack and depth == 0:
             # Not a block's end: a part of a model may well have no attention.
             self.__exit__(GeneratorExit, None, None)
+            self._thread_runs(False)
         self._running.waiting.difference_update(name for name, _ in stack[depth:])
         del stack[depth:]
 
@@ -81,17 +88,42 @@ class Replacement(reroute):
         return self._running.stack[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "handles": self._handles, "whole": self._whole}
+        return {**super().__getstate__(), "handles": self._handles, "whole": self._whole, "restored": self._restored}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._handles, self._whole = state["handles"], state["whole"]
+        self._handles, self._whole, self._restored = state["handles"], state["whole"], state["restored"]
 
-    def restore(self) -> None:
-        """Leave the model's attention to PyTorch again; of a copy, `restore_attention` does."""
-        self.leave_all_but(0)
+    def _thread_runs(self, begins: bool) -> None:
+        """Note that the model begins or ends in this thread; the last to end after `restore` takes the hooks away."""
+        if torch.compiler.is_compiling():
+            return
+        with self._lock:
+            (self._threads.add if begins else self._threads.discard)(get_ident())
+            if self._restored and not self._threads:
+                self._remove()
+
+    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call kdecore's attention or PyTorch's, with the arguments of PyTorch's."""
+        if self._restored:
+            return functional.scaled_dot_product_attention(query, *args, **kwargs)
+        return super().attend(query, *args, **kwargs)
+
+    def restore(self) -> None:
+        """Leave the model's attention to PyTorch again; of a copy, `restore_attention` does.
+
+        Where another thread runs the model, attention is PyTorch's from its next call on, and hooks are taken away when it
+        ends.
+        """
+        self.leave_all_but(0)
+        with self._lock:
+            self._restored = True
+            if not self._threads:
+                self._remove()
 
 
 @dataclass(frozen=True)
@@ -179,7 +211,9 @@ def replace_attention(
     models = models_of(model)
     names = [name for name, _ in named_parts(models)]
     for pattern, own in layers.items():
-        checked({**kdecore_options, **own})
+        if not isinstance(own, Mapping):
+            raise OptionError(f"layers must give each a mapping of options, got {own!r} for {pattern!r}")
+        checked(overridden(kdecore_options, own))
         if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
             some = ", ".join(map(repr, names[1:9] or names)) + (", …" if len(names) > 9 else "")
             raise OptionError(f"layers must name modules of the model, got {pattern!r}; it has {some}")

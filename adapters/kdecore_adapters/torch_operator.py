@@ -103,6 +103,12 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
+def overridden(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with some in place of others; a tolerance takes the place of a budget too, and a budget of one."""
+    dropped = {other for given, other in (("rtol", "budget"), ("budget", "rtol")) if own.get(given) is not None}
+    return {**{name: value for name, value in options.items() if name not in dropped}, **own}
+
+
 def checked_seed(seed: object) -> int:
     """Return a seed that an operator can be given, or raise `OptionError`."""
     number = check_seed(seed)
