@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick fuzz lint bench clean
+.PHONY: demo test quick fuzz lint bench docs clean
 
 demo: $(READY)
 	$(BIN)/kdecore compare --out demo
@@ -30,6 +30,10 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench.run --out bench/results
 
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(READY): pyproject.toml constraints-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "kdecore needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
@@ -39,4 +43,4 @@ $(READY): pyproject.toml constraints-dev.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -76,7 +76,7 @@ def test_files_and_functions_are_short(path):
 
 @pytest.mark.parametrize(
     "path",
-    [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "bench").rglob("*.md"))],
+    [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "bench").rglob("*.md"))],
     ids=lambda path: path.name,
 )
 def test_links_of_documents_lead_somewhere(path):
