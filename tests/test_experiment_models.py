@@ -251,7 +251,7 @@ def test_layers_have_their_own_budgets(classifier):
 
 def test_published_settings(monkeypatch):
     asked = []
-    monkeypatch.setattr(model_methods, "estimated", lambda options, *arguments: asked.append(options))
+    monkeypatch.setattr(model_methods, "estimated", lambda options, *_, **__: asked.append(options))
     for budget in (192, 20, 1):
         methods(64)["published"](None, None, None, 1.0, budget, 0)
     assert [(one.block_size, one.num_samples, one.num_hashes) for one in asked] == [(64, 128, 7), (10, 10, 7), (0, 1, 7)]

@@ -233,7 +233,7 @@ def test_an_interrupted_append_leaves_the_index_as_it_was(rng, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(kdecore.api.key_index.key_tree, "build", interrupted)
+        patch.setattr(KeyIndex, "_build", staticmethod(interrupted))
         with pytest.raises(KeyboardInterrupt):
             index.append(k, v)
     assert index.n_k == 500

@@ -1,5 +1,6 @@
 """Triton kernels on a machine without a device: interpreted, and compiled for sm_80 and sm_90."""
 
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -14,9 +15,8 @@ INTERPRETED = Command(("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/in
 
 @pytest.mark.parametrize("command", [INTERPRETED], ids=str)
 def test_kernels_in_the_interpreter(command):
-    out = run(command)
-    assert "passed" in out
-    assert "skipped" not in out
+    summary = next(line for line in run(command).splitlines() if re.search(r"\d+ passed", line))
+    assert "skipped" not in summary
 
 
 @pytest.mark.parametrize("command", [Command(("-m", "tests.triton_compile"))], ids=str)
