@@ -126,6 +126,18 @@ def check_inputs_without_heads_and_queries_of_another_length():
         close(out, cut(kdecore.attention(*many, method="exact", **hidden)))
 
 
+def check_certificate(found, out, exact):
+    """Say that it is the same on all ranks, and holds for what all of them returned."""
+    everywhere = [None] * count()
+    dist.all_gather_object(everywhere, found)
+    assert all(one == found for one in everywhere)
+    true = errors(host, out.numpy(), exact.numpy())
+    for norm in ("frobenius", "spectral"):
+        low, high = getattr(found, f"{norm}_interval")
+        # Where all rows were evaluated, the two are the error but for rounding.
+        assert 0.0 < low * (1 - 1e-9) <= getattr(true, norm) <= high * (1 + 1e-9)
+
+
 def check_arrays_without_elements_and_ranks_without_queries():
     q, k, v = (x.detach() for x in tensors(*((2, HEADS, N, D),) * 3))
     exact = kdecore.attention(q, k, v, method="exact")
@@ -136,8 +148,11 @@ def check_arrays_without_elements_and_ranks_without_queries():
         assert (out.shape, report.certificate) == (cut(q)[:0].shape, None)
         out, report = call(cut(q), given[0], given[1][..., :0], **options)
         assert (out.shape, report.certificate) == (cut(q)[..., :0].shape, None)
-        mine = q if rank() == 0 else q[:, :, :0]
-        close(call(mine, *given, method="exact"), exact if rank() == 0 else exact[:, :, :0])
+        for having in range(count()):
+            rows = slice(None) if rank() == having else slice(0)
+            close(call(q[:, :, rows], *given, method="exact"), exact[:, :, rows])
+            out, report = call(q[:, :, rows], *given, **options)
+            check_certificate(report.certificate, whole(out), exact)
 
 
 def check_ulysses_estimates_as_for_its_heads_alone():
@@ -162,18 +177,10 @@ def check_ulysses_estimates_as_for_its_heads_alone():
 
 def check_certificates_are_of_all_ranks():
     q, k, v = (x.detach() for x in words(600))
-    exact = kdecore.attention(q, k, v, method="exact").numpy()
+    exact = kdecore.attention(q, k, v, method="exact")
     for call in (ulysses_attention, ring_attention):
         out, report = call(*(cut(x) for x in (q, k, v)), method="treecode", budget=48, return_report=True)
-        found = report.certificate
-        everywhere = [None] * count()
-        dist.all_gather_object(everywhere, found)
-        assert all(one == found for one in everywhere)
-        true = errors(host, whole(out).numpy(), exact)
-        for norm in ("frobenius", "spectral"):
-            low, high = getattr(found, f"{norm}_interval")
-            # Where all rows were evaluated, the two are the error but for rounding.
-            assert 0.0 < low * (1 - 1e-9) <= getattr(true, norm) <= high * (1 + 1e-9)
+        check_certificate(report.certificate, whole(out), exact)
         none = call(*(cut(x) for x in (q, k, v)), method="treecode", budget=48, return_report=True, certificate=0)[1]
         assert none.certificate is None
 
@@ -191,7 +198,7 @@ def layout(n_q, n_k):
 
 def by_parts(q, k, v, options):
     """Return ring attention of this rank's queries in this process, recorded by PyTorch: q (G, n, d)."""
-    shard = Shard((q.shape, k.shape, v.shape), q.dtype, "cpu", False, options)
+    shard = Shard((q.shape, k.shape, v.shape), q.dtype, "cpu", False, options, {})
     rows = layout(q.shape[-2], k.shape[-2])
     state = None
     for source, parts in parts_of(asked(shard, rows), rank()).items():
@@ -277,6 +284,8 @@ def check_every_rank_raises_the_same_error():
         refused(call, ShapeError, "key_lengths must have", arrays, key_lengths=[N] * 3)
         refused(call, OptionError, "did you mean 'budget'", arrays, budgit=9)
         refused(call, OptionError, "return_lse must be True or False", arrays, return_lse=1)
+        for name in ("return_lse", "return_report"):
+            refused(call, OptionError, f"{name} must be the same on all ranks", arrays, **{name: last})
         spoilt = k.clone()
         spoilt[1, -1, 0, 0] = np.nan if last else 1.0
         refused(call, OptionError, "k must be finite", [q, spoilt, v], check_finite=True)

@@ -16,7 +16,6 @@ from kdecore.api.report import Report
 from kdecore.arrays.errors import ShapeError
 from kdecore.arrays.namespace import host
 from kdecore.arrays.random import piece_seed
-from kdecore.arrays.scalars import check_boolean
 from kdecore_adapters.distributed.ranks import (
     Ranks,
     Shard,
@@ -100,9 +99,7 @@ def ulysses_attention(
     ranks = joined(group)
 
     def describe() -> Shard:
-        check_boolean("return_lse", return_lse)
-        check_boolean("return_report", return_report)
-        shard = described(q, k, v, kdecore_options)
+        shard = described(q, k, v, kdecore_options, return_lse=return_lse, return_report=return_report)
         check_heads(shard, ranks)
         return shard
 
