@@ -110,6 +110,25 @@ def check_ulysses_is_attention_of_one_process():
     compare(ulysses_attention, 2, torch.bfloat16, 0.04)
 
 
+def check_ulysses_takes_one_exchange_there_and_one_back():
+    """And so do gradients, whatever is returned: results and log-sum-exps of another dtype go together."""
+    arrays = tensors((2, HEADS, N, D), (2, 2, N, D), (2, 2, N, D_V), dtype=torch.float16)
+    rows, exchange, calls = [cut(x) for x in arrays], dist.all_to_all_single, []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return exchange(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted)
+        for return_lse in (False, True):
+            found = ulysses_attention(*rows, method="exact", return_lse=return_lse)
+            assert len(calls) == 2
+            torch.autograd.grad(sum(x.sum() for x in found) if return_lse else found.sum(), arrays)
+            assert len(calls) == 4
+            calls.clear()
+
+
 def check_ring_is_attention_of_one_process():
     for key_heads in (HEADS, 1):
         compare(ring_attention, key_heads)
@@ -282,6 +301,9 @@ def check_every_rank_raises_the_same_error():
         refused(call, OptionError, "mask must be None", arrays, mask=torch.ones(N, N, dtype=torch.bool))
         refused(call, OptionError, "key_lengths must lie in", arrays, key_lengths=[N + 1, 3])
         refused(call, ShapeError, "key_lengths must have", arrays, key_lengths=[N] * 3)
+        # Where each rank would get as many as it has heads.
+        refused(call, ShapeError, r"k or the first of them, \(2, 4\), got \(2, 5\)$", arrays, key_lengths=[[N] * 5] * 2)
+        refused(call, OptionError, rf"in 0 … {N}, the keys of all ranks, got \[91, 91\]$", arrays, key_lengths=[N + 1] * 2)
         refused(call, OptionError, "did you mean 'budget'", arrays, budgit=9)
         refused(call, OptionError, "return_lse must be True or False", arrays, return_lse=1)
         for name in ("return_lse", "return_report"):
@@ -393,7 +415,7 @@ def sharded_by_deepspeed(core):
         query, key, value = (to_heads(x).contiguous() for x in (query, key, value))
         context, weights = core(module, query, key, value, None, *args, **kwargs)
         batch, rows = context.shape[:2]
-        back = ulysses.to_rows(all_ranks(), context.transpose(1, 2), [rows // count()] * count())
+        (back,) = ulysses.to_rows(all_ranks(), [context.transpose(1, 2)], [rows // count()] * count())
         return back.transpose(1, 2).reshape(batch, rows // count(), -1), weights
 
     return wrapper
@@ -433,6 +455,7 @@ def check_the_registered_name_under_deepspeeds_ulysses():
 
 EVERYWHERE = (
     check_ulysses_is_attention_of_one_process,
+    check_ulysses_takes_one_exchange_there_and_one_back,
     check_ring_is_attention_of_one_process,
     check_ulysses_estimates_as_for_its_heads_alone,
     check_certificates_are_of_all_ranks,

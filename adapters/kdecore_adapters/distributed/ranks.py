@@ -1,10 +1,8 @@
 """Processes of a group: what they agree on before rows are exchanged, and an error that all of them raise."""
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from kdecore.api.call import call_options
 from kdecore.arrays.errors import DTypeError, KdecoreError, OptionError, ShapeError
+from kdecore.arrays.namespace import Array, host
 from kdecore.arrays.scalars import check_boolean
 from kdecore.core.problem import check_alike, check_scale, check_shapes
 from kdecore.engine.restrictions import integers
@@ -194,7 +193,14 @@ def layout_of(shards: list[Shard]) -> Layout:
     return Layout(tuple(one.shapes[0][-2] for one in shards), tuple(one.shapes[1][-2] for one in shards))
 
 
-def split_flat(x: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """Return the tensors of these shapes that lie one after another in a flat one."""
-    ends = list(accumulate((shape.numel() for shape in shapes), operator.add, initial=0))
-    return [x[begin:end].view(shape) for begin, end, shape in zip(ends, ends[1:], shapes, strict=False)]
+def group_lengths(given: Any, lead: tuple[int, ...], n_k: int) -> Array:
+    """Return the number of keys in each group (G,), of lengths for the leading dimensions of k or the first of them."""
+    lengths = host.asarray(n_k if given is None else given, dtype=host.int64)
+    if lengths.shape != lead[: lengths.ndim]:
+        raise ShapeError(
+            f"key_lengths must have the leading dimensions of k or the first of them, {lead}, got {lengths.shape}"
+        )
+    if lengths.size and not 0 <= int(host.min(lengths)) <= int(host.max(lengths)) <= n_k:
+        raise OptionError(f"key_lengths must lie in 0 … {n_k}, the keys of all ranks, got {lengths.tolist()}")
+    spread = host.reshape(lengths, (*lengths.shape, *(1,) * (len(lead) - lengths.ndim)))
+    return host.reshape(host.broadcast_to(spread, lead), (-1,))
