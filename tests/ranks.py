@@ -431,7 +431,7 @@ def check_the_registered_name_under_deepspeeds_ulysses():
     from kdecore_adapters.transformers_adapter import register
 
     llama, mistral, functions = models()
-    calls = register("kdecore", method="treecode", budget=1000, min_keys=1)
+    calls = register("kdecore", method="treecode", budget=1000, min_keys=1, packed=True)
     functions["kdecore"] = sharded_by_deepspeed(functions["kdecore"])
     ids = torch.randint(0, 100, (2, 80), generator=torch.Generator().manual_seed(0))
     one_sample = torch.arange(80).expand(2, -1)
