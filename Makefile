@@ -7,7 +7,9 @@ READY := $(VENV)/.ready
 .PHONY: demo test quick fuzz lint bench docs clean
 
 demo: $(READY)
+	@echo "Measuring treecode, sortlsh and hyper against exact attention on 8,192 words of GloVe: about a minute."
 	$(BIN)/kdecore compare --out demo
+	@echo "The same as a page: demo/compare.html"
 
 # In a process for each core: libraries that start a thread for each core would wait for each other.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
@@ -35,6 +37,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(READY): pyproject.toml constraints-dev.txt
+	@echo "Setting up $(VENV): some minutes, and a few hundred megabytes."
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "kdecore needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable '.[dev]'

@@ -82,7 +82,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    from kdecore.compare.plots import COLOURS, MARKERS
+    from kdecore.compare.picture import COLOURS, MARKERS
 
     methods: dict[str, dict[str, Any]] = {
         method: {"color": colour, "marker": marker, "markersize": size, "linewidth": 1.8}

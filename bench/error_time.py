@@ -88,7 +88,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    from kdecore.compare.plots import COLOURS, MARKERS
+    from kdecore.compare.picture import COLOURS, MARKERS
 
     figure, panels = plt.subplots(3, 3, figsize=(13, 12), layout="constrained")
     for panel, (name, found) in zip(panels.flat, results.items(), strict=True):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.experiments.summary import Curves, mean, series, time_share
-from kdecore.compare.plots import COLOURS, MARKERS
+from kdecore.compare.picture import COLOURS, MARKERS
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("treecode", "sortlsh", "hyper")

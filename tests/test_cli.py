@@ -15,7 +15,7 @@ import kdecore
 from bench.timing import interleaved
 from kdecore.accuracy.metrics import Errors
 from kdecore.arrays.backend import backend_named
-from kdecore.compare import baselines, cli, comparison, machine, timing
+from kdecore.compare import baselines, cli, comparison, machine, table, timing
 from kdecore.compare.cases import Case, glove_case
 from kdecore.compare.plots import comparison_png
 from kdecore.core.problem import canonicalise
@@ -34,8 +34,9 @@ def no_pause(monkeypatch):
 
 @pytest.fixture
 def no_plot(monkeypatch):
-    """Write a stand-in for the plot, which takes half a second to draw."""
+    """Write stand-ins for the plot, which takes half a second to draw, and for the page, of 5 MB."""
     monkeypatch.setattr("kdecore.compare.plots.comparison_png", lambda *arguments: b"\x89PNG stand-in")
+    monkeypatch.setattr("kdecore.compare.page.comparison_html", lambda *arguments: b"<!doctype html>")
 
 
 def run(capsys, *argv):
@@ -53,6 +54,11 @@ def assert_fails(capsys, *argv, says):
     assert says in err
 
 
+def widest(out):
+    """Columns of the widest line, but for the one that names the folder."""
+    return max(len(line) for line in out.splitlines() if not line.startswith("Written to "))
+
+
 def files_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -66,10 +72,10 @@ def test_compare_writes_table_json_and_plot(tmp_path, capsys):
     status, out, err = run(capsys, "compare", *QUICK, "--budgets", "16", "32", "--out", tmp_path / "new" / "folder")
     assert (status, err) == (0, "")
     assert "\x1b" not in out
-    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert widest(out) <= 80
     for part in ("sortlsh", "hyper", "exact (", "Frobenius", "on all queries", "GloVe"):
         assert part in out
-    assert files_in(tmp_path / "new" / "folder") == ["compare.json", "compare.png"]
+    assert files_in(tmp_path / "new" / "folder") == sorted(cli.OUTPUTS)
     assert (tmp_path / "new" / "folder" / "compare.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "new" / "folder" / "compare.json").read_text(encoding="utf-8"))
     assert record["seeds"] == [0, 1]
@@ -89,7 +95,7 @@ def test_compare_replaces_earlier_results(tmp_path, no_plot, capsys):
     for name in cli.OUTPUTS:
         (tmp_path / name).write_text("old")
     assert run(capsys, "compare", *QUICK, "--out", tmp_path)[0] == 0
-    assert files_in(tmp_path) == ["compare.json", "compare.png"]
+    assert files_in(tmp_path) == sorted(cli.OUTPUTS)
     json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
 
 
@@ -140,7 +146,7 @@ def test_few_exact_rows_do_not_inflate_the_baseline(monkeypatch):
     assert few.timed_rows == 1024
     assert few.milliseconds < 20 * 2048 / 8 / 4
     assert few.errors.spectral < 1e-5
-    rows = comparison.sample_rows(canonicalise(case.q, case.k, case.v), 8, 0)
+    rows = comparison.sample_rows(case, 8, 0)
     estimate = kdecore.attention(case.q, case.k, case.v, method="hyper", budget=16)[rows]
     exact = comparison.reference(case, rows)
     expected = np.linalg.norm(estimate - exact) / np.linalg.norm(exact)
@@ -149,13 +155,13 @@ def test_few_exact_rows_do_not_inflate_the_baseline(monkeypatch):
 
 def test_timed_rows_include_those_of_the_errors(monkeypatch):
     monkeypatch.setattr(comparison, "TIMED_ROWS", 30)
-    problem = canonicalise(*(getattr(small_case(), name) for name in "qkv"))
+    case = small_case()
     for count, timed in ((5, 30), (30, 30), (40, 40)):
-        rows = comparison.sample_rows(problem, count, 0)
-        found = comparison.timing_rows(problem, rows, 0)
+        rows = comparison.sample_rows(case, count, 0)
+        found = comparison.timing_rows(case, rows, 0)
         assert len(found) == timed
         assert set(rows.tolist()) <= set(found.tolist())
-    assert comparison.timing_rows(problem, None, 0) is None
+    assert comparison.timing_rows(case, None, 0) is None
 
 
 def test_one_timing_protocol(monkeypatch):
@@ -185,7 +191,7 @@ def test_compare_measures_every_method(tmp_path, capsys):
     status, out, err = run(capsys, "compare", *QUICK, "--methods", "sortlsh", "kdeformer", "auto", "exact",
         "--budgets", "16", "100", "200", "--out", tmp_path)  # fmt: skip
     assert (status, err) == (0, "")
-    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert widest(out) <= 80
     lines = [line.split("  ")[0].strip() for line in out.splitlines()]
     table = ["sortlsh", "sortlsh (exact)", "kdeformer", "kdeformer (exact)", "auto (exact)", "auto (exact)", "exact"]
     start = lines.index("sortlsh")
@@ -211,7 +217,7 @@ def test_compare_takes_baselines(tmp_path, capsys, two_baselines, library):
         "--methods", "uniform,sortlsh,mean", "--budgets", "16", "32", "--seeds", "2", "--repeats", "1",
         "--out", tmp_path / "out")  # fmt: skip
     assert (status, err) == (0, "")
-    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert widest(out) <= 80
     record = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
     rows = record["rows"][1:]
     assert [(row["method"], row["ran"], row["budget"], row["keys_per_query"]) for row in rows] == [
@@ -311,12 +317,12 @@ def test_compare_with_tolerances(tmp_path, no_plot, capsys, monkeypatch):
             low, high = row["certificate"][f"{norm}_interval"]
             assert 0 < low <= row["certificate"][norm] <= high
             assert low / 2 < row["first_errors"][norm] < high * 2
-    table = {line.split("  ")[0].strip(): line for line in out.splitlines()}
-    assert "–" in table["sortlsh"].replace(" – ", "")
-    assert " – " in table["exact"]
-    assert " – " in table["rtol 1e-06 (exact)"]
+    lines = {line.split("  ")[0].strip(): line for line in out.splitlines()}
+    assert "–" in lines["sortlsh"].replace(" – ", "")
+    assert " – " in lines["exact"]
+    assert " – " in lines["rtol 1e-06 (exact)"]
     # The longest name may be wrapped.
-    assert {f"rtol 0.9 ({loose['ran']})", "rtol 0.9"} & table.keys()
+    assert {f"rtol 0.9 ({loose['ran']})", "rtol 0.9"} & lines.keys()
     assert f"({loose['ran']})" in out
     notes = " ".join(out.split())
     for part in ("certified: 95 % interval of the Frobenius error with seed 0", "not from the comparison; ", " of 2 hold it",
@@ -354,22 +360,22 @@ def test_a_certificate_is_made_once_and_never_timed(monkeypatch):
     ],
 )
 def test_limits_are_rounded_outwards(limits, shown):
-    assert cli._interval(*limits) == shown
+    assert table.interval(*limits) == shown
 
 
-@pytest.mark.parametrize(("columns", "widest"), [(60, 74), (80, 80), (100, 100), (200, 100)])
-def test_narrow_terminals_lose_no_numbers(tmp_path, no_plot, capsys, monkeypatch, columns, widest):
+@pytest.mark.parametrize(("columns", "most"), [(60, 74), (80, 80), (100, 80), (200, 80)])
+def test_narrow_terminals_lose_no_numbers(tmp_path, no_plot, capsys, monkeypatch, columns, most):
     monkeypatch.setenv("COLUMNS", str(columns))
     status, out, _ = run(capsys, "compare", *QUICK, "--seeds", "1", "--methods", "sortlsh", "--rtol", "1e-6",
         "--out", tmp_path)  # fmt: skip
     assert status == 0
     assert "…" not in out
-    table = out[out.index("keys/") : out.index("Speed-up")]
-    assert max(map(len, table.splitlines())) <= widest
-    assert "certified" in table
+    shown = out[out.index("keys/") : out.index("Speed-up")]
+    assert max(map(len, shown.splitlines())) <= most
+    assert "certified" in shown
     for row in json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["rows"]:
         if row["certificate"]:
-            assert cli._interval(*row["certificate"]["frobenius_interval"]) in table
+            assert table.interval(*row["certificate"]["frobenius_interval"]) in shown
 
 
 def test_labels_in_table_and_plot():
@@ -551,7 +557,7 @@ def test_full_disk_leaves_the_earlier_results(tmp_path, no_plot, capsys, monkeyp
 
     monkeypatch.setattr(cli.Path, "write_bytes", fill_up)
     assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says="No space left")
-    assert files_in(tmp_path) == ["compare.json", "compare.png"]
+    assert files_in(tmp_path) == sorted(cli.OUTPUTS)
     assert {(tmp_path / name).read_text() for name in cli.OUTPUTS} == {"old"}
 
 
@@ -575,7 +581,7 @@ def test_out_of_memory(tmp_path, capsys, monkeypatch):
     assert_fails(capsys, "compare", *QUICK, "--out", tmp_path, says="not enough memory: Unable to allocate 1 TiB")
 
 
-@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "plotly", "jinja2"])
 def test_without_the_extra(tmp_path, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     says = f"kdecore compare needs {package}: pip install 'kdecore[cli]', or from a clone pip install '.[cli]'"
@@ -707,20 +713,20 @@ def test_half_precision_inputs():
 
 
 def test_sampled_rows_follow_the_seed():
-    problem = canonicalise(*(getattr(small_case(), name) for name in "qkv"))
-    first, again, other = (comparison.sample_rows(problem, 20, seed) for seed in (0, 0, 1))
+    case = small_case()
+    first, again, other = (comparison.sample_rows(case, 20, seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert len(set(first.tolist())) == 20
-    assert comparison.sample_rows(problem, 60, 0) is None
-    assert comparison.sample_rows(problem, None, 0) is None
+    assert comparison.sample_rows(case, 60, 0) is None
+    assert comparison.sample_rows(case, None, 0) is None
 
 
 def test_rows_are_sampled_beyond_the_limit(monkeypatch):
     monkeypatch.setattr(comparison, "EXACT_LIMIT", 3000)
     monkeypatch.setattr(comparison, "FEWEST_ROWS", 5)
-    problem = canonicalise(*(getattr(small_case(), name) for name in "qkv"))
-    assert len(comparison.sample_rows(problem, None, 0)) == 3000 // (2 * 60)
+    case = small_case()
+    assert len(comparison.sample_rows(case, None, 0)) == 3000 // (2 * 60)
 
 
 def test_measure_rejects_empty_output():
@@ -792,7 +798,7 @@ def test_plot_says_that_rows_are_sampled(monkeypatch):
     )
     case = small_case()
     rows = comparison.measure(case, ["hyper"], [8], [0], repeats=1, exact_rows=20)
-    comparison_png(case, rows, machine.this_machine(), "numpy")
+    comparison_png(case, rows, machine.this_machine(), "numpy", 0.05)
     assert any("errors on 20 of 60 queries, drawn at random" in text for text in texts)
     assert any("exact" in text and "scaled up from 40 queries" in text for text in texts)
 
@@ -804,8 +810,8 @@ def test_plot_shows_tolerances(monkeypatch):
     exact, hyper, one = comparison.measure(case, ["hyper", "auto"], [8], [0], repeats=1)
     chosen = [replace(one, method="auto", ran=ran, budget=None, rtol=rtol) for ran, rtol in
               (("hyper", 0.2), ("sortlsh, exact", 0.1), ("exact", 0.05))]  # fmt: skip
-    comparison_png(case, [exact, hyper, *chosen], machine.this_machine(), "numpy")
-    comparison_png(case, [exact, *chosen], machine.this_machine(), "numpy")
+    comparison_png(case, [exact, hyper, *chosen], machine.this_machine(), "numpy", 0.05)
+    comparison_png(case, [exact, *chosen], machine.this_machine(), "numpy", 0.05)
     for figure, curves in zip(figures, (["hyper"], []), strict=True):
         texts = [text.get_text() for text in figure.axes[0].texts]
         assert {"rtol 0.2", "rtol 0.1"} <= set(texts)
@@ -821,7 +827,7 @@ def test_plot_shows_many_methods_apart(monkeypatch):
     case = small_case()
     exact, hyper = comparison.measure(case, ["hyper"], [8], [0], repeats=1)
     many = [replace(hyper, method=f"method {i}", ran=f"method {i}", budget=i or None) for i in range(13)]
-    comparison_png(case, [exact, *many], machine.this_machine(), "numpy")
+    comparison_png(case, [exact, *many], machine.this_machine(), "numpy", 0.05)
     curves = [line for line in figures[0].axes[0].lines if line.get_label().startswith("method")]
     assert [line.get_label() for line in curves] == [row.label for row in many]
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in curves}
@@ -834,6 +840,6 @@ def test_plot_shows_many_methods_apart(monkeypatch):
 def test_plot_with_any_errors():
     case, here = glove_case(64), machine.this_machine()
     rows = comparison.measure(case, ["hyper"], [8, 16], [0], repeats=1)
-    for spectral in (1e-9, 0.0, math.nan, math.inf):
-        changed = [replace(row, errors=Errors(spectral, 0.1, 0.1)) for row in rows]
-        assert comparison_png(case, changed, here, "numpy").startswith(b"\x89PNG")
+    for frobenius in (1e-9, 0.0, math.nan, math.inf):
+        changed = [replace(row, errors=Errors(0.1, frobenius, 0.1)) for row in rows]
+        assert comparison_png(case, changed, here, "numpy", 0.05).startswith(b"\x89PNG")

@@ -96,7 +96,8 @@ class TorchBackend(Backend):
         Parameters
         ----------
         q, k, v
-            (…, n_q, d), (…, n_k, d), (…, n_k, d_v): tensors, or NumPy arrays, which are shared and not copied.
+            (…, n_q, d), (…, n_k, d), (…, n_k, d_v): tensors, or NumPy arrays, which are shared and not copied. The last
+            leading dimension of k and v may divide q's: grouped heads.
         scale
             Factor on ⟨q, k⟩.
 
@@ -116,8 +117,12 @@ class TorchBackend(Backend):
             padded = functional.pad(x, (0, max(d, d_v) - x.shape[-1])) if d != d_v else x
             return padded.reshape(1, -1, *padded.shape[-2:])
 
+        # Samples become heads too: those of keys are as many times fewer then as before.
+        grouped = lead != k.shape[:-2]
         with torch.no_grad():
-            out = functional.scaled_dot_product_attention(fused_form(q), fused_form(k), fused_form(v), scale=scale)
+            out = functional.scaled_dot_product_attention(
+                fused_form(q), fused_form(k), fused_form(v), scale=scale, enable_gqa=grouped
+            )
             out = out[..., :d_v].reshape(*lead, q.shape[-2], d_v)
         return self.to_numpy(out) if from_host else out
 

@@ -28,7 +28,7 @@ from bench.lra.runs import CONTROLLED, PUT_IN, TRAINED, TUNED, Run, load, measur
 from bench.lra.samples import cache_folder
 from bench.lra.tasks import TASKS, Protocol, Schedule, label, reduced, tuning
 from bench.lra.verdict import CLEARLY, clear, rivals
-from kdecore.compare.plots import COLOURS, DASHES, MARKERS
+from kdecore.compare.picture import COLOURS, DASHES, MARKERS
 
 BUDGET = 128
 """Features, landmarks or keys for each query: the paper's, for all methods."""

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from bench.baselines import BASELINES
 from bench.experiments.methods import KDECORE
 from bench.experiments.rows import Results, Row
-from kdecore.compare.plots import COLOURS, DASHES, MARKERS
+from kdecore.compare.picture import COLOURS, DASHES, MARKERS
 
 Curves = dict[str, dict[float | None, list[Row]]]
 """Method → budget → rows; methods as in `ORDER`, budgets ascending, None alone."""

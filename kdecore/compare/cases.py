@@ -33,7 +33,7 @@ class Case:
     name
         What they are, for titles.
     q, k, v
-        NumPy arrays (…, n_q, d), (…, n_k, d), (…, n_k, d_v) of one floating-point dtype.
+        NumPy arrays (…, n_q, d), (…, n_k, d), (…, n_k, d_v) of one floating-point dtype; k and v may have fewer heads.
     scale
         Factor on ⟨q, k⟩; None for 1/√d.
     diagonal
@@ -49,6 +49,21 @@ class Case:
     scale: float | None = None
     diagonal: int | None = None
     note: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Number of attention problems: batch times query heads."""
+        return math.prod(self.q.shape[:-2])
+
+    @property
+    def n_q(self) -> int:
+        """Number of queries in each of them."""
+        return int(self.q.shape[-2])
+
+    @property
+    def n_k(self) -> int:
+        """Number of keys in each of them."""
+        return int(self.k.shape[-2])
 
 
 def glove_case(n: int = 8192) -> Case:

@@ -2,13 +2,11 @@
 
 import argparse
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,29 +15,23 @@ from kdecore.arrays.errors import KdecoreError, OptionError
 from kdecore.arrays.scalars import integer_at_least
 from kdecore.compare import comparison
 from kdecore.compare.cases import READERS, Case, glove_case, install, load_case
-from kdecore.compare.comparison import Progress, Row
+from kdecore.compare.comparison import Progress
 from kdecore.compare.info import info_lines
 from kdecore.compare.machine import Machine, this_machine
+from kdecore.compare.notes import notes
 from kdecore.compare.output import OUTPUTS, output_folder, to_json, write_together
-from kdecore.core.problem import Problem, canonicalise
+from kdecore.compare.rows import Row
+from kdecore.compare.table import print_table
+from kdecore.compare.verdict import Verdict, largest_error, verdict
+from kdecore.core.problem import canonicalise
 from kdecore.methods import METHODS
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 FILE_KINDS = (".npy", *READERS)
-HEADINGS = (
-    "keys/\nquery",
-    "ms",
-    "speed-\nup",
-    "spectral\nerror",
-    "Frobenius\nerror",
-    "certified",
-    "worst\nrow",
-    "peak\nMiB",
-)
-NARROWEST, UNLIMITED = 74, 10_000
-"""Columns of a terminal below which folding the table would lose numbers, and in which nothing is folded."""
+PACKAGES = ("rich", "matplotlib", "plotly", "jinja2")
+"""What only `kdecore compare` needs; the extra `cli` brings them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         usage="kdecore compare [FILE ...] [OPTION ...]   (kdecore compare --help lists the options)",
         help="measure time, error and memory of methods against exact attention",
-        description="Measure methods against exact attention; print a table, write compare.json and compare.png.",
+        description="Measure methods against exact attention; print a table and a verdict, write "
+        "compare.html, compare.png and compare.json.",
         epilog=f"Methods: {', '.join(METHODS)}. Lists may have commas: --budgets 128,256. "
         "In a clone of the project, also those of bench/baselines. Without FILE, a sample of GloVe word vectors is used.",
     )
@@ -155,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--budgets", nargs="+", type=_integers, action=_Flatten, default=[128, 256, 384, 512, 1024], metavar="N",
         help="keys per query; default: 128 256 384 512 1024")  # fmt: skip
     add("--rtol", nargs="+", type=_numbers, action=_Flatten, default=[], metavar="R",
-        help="relative Frobenius errors that kdecore is to find method and budget for; default: none")  # fmt: skip
+        help="relative Frobenius errors that kdecore is to find method and budget for; the smallest also bounds the "
+        "error of the verdict; default: none, and 0.05 for the verdict")  # fmt: skip
     add("--seeds", type=int, default=5, metavar="N", help="errors are means over the seeds 0 … N−1; default: 5")
     add("--repeats", type=int, default=3, metavar="N", help="timed calls for each seed; default: 3")
     add("--scale", type=float, metavar="S", help="factor on ⟨q, k⟩; default: the file's scale, or 1/√d; "
@@ -172,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    if missing := [package for package in ("rich", "matplotlib") if importlib.util.find_spec(package) is None]:
+    if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
         raise OptionError(f"kdecore compare needs {' and '.join(missing)}: {install('cli')}")
     wanted: dict[str, Any] = {
         "methods": arguments.methods,
@@ -190,12 +184,15 @@ def _compare(arguments: argparse.Namespace) -> None:
         machine = this_machine()
         with _progress() as progress:
             rows = comparison.measure(case, **wanted, progress=progress)
+        from kdecore.compare.page import comparison_html
         from kdecore.compare.plots import comparison_png
 
-        record = _record(arguments, case, machine, rows)
-        contents = (to_json(record), comparison_png(case, rows, machine, arguments.library))
+        found = verdict(case, rows, largest_error(arguments.rtol))
+        png = comparison_png(case, rows, machine, arguments.library, found.bound)
+        html = comparison_html(case, rows, machine, arguments.library, arguments.seeds, found, png)
+        contents = (html, png, to_json(_record(arguments, case, machine, rows, found)))
         write_together(arguments.out, dict(zip(OUTPUTS, contents, strict=True)))
-    _print_table(case, rows, machine, arguments)
+    print_table(case, rows, machine, arguments.library, arguments.seeds, arguments.out, found)
 
 
 def _case(arguments: argparse.Namespace) -> Case:
@@ -218,7 +215,7 @@ def _progress() -> Iterator[Progress]:
         yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)
 
 
-def _record(arguments: argparse.Namespace, case: Case, machine: Machine, rows: list[Row]) -> dict[str, Any]:
+def _record(arguments: argparse.Namespace, case: Case, machine: Machine, rows: list[Row], found: Verdict) -> dict[str, Any]:
     problem = canonicalise(case.q, case.k, case.v, case.scale)
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     return {
@@ -236,114 +233,7 @@ def _record(arguments: argparse.Namespace, case: Case, machine: Machine, rows: l
             "diagonal": case.diagonal,
             "library": arguments.library,
         },
-        "notes": _notes(case, problem, rows),
+        "verdict": {"sentence": found.sentence, "reason": found.reason, "call": found.call, "bound": found.bound},
+        "notes": notes(case, rows),
         "rows": [asdict(row) for row in rows],
     }
-
-
-def _notes(case: Case, problem: Problem, rows: list[Row]) -> list[str]:
-    """Say what was timed and what errors are against, on how many queries, and what the figures leave out."""
-    baseline = rows[0]
-    each = " of each group" if problem.groups > 1 else ""
-
-    def some(count: int) -> str:
-        return "all queries" if count == problem.n_q else f"{count:,} of {problem.n_q:,} queries{each}, drawn at random"
-
-    notes = [case.note] if case.note else []
-    notes += [f"Speed-up is over {baseline.method}; errors are against kdecore's exact attention in float64."]
-    if baseline.error_rows == problem.n_q:
-        notes += ["Times and errors are on all queries."]
-    else:
-        scaled = "" if baseline.timed_rows == problem.n_q else ", and scaled up; the methods on all queries"
-        notes += [
-            f"Timed: {baseline.method} on {some(baseline.timed_rows)}{scaled}.",
-            f"Errors are on {some(baseline.error_rows)}; the worst row of a sample is a lower bound on the worst of all.",
-        ]
-    if any(row.certificate for row in rows):
-        notes += [_certificate_note(rows, problem)]
-    if any(row.rtol is not None for row in rows):
-        notes += [
-            "rtol: kdecore chose method and budget for that Frobenius error, seed by seed; its time has the search in."
-        ]
-    if others := list(dict.fromkeys(row.method for row in rows[1:] if row.method not in METHODS)):
-        notes += [f"{', '.join(others)}: other papers', from bench.baselines; keys/query are the budget, not measured."]
-    if any(row.ran == "kdeformer" for row in rows):
-        notes += ["kdeformer's keys/query leave out the keys that its density estimates evaluate; its time has them in."]
-    if any(math.isnan(row.errors.spectral) for row in rows):
-        notes += [f"nan: the scale {problem.scale:.4g} takes logits or outputs out of {problem.input_dtype}'s range."]
-    return notes
-
-
-def _certificate_note(rows: list[Row], problem: Problem) -> str:
-    """Say what the intervals are of, what they were made from, and, where the true error is known, how many hold it."""
-    pairs = [(row.certificate, row.first_errors.frobenius) for row in rows if row.certificate]
-    fewest, *_, most = sorted(certificate.rows for certificate, _ in pairs * 2)
-    count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    each = " of each group" if problem.groups > 1 else ""
-    note = (
-        f"certified: {100 * pairs[0][0].confidence:.0f} % interval of the Frobenius error with seed 0, "
-        f"from {count} exact rows{each}, not from the comparison"
-    )
-    known = [] if rows[0].error_rows < problem.n_q else [pair for pair in pairs if not math.isnan(pair[1])]
-    held = sum(_holds(certificate.frobenius_interval, error) for certificate, error in known)
-    return f"{note}; {held} of {len(known)} hold it (unrounded)." if known else f"{note}."
-
-
-def _holds(interval: tuple[float, float], error: float) -> bool:
-    # Of all rows the interval is a point, and its exact rows aren't computed in float64.
-    return interval[0] <= error <= interval[1] or math.isclose(error, interval[1], rel_tol=1e-3)
-
-
-def _print_table(case: Case, rows: list[Row], machine: Machine, arguments: argparse.Namespace) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    problem = canonicalise(case.q, case.k, case.v, case.scale)
-    console = Console(markup=False, highlight=False, emoji=False)
-    console.width = max(console.width, NARROWEST)
-    groups = f"{problem.groups} × " if problem.groups > 1 else ""
-    console.print(
-        f"{case.name}: {groups}{problem.n_q:,} queries, {problem.n_k:,} keys, d = {problem.d}, d_v = {problem.d_v}, "
-        f"{problem.input_dtype}, scale {problem.scale:.4g}"
-    )
-    console.print(f"{arguments.library} on {machine.cpu}, {machine.cores} cores; mean errors over {arguments.seeds} seed(s)")
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True)
-    table.add_column("method", overflow="fold")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    sampled = rows[0].timed_rows < problem.n_q
-    for row in rows:
-        table.add_row(
-            row.label,
-            f"{row.keys_per_query:.0f}",
-            f"{'~' if sampled and row is rows[0] else ''}{_digits(row.milliseconds)}",
-            f"{row.speedup:.1f}×",
-            _digits(row.errors.spectral),
-            _digits(row.errors.frobenius),
-            _interval(*row.certificate.frobenius_interval) if row.certificate else "–",
-            _digits(row.errors.worst_row),
-            "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
-        )
-    if console.measure(table, options=console.options.update(width=UNLIMITED)).maximum > console.width:
-        table.padding = 0
-    console.print("", table, "", sep="\n")
-    for note in _notes(case, problem, rows):
-        console.print(note)
-    console.print(f"Written: {arguments.out / OUTPUTS[0]} and {arguments.out / OUTPUTS[1]}", soft_wrap=True)
-
-
-def _digits(value: float, digits: int = 3) -> str:
-    if 10 ** (digits - 1) <= value < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:#.{digits}g}"
-
-
-def _interval(lower: float, upper: float) -> str:
-    """Show limits with two digits, rounded outwards, or one number where there is no more to say."""
-    if not lower < upper:
-        return _digits(upper)
-    limits = ((lower, ROUND_FLOOR), (upper, ROUND_CEILING))
-    return "–".join(
-        _digits(float(Context(prec=2, rounding=rounding).create_decimal(str(limit))), 2) for limit, rounding in limits
-    )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from kdecore.accuracy.certificate import Certificate
 from kdecore.accuracy.metrics import Errors, errors
 from kdecore.accuracy.search import check_tolerance
 from kdecore.api.attention import attention
@@ -22,6 +21,7 @@ from kdecore.arrays.scalars import integer_at_least, one_of
 from kdecore.compare.baselines import WITHOUT_BUDGET, baseline, known_methods
 from kdecore.compare.cases import Case
 from kdecore.compare.machine import peak_memory
+from kdecore.compare.rows import SDPA, Row, WorstRow, find_worst_rows
 from kdecore.compare.timing import time_calls
 from kdecore.core.problem import Problem, canonicalise
 from kdecore.methods import METHODS
@@ -33,69 +33,6 @@ TIMED_ROWS = 1024
 """Fewest queries per group that the baseline is timed on, or all: scaling up fewer would multiply fixed costs."""
 ROWS_STREAM = 2**31
 """Random stream of the sampled query rows."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one budget, or at the one it found for a tolerance.
-
-    Attributes
-    ----------
-    method
-        Name asked for; for the baseline a label that says what computed it.
-    ran
-        Name of the method that ran: ``"auto"`` resolves to one, and a budget of n_k or more is exact. Where a tolerance
-        found several, their names in the order of the seeds, such as ``"treecode, exact"``.
-    budget
-        Keys per query asked for; None for exact methods, and with a tolerance.
-    rtol
-        Relative Frobenius error asked for instead of a budget, or None.
-    keys_per_query
-        Keys evaluated per query, measured, mean over seeds; of baselines, the budget.
-    milliseconds
-        Median of ``timings``.
-    timings
-        Wall time of every timed call in milliseconds, for all queries (`time_calls`).
-    timed_rows
-        Queries per group that the timed calls computed; where below n_q, the times are scaled up by n_q / timed_rows.
-    speedup
-        The baseline's milliseconds divided by these.
-    errors, errors_std
-        Mean over seeds, and sample standard deviation (NaN for one seed).
-    error_rows
-        Queries per group that the errors are computed on.
-    peak_bytes
-        Peak of resident memory above the inputs during one more call, result included; None where not known.
-    kernels
-        Kernel name → implementation that ran.
-    certificate
-        What the call with the first seed said of its own error; None where that result is exact, or a baseline's.
-    first_errors
-        The errors with that seed, which the certificate is about.
-    """
-
-    method: str
-    ran: str
-    budget: int | None
-    rtol: float | None
-    keys_per_query: float
-    milliseconds: float
-    timings: tuple[float, ...]
-    timed_rows: int
-    speedup: float
-    errors: Errors
-    errors_std: Errors
-    error_rows: int
-    peak_bytes: int | None
-    kernels: dict[str, str]
-    certificate: Certificate | None
-    first_errors: Errors
-
-    @property
-    def label(self) -> str:
-        """Name or tolerance asked for, and in brackets the method that ran where it is another."""
-        asked = self.method if self.rtol is None else f"rtol {self.rtol:g}"
-        return asked if asked.startswith(self.ran) else f"{asked} ({self.ran})"
 
 
 @dataclass(frozen=True)
@@ -183,7 +120,7 @@ def measure(
     check_options(methods, budgets, seeds, rtols=rtols, library=library, repeats=repeats, exact_rows=exact_rows)
     problem = check_case(case)
     ours = backend_named(library)
-    rows = sample_rows(problem, exact_rows, seeds[0])
+    rows = sample_rows(case, exact_rows, seeds[0])
     some_budgets = _distinct(budgets, problem.n_k)
     runs: list[tuple[str, dict[str, Any]]] = [
         (name, {"budget": budget})
@@ -196,7 +133,7 @@ def measure(
     progress(0, steps, "exact in float64")
     exact = reference(case, rows)
     q, k, v = (ours.from_numpy(array) for array in (case.q, case.k, case.v))
-    subjects = [_baseline(q, k, v, problem.scale, timing_rows(problem, rows, seeds[0]))]
+    subjects = [_baseline(q, k, v, problem.scale, timing_rows(case, rows, seeds[0]))]
     attend = partial(attention, q, k, v, scale=problem.scale, diagonal=case.diagonal)
     subjects += [
         _estimator(attend, method, **asked) if method in METHODS else _published(method, problem, ours, **asked)
@@ -213,7 +150,7 @@ def measure(
     for subject, own in zip(subjects, samples, strict=True):
         # Memory for some of the queries would say nothing about all of them.
         peak = peak_memory(partial(subject.call, seeds[0])) if subject.rows is None else None
-        results.append(_row(subject, own, problem, exact, peak, results[0].milliseconds if results else None))
+        results.append(_row(subject, own, case, exact, peak, results[0].milliseconds if results else None))
     return results
 
 
@@ -266,7 +203,7 @@ def _distinct(budgets: Sequence[int], n_k: int) -> list[int]:
     return [budget for budget in dict.fromkeys(budgets) if budget < n_k or budget == enough]
 
 
-def sample_rows(problem: Problem, exact_rows: int | None, seed: int) -> Array | None:
+def sample_rows(case: Case, exact_rows: int | None, seed: int) -> Array | None:
     """Choose the queries on which the errors are computed.
 
     Returns
@@ -275,15 +212,15 @@ def sample_rows(problem: Problem, exact_rows: int | None, seed: int) -> Array | 
         Ascending int64 NumPy indices, the same for every group; None for all queries.
     """
     if exact_rows is None:
-        count = max(FEWEST_ROWS, EXACT_LIMIT // (problem.groups * problem.n_k))
+        count = max(FEWEST_ROWS, EXACT_LIMIT // (case.groups * case.n_k))
     else:
         count = integer_at_least(1, "exact_rows", exact_rows)
-    return _draw_rows(problem.n_q, count, seed)
+    return _draw_rows(case.n_q, count, seed)
 
 
-def timing_rows(problem: Problem, rows: Array | None, seed: int) -> Array | None:
+def timing_rows(case: Case, rows: Array | None, seed: int) -> Array | None:
     """Choose the queries on which the baseline is timed: ``rows`` of `sample_rows` and others, `TIMED_ROWS` at least."""
-    return None if rows is None else _draw_rows(problem.n_q, max(TIMED_ROWS, len(rows)), seed)
+    return None if rows is None else _draw_rows(case.n_q, max(TIMED_ROWS, len(rows)), seed)
 
 
 def _draw_rows(n_q: int, count: int, seed: int) -> Array | None:
@@ -303,7 +240,7 @@ def reference(case: Case, rows: Array | None) -> Array:
 def exact_baseline() -> tuple[str, Callable[[Array, Array, Array, float], Array]]:
     """Return what one would otherwise call, as a label and a function of (q, k, v, scale)."""
     if unusable("torch") is None:
-        return "exact (torch SDPA)", backend_named("torch").exact_attention
+        return SDPA, backend_named("torch").exact_attention
     return "exact (kdecore)", lambda q, k, v, scale: attention(q, k, v, method="exact", scale=scale)
 
 
@@ -335,10 +272,11 @@ def _estimator(attend: Callable[..., Any], method: str, *, budget: int | None = 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A subject's timings in milliseconds, errors and report with one seed."""
+    """A subject's timings in milliseconds, errors, worst rows and report with one seed."""
 
     timings: list[float]
     errors: Errors
+    worst_rows: tuple[WorstRow, ...]
     report: Report | None
 
 
@@ -353,15 +291,16 @@ def _sample(
     estimate = ours.to_numpy(out)
     if rows is not None:
         estimate = estimate[..., rows if subject.rows is None else host.searchsorted(subject.rows, rows), :]
-    return _Sample([1e3 * one for one in seconds], errors(host, estimate, exact), report)
+    timings, worst = [1e3 * one for one in seconds], find_worst_rows(estimate, exact, rows)
+    return _Sample(timings, errors(host, estimate, exact), worst, report)
 
 
 def _row(
-    subject: _Subject, samples: list[_Sample], problem: Problem, exact: Array, peak: int | None, baseline: float | None
+    subject: _Subject, samples: list[_Sample], case: Case, exact: Array, peak: int | None, baseline: float | None
 ) -> Row:
     """Sum samples up; ``baseline`` is the baseline's milliseconds, None for the baseline itself."""
-    timed_rows = problem.n_q if subject.rows is None else len(subject.rows)
-    timings = [timing * problem.n_q / timed_rows for sample in samples for timing in sample.timings]
+    timed_rows = case.n_q if subject.rows is None else len(subject.rows)
+    timings = [timing * case.n_q / timed_rows for sample in samples for timing in sample.timings]
     milliseconds = statistics.median(timings)
     mean, std = _mean_and_std([sample.errors for sample in samples])
     reports = [sample.report for sample in samples if sample.report is not None]
@@ -370,7 +309,7 @@ def _row(
         ran=", ".join(dict.fromkeys(report.method for report in reports)) or subject.ran,
         budget=subject.budget,
         rtol=subject.rtol,
-        keys_per_query=statistics.fmean([report.keys_per_query for report in reports] or [subject.budget or problem.n_k]),
+        keys_per_query=statistics.fmean([report.keys_per_query for report in reports] or [subject.budget or case.n_k]),
         milliseconds=milliseconds,
         timings=tuple(timings),
         timed_rows=timed_rows,
@@ -382,6 +321,7 @@ def _row(
         kernels={name: choice for report in reports for name, choice in report.kernels.items()},
         certificate=reports[0].certificate if reports else None,
         first_errors=samples[0].errors,
+        worst_rows=samples[0].worst_rows,
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-OUTPUTS = ("compare.json", "compare.png")
+OUTPUTS = ("compare.html", "compare.png", "compare.json")
 
 
 @contextmanager
