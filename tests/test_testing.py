@@ -260,6 +260,13 @@ def test_options_and_problems_of_ones_own():
     assert check_mean("hyper", budget=5, problems=problems, **QUICK).examples == 3
 
 
+@pytest.mark.parametrize("check", [check_mean, check_spectral, check_invariances])
+def test_problems_with_masks_are_refused(check):
+    problems = strategies.problems().filter(lambda problem: problem.options.get("causal"))
+    with pytest.raises(kdecore.OptionError, match="problems must have no options but scale here, got causal"):
+        check("hyper", problems=problems, **QUICK)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

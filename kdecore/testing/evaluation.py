@@ -117,6 +117,13 @@ def name_of(method: Method) -> str:
     return method if isinstance(method, str) else getattr(method, "__name__", None) or repr(method)
 
 
+def unrestricted(problem: AttentionProblem) -> AttentionProblem:
+    """Return the problem, or raise `OptionError` where it has options that a function isn't told of."""
+    if others := problem.options.keys() - {"scale"}:
+        raise OptionError(f"problems must have no options but scale here, got {', '.join(sorted(others))}")
+    return problem
+
+
 def rounded(problem: AttentionProblem, dtype: str) -> AttentionProblem:
     """Return the problem whose numbers are those that a dtype holds of its own."""
     q, k, v = (x.astype(dtype).astype(np.float64) for x in problem[:3])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kdecore.arrays.scalars import one_of
-from kdecore.testing.evaluation import Evaluate, Method, evaluator, name_of, place, rounded, rounding
+from kdecore.testing.evaluation import Evaluate, Method, evaluator, name_of, place, rounded, rounding, unrestricted
 from kdecore.testing.examples import Measured, PropertyFailed, figures_of
 from kdecore.testing.oracle import default_scale
 from kdecore.testing.strategies import AttentionProblem, dtype, mild_problems
@@ -82,7 +82,7 @@ def check_invariances(
         worst = 0.0
         for words, deviation in held:
             one, kind = (mild, "float64") if deviation in (shifted, rescaled) else (problem, dtype)
-            one = rounded(one, kind)
+            one = rounded(unrestricted(one), kind)
             found = deviation(evaluate, one, seed, kind)
             if not found <= 1.0:
                 raise PropertyFailed(

@@ -10,7 +10,7 @@ from hypothesis.strategies import SearchStrategy
 from kdecore.arrays.errors import OptionError
 from kdecore.arrays.scalars import integer_at_least
 from kdecore.methods.kdeformer import KDEformer
-from kdecore.testing.evaluation import Method, evaluator, keys_per_query, name_of, place, rounded
+from kdecore.testing.evaluation import Method, evaluator, keys_per_query, name_of, place, rounded, unrestricted
 from kdecore.testing.examples import Measured, PropertyFailed, figures_of
 from kdecore.testing.oracle import default_scale, exact_attention
 from kdecore.testing.strategies import AttentionProblem, dtype, mild_problems
@@ -91,7 +91,7 @@ def check_spectral_bound(
         raise OptionError(f"seeds must be more for delta = {delta:g} and false_alarm = {false_alarm:g}, got {seeds}")
 
     def measure(problem: AttentionProblem, dtype: str) -> float:
-        problem = rounded(problem, dtype)
+        problem = rounded(unrestricted(problem), dtype)
         truth, lse = exact_attention(*problem[:3], problem.options.get("scale"))
         keys = keys_per_query(method, budget, problem.k.shape[-2])
         limits = np.array([limit(problem, lse, group, promised, keys) for group in range(len(truth))])
