@@ -27,7 +27,8 @@ from kdecore.methods import first_order, key_tree, tree_pilot, tree_queries, tre
 from kdecore.methods.first_order import key_draws
 from kdecore.methods.plan import make_plan
 from kdecore.methods.view import balanced_view, query_moment
-from tests import oracles, strategies
+from kdecore.testing import strategies
+from tests import oracles
 from tests.implementations import implementations, on_host, run
 from tests.tolerances import assert_close
 from tests.trees import recursive_order
@@ -144,7 +145,7 @@ def test_node_summaries(rng, implementation, n, leaf_size, dtype):
                 np.testing.assert_allclose(found.variances[group, node], variances, rtol=tolerance, atol=tolerance)
 
 
-@given(strategies.problems(), st.data())
+@given(strategies.arrays(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_shape_gives_means_of_values(problem, data):
     """Sampled, a result is a mean of values; the first-order term may lead out of them, but not where all are equal."""
