@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from kdecore.accuracy.certificate import FEWEST_ROWS, Certificate, estimate_errors, stratified
@@ -33,11 +34,48 @@ class IndexResult(NamedTuple):
         What was done with each segment.
     slots
         How many slots counted in each.
+    estimated
+        (1, m) int64: the queries of an only group that are not evaluated exactly; None for all, of any groups.
     """
 
     part: AttentionState
     plans: list[Plan]
     slots: list[Slots]
+    estimated: Array | None = None
+
+
+class Sampled(NamedTuple):
+    """What errors are measured on: the queries that were estimated, so that no exact row is wasted on one that has none.
+
+    Attributes
+    ----------
+    problem, out
+        Only these, and their results.
+    frobenius, spectral
+        Norms of their results over those of all: an error relative to the one, so many times, is relative to the other.
+    """
+
+    problem: Problem
+    out: Array
+    frobenius: float = 1.0
+    spectral: float = 1.0
+
+
+def sampled(problem: Problem, found: IndexResult) -> Sampled:
+    """Return what errors are measured on. Where only some were estimated, O(n_q d_v min(n_q, d_v))."""
+    xp, out, rows = problem.xp, without_gradient(found.part.out), found.estimated
+    # So few are all compared.
+    if rows is None or problem.n_q <= FEWEST_ROWS:
+        return Sampled(problem, out)
+    some = take_along_rows(xp, out, rows)
+
+    def share(norm: Callable[[Array], Array]) -> float:
+        whole = float(norm(out[0]))
+        return float(norm(some[0])) / whole if whole > 0 else 1.0
+
+    return Sampled(
+        problem.with_queries(rows), some, share(xp.linalg.matrix_norm), share(partial(xp.linalg.matrix_norm, ord=2))
+    )
 
 
 def costs(problem: Problem, segments: Sequence[Segment], plans: list[Plan]) -> tuple[float, float]:
@@ -52,7 +90,7 @@ def doubled(
     first: int,
     n_k: int,
     attend: Callable[[int | None], IndexResult],
-    exact_rows: Callable[[Array], Array],
+    exact_rows: Callable[[Problem, Array], Array],
     costs: Callable[[list[Plan]], tuple[float, float]],
     seed: int,
     rtol: float,
@@ -83,18 +121,24 @@ def doubled(
     numbers = {"pilot": (FEWEST_ROWS, PILOT_STREAM), "certified": (certified, CERTIFIED_STREAM)}
 
     def compare(found: IndexResult, kind: str) -> Certificate:
-        if kind not in samples:
+        of = sampled(problem, found)
+        # Which queries are estimated changes with the budget, and the sample with them.
+        if kind not in samples or found.estimated is not None:
             count, stream = numbers[kind]
-            rows = xp.astype(stratified(xp, problem.groups, count, seed, stream, problem.device) * n_q, xp.int64)
-            samples[kind] = rows, exact_rows(rows)
+            places = stratified(xp, problem.groups, min(count, of.problem.n_q), seed, stream, problem.device)
+            rows = xp.astype(places * of.problem.n_q, xp.int64)
+            samples[kind] = rows, exact_rows(of.problem, rows)
         rows, exact = samples[kind]
         shape = (problem.groups, int(rows.shape[1]), 1, int(exact.shape[2]))
-        some = take_along_rows(xp, without_gradient(found.part.out), rows)
-        return estimate_errors(host.reshape(to_host(some), shape), host.reshape(to_host(exact), shape), n_q)
+        some = take_along_rows(xp, of.out, rows)
+        bound = estimate_errors(host.reshape(to_host(some), shape), host.reshape(to_host(exact), shape), of.problem.n_q)
+        return bound.times(of.frobenius, of.spectral)
 
     budget = first
     while n_q > 2 * FEWEST_ROWS and 2 * budget < n_k and problem.groups * problem.d_v > 0:
         found = attend(budget)
+        if found.estimated is not None and found.estimated.shape[1] == 0:
+            break
         cost, row_cost = costs(found.plans)
         spent, exact_cost = spent + cost, row_cost * n_q
         for kind in numbers:

@@ -8,7 +8,7 @@ from typing import Any
 from kdecore.accuracy.certificate import Certificate, certify
 from kdecore.accuracy.search import SearchStep
 from kdecore.api.call import CallOptions
-from kdecore.api.index_search import IndexResult, costs, doubled
+from kdecore.api.index_search import IndexResult, costs, doubled, sampled
 from kdecore.api.report import report_of_plan
 from kdecore.api.run import run_all
 from kdecore.api.segments import Segment, calibration, in_library, joined, recorded_now, sample_of
@@ -342,19 +342,20 @@ class KeyIndex:
 
     def _certified(self, problem: Problem, found: IndexResult, share: float) -> tuple[Certificate | None, float]:
         """Compare some rows with exact attention; return what was found, None where all was exact, and the seconds."""
-        if all(plan.method == "exact" for plan in found.plans) or problem.d_v == 0:
+        of = sampled(problem, found)
+        if all(plan.method == "exact" for plan in found.plans) or problem.d_v == 0 or of.problem.n_q == 0:
             return None, 0.0
         started, (cost, row_cost) = time.perf_counter(), costs(problem, self._segments, found.plans)
-        exact, seed = partial(self._exact_rows, problem), self._settings["seed"]
-        return certify(problem, found.part.out, exact, cost, row_cost, share, seed), time.perf_counter() - started
+        exact = partial(self._exact_rows, of.problem)
+        bound = certify(of.problem, of.out, exact, cost, row_cost, share, self._settings["seed"])
+        return bound.times(of.frobenius, of.spectral), time.perf_counter() - started
 
     def _to_tolerance(
         self, problem: Problem, rtol: float, norm: str
     ) -> tuple[IndexResult, Certificate | None, tuple[SearchStep, ...]]:
         """Return attention within a tolerance, and what it rests on."""
-        attend = partial(self._attend_segments, problem, count=True)
-        exact, taking = partial(self._exact_rows, problem), partial(costs, problem, self._segments)
-        return doubled(problem, self._budget, self.n_k, attend, exact, taking, self._settings["seed"], rtol, norm)
+        attend, taking = partial(self._attend_segments, problem, count=True), partial(costs, problem, self._segments)
+        return doubled(problem, self._budget, self.n_k, attend, self._exact_rows, taking, self._settings["seed"], rtol, norm)
 
     @property
     def _budget(self) -> int:
@@ -363,8 +364,7 @@ class KeyIndex:
     def _plan(self, problem: Problem, options: Options) -> Plan:
         # Steps of decoding are all alike, and planning one takes as long as a fifth of it.
         key = problem.n_q, problem.n_k, options, gradient_mode(problem.q, problem.k, problem.v)
-        plan = self._plans.get(key)
-        if plan is None:
+        if (plan := self._plans.get(key)) is None:
             plan = make_plan(problem, method=options, **self._settings)
             kept = self._plans if len(self._plans) < PLANS_KEPT else {}
             self._plans = {**kept, key: plan}
