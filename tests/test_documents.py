@@ -135,5 +135,6 @@ def test_every_public_name_stands_in_the_reference():
 
 def test_every_page_stands_in_the_navigation():
     listed = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    files = [path for kind in ("*.md", "*.ipynb") for path in (ROOT / "docs").rglob(kind)]
+    pages = {str(path.relative_to(ROOT / "docs").with_suffix(".md")) for path in files}
     assert pages | {"index.md", "contributing.md", "changelog.md"} == set(listed)
