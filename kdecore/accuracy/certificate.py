@@ -87,7 +87,7 @@ class Certificate:
                 ("spectral", self.spectral, self.spectral_interval),
             )
         )
-        return f"{', '.join(parts)} at {100 * self.confidence:.0f} %, from {self.rows} exact rows a group"
+        return f"{', '.join(parts)} at {100 * self.confidence:.0f} %"
 
     def upper(self, norm: str) -> float:
         """Return the upper limit in a norm, ``"frobenius"`` or ``"spectral"``."""

@@ -228,6 +228,6 @@ def attention(
         compiling = compile_seconds() - compiled
         took = time.perf_counter() - started
         returned.append(
-            make_report(problem, restrictions.diagonal, results, found, seconds, took, compiling, call.rtol_norm)
+            make_report(problem, restrictions.diagonal, call, results, found, seconds, took, compiling)
         )
     return tuple(returned) if len(returned) > 1 else returned[0]

@@ -55,6 +55,11 @@ class CallOptions:
         return check_settings(self.seed, self.kernels, self.threads)
 
     @property
+    def budget_asked(self) -> int | None:
+        """Keys per query that the call or its options object asks for; None where neither does."""
+        return self.method.budget if self.budget is None and isinstance(self.method, Options) else self.budget
+
+    @property
     def limit(self) -> float:
         """Bytes that temporaries may take."""
         return math.inf if self.max_memory is None else float(self.max_memory)

@@ -224,7 +224,7 @@ class KeyIndex:
                 replace(
                     report,
                     reason=f"KeyIndex, segments: {len(found.plans)}" + ("" if rtol is None else f", rtol {rtol:g}"),
-                    budget=call.budget,
+                    budget=None if rtol is not None else call.budget or self._budget,
                     shape=(problem.groups, problem.n_q, self.n_k, problem.d, self._segments[0].problem.d_v),
                     certificate=bound,
                     certificate_seconds=seconds,
