@@ -3,13 +3,45 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from kdecore.accuracy.certificate import check_share
 from kdecore.accuracy.search import candidate, check_tolerance
+from kdecore.arrays.namespace import Array
 from kdecore.arrays.scalars import check_boolean, integer, one_of
 from kdecore.core.options import Options, set_integers
 from kdecore.methods.plan import check_method, check_settings
+
+
+class IndexOptions(TypedDict, total=False):
+    """Arguments by name of `KeyIndex.attend`, but those that say what is returned: what its overloads have in common."""
+
+    budget: int | None
+    rtol: float | None
+    rtol_norm: str
+    certificate: float
+
+
+class PackedOptions(IndexOptions, total=False):
+    """Those of `kdecore.packed_attention`."""
+
+    method: str | Options
+    causal: bool
+    window: int | None
+    diagonal: int | None
+    scale: float | None
+    seed: int
+    kernels: str
+    threads: int | None
+    check_finite: bool
+    max_memory: int | None
+
+
+class AttentionOptions(PackedOptions, total=False):
+    """Those of `kdecore.attention`."""
+
+    key_lengths: Any
+    mask: Array | None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from kdecore.accuracy.certificate import Certificate
 from kdecore.accuracy.search import SearchStep
 from kdecore.api.call import CallOptions
+from kdecore.api.index_search import IndexResult
 from kdecore.api.run import Result
 from kdecore.arrays.namespace import device_name
 from kdecore.arrays.scalars import to_float
@@ -203,3 +204,13 @@ def report_of_plan(problem: Problem, plan: Plan, slots: Sequence[Slots], seconds
         compile_seconds=compile_seconds,
         seconds=seconds - compile_seconds,
     )
+
+
+def report_of_index(problem: Problem, found: IndexResult, seconds: float, compile_seconds: float, **fields: Any) -> Report:
+    """Describe a call of an index, by the segment of an approximate method that took most; ``fields`` say the rest."""
+    # Exact segments beside estimated ones don't make an answer exact.
+    main = max(
+        zip(found.slots, found.plans, strict=True),
+        key=lambda one: (one[1].method != "exact", to_float(one[0].total)),
+    )[1]
+    return replace(report_of_plan(problem, main, found.slots, seconds, compile_seconds), **fields)

@@ -1,7 +1,7 @@
 """Kernel density estimation in sub-linear time, in log space: the paper's WExpKDE and the primitives it is built on."""
 
 import math
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from kdecore.arrays.backend import common_namespace
 from kdecore.arrays.errors import OptionError, ShapeError
@@ -11,6 +11,7 @@ from kdecore.arrays.scalars import check_boolean
 from kdecore.kde.gaussian_map import gaussian_form
 from kdecore.kde.problem import (
     GaussianForm,
+    KdeOptions,
     check_accuracy,
     check_arrays,
     check_bandwidth,
@@ -23,6 +24,36 @@ from kdecore.kde.wexpkde import check_primitive, solve, wexpkde
 __all__ = ["KdeReport", "LevelReport", "log_gaussian_kde", "log_weighted_exponential_kde", "wexpkde"]
 
 
+@overload
+def log_weighted_exponential_kde(
+    x: Array,
+    y: Array,
+    weights: Array | None = ...,
+    *,
+    log_weights: Array | None = ...,
+    return_report: Literal[False] = ...,
+    **options: Unpack[KdeOptions],
+) -> Array: ...
+@overload
+def log_weighted_exponential_kde(
+    x: Array,
+    y: Array,
+    weights: Array | None = ...,
+    *,
+    log_weights: Array | None = ...,
+    return_report: Literal[True],
+    **options: Unpack[KdeOptions],
+) -> tuple[Array, KdeReport]: ...
+@overload
+def log_weighted_exponential_kde(
+    x: Array,
+    y: Array,
+    weights: Array | None = ...,
+    *,
+    log_weights: Array | None = ...,
+    return_report: bool = ...,
+    **options: Unpack[KdeOptions],
+) -> Any: ...
 def log_weighted_exponential_kde(
     x: Array,
     y: Array,
@@ -123,6 +154,18 @@ def log_weighted_exponential_kde(
     return (result, report) if return_report else result
 
 
+@overload
+def log_gaussian_kde(
+    x: Array, y: Array, bandwidth: float = ..., *, return_report: Literal[False] = ..., **options: Unpack[KdeOptions]
+) -> Array: ...
+@overload
+def log_gaussian_kde(
+    x: Array, y: Array, bandwidth: float = ..., *, return_report: Literal[True], **options: Unpack[KdeOptions]
+) -> tuple[Array, KdeReport]: ...
+@overload
+def log_gaussian_kde(
+    x: Array, y: Array, bandwidth: float = ..., *, return_report: bool = ..., **options: Unpack[KdeOptions]
+) -> Any: ...
 def log_gaussian_kde(
     x: Array,
     y: Array,
