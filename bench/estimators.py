@@ -1,5 +1,6 @@
 """Measure: Nadaraya–Watson regression over many rows, beside exact evaluation and scikit-learn's nearest neighbours."""
 
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
@@ -82,6 +83,49 @@ def estimators(fitted: int = 300_000, predicted: int = 100_000, part: int = 5_00
             bar = 10.0 if budget_of(name) == 2048 else None
             figures[f"{name}: speed-up over exact"] = Figure(scaled["exact"] / spent, "×", at_least=bar)
     return figures
+
+
+def estimator_certificates(fitted: int = 20_000, predicted: int = 8_000, samples: int = 20) -> Figures:
+    """Upper limits of certificates that hold: smooth functions of four kinds of rows, 48 settings, each of 20 samples."""
+    figures, held = Figures(), []
+    settings = itertools.product(KINDS, (2, 6), (0.05, 0.2, 0.5), (64, 512))
+    for kind, d, bandwidth, budget in settings:
+        rng = np.random.default_rng(0)
+        rows = KINDS[kind](rng, fitted + predicted, d)
+        values = np.sin(rows[:, 0]) + rows[:, -1] ** 2 / (1.0 + rows[:, -1] ** 2) + 0.3 * rng.standard_normal(len(rows))
+        training, queries = (rows[:fitted], values[:fitted]), rows[fitted:]
+        width = bandwidth * float(np.sqrt(training[0].var(axis=0).mean()))
+        exact = KernelRegressor(width, budget=fitted).fit(*training).predict(queries)
+        within = []
+        for seed in range(samples):
+            model = KernelRegressor(width, budget=budget, random_state=seed).fit(*training)
+            found, report = model.predict(queries, return_report=True)
+            error = norm(found - exact) / norm(exact - training[1].mean())
+            within.append(report.certificate is None or error <= report.certificate.upper("frobenius"))
+        held.append(np.mean(within))
+        figures[f"{kind}, d = {d}, bandwidth {bandwidth}, budget {budget}: upper limits held"] = Figure(float(held[-1]), "")
+    figures["all: upper limits held"] = Figure(float(np.mean(held)), "", at_least=0.95)
+    return figures
+
+
+def clusters(rng: np.random.Generator, n: int, d: int) -> Any:
+    """Return rows (n, d) around 20 points, each with a width of its own."""
+    centres, widths, of = 3.0 * rng.standard_normal((20, d)), rng.uniform(0.1, 1.0, 20), rng.integers(0, 20, n)
+    return centres[of] + widths[of, None] * rng.standard_normal((n, d))
+
+
+def curve(rng: np.random.Generator, n: int, d: int) -> Any:
+    """Return rows (n, d) along a curve."""
+    along = rng.uniform(0.0, 6.0, n)[:, None]
+    return np.sin(0.5 * along * np.arange(1, d + 1)) + 0.05 * rng.standard_normal((n, d))
+
+
+KINDS: dict[str, Callable[[np.random.Generator, int, int], Any]] = {
+    "normal": lambda rng, n, d: rng.standard_normal((n, d)),
+    "Student's t of 3": lambda rng, n, d: rng.standard_t(3, (n, d)),
+    "clusters": clusters,
+    "curve": curve,
+}
 
 
 def budget_of(name: str) -> int | None:

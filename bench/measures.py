@@ -15,7 +15,7 @@ from bench.causal import causal_error, causal_speed, grouped_heads, padding
 from bench.contention import contention
 from bench.diffusion import diffusion
 from bench.distributed import ring_error, sharded_speed
-from bench.estimators import estimators
+from bench.estimators import estimator_certificates, estimators
 from bench.figures import Figure, Figures
 from bench.models import adapter_overhead, minilm, training_speed
 from bench.timing import interleaved
@@ -350,6 +350,7 @@ MEASURES: dict[str, Callable[[], Figures]] = {
         growth,
         key_index,
         estimators,
+        estimator_certificates,
         tolerance_worst,
         crossover,
         causal_speed,

@@ -23,6 +23,7 @@ from kdecore.compare.machine import this_machine
 from kdecore.kde import log_weighted_exponential_kde
 from kdecore.kde.wexpkde import PRIMITIVES
 from kdecore.methods.treecode import Treecode
+from kdecore.testing import AttentionProblem
 from kdecore_adapters.torch_adapter import scaled_dot_product_attention
 from tests import features
 
@@ -47,7 +48,7 @@ def digest(*arrays: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def arrays_of(example: features.Example, convert: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
+def arrays_of(example: AttentionProblem, convert: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
     """Return an example's rows and options in a library."""
     options = {name: convert(x) if isinstance(x, np.ndarray) else x for name, x in example.options.items()}
     return [convert(x) for x in (example.q, example.k, example.v)], options
@@ -55,7 +56,7 @@ def arrays_of(example: features.Example, convert: Callable[[Any], Any]) -> tuple
 
 def of_features() -> Iterator[tuple[str, Call]]:
     """Yield every method, feature and library, and the call."""
-    examples: dict[str, Callable[..., features.Example]] = features.FEATURES
+    examples: dict[str, Callable[..., AttentionProblem]] = features.FEATURES
     for feature, make in examples.items():
         example = make(np.random.default_rng(7))
         for library, convert in LIBRARIES.items():

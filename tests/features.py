@@ -1,34 +1,11 @@
 """What hides keys, or shares them, each with the bias that says so to the oracle: rows of the table in docs/features.md."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
+from kdecore.testing import AttentionProblem
 from tests import oracles
 
 METHODS = ("exact", "sortlsh", "hyper", "treecode", "kdeformer")
-
-
-@dataclass(frozen=True)
-class Example:
-    """Arrays and options of a call, and what it has to follow.
-
-    Attributes
-    ----------
-    q, k, v
-        NumPy float64.
-    options
-        Of `kdecore.attention`; arrays among them are NumPy's.
-    bias
-        What is added to the logits, −inf for what isn't seen.
-    """
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    options: dict[str, Any]
-    bias: Any = 0.0
 
 
 def arrays(rng, lead=(2, 2), heads_k=2, n_q=70, n_k=70, d=8, d_v=5):
@@ -38,66 +15,66 @@ def arrays(rng, lead=(2, 2), heads_k=2, n_q=70, n_k=70, d=8, d_v=5):
 
 
 def causal(rng):
-    return Example(*arrays(rng), {"causal": True}, oracles.causal_bias(70, 70))
+    return AttentionProblem(*arrays(rng), {"causal": True}, oracles.causal_bias(70, 70))
 
 
 def causal_decoding(rng):
-    return Example(*arrays(rng, n_q=23, n_k=90), {"causal": True}, oracles.causal_bias(23, 90))
+    return AttentionProblem(*arrays(rng, n_q=23, n_k=90), {"causal": True}, oracles.causal_bias(23, 90))
 
 
 def causal_more_queries(rng):
-    return Example(*arrays(rng, n_q=90, n_k=40), {"causal": True}, oracles.causal_bias(90, 40))
+    return AttentionProblem(*arrays(rng, n_q=90, n_k=40), {"causal": True}, oracles.causal_bias(90, 40))
 
 
 def window(rng):
-    return Example(*arrays(rng), {"causal": True, "window": 31}, oracles.causal_bias(70, 70, 31))
+    return AttentionProblem(*arrays(rng), {"causal": True, "window": 31}, oracles.causal_bias(70, 70, 31))
 
 
 def window_both_sides(rng):
     distance = np.abs(np.arange(70)[:, None] - np.arange(70)[None, :])
-    return Example(*arrays(rng), {"window": 29}, np.where(distance < 29, 0.0, -np.inf))
+    return AttentionProblem(*arrays(rng), {"window": 29}, np.where(distance < 29, 0.0, -np.inf))
 
 
 def key_lengths(rng):
     lengths = np.array([55, 0])
     bias = np.where(np.arange(70) < lengths[:, None], 0.0, -np.inf)[:, None, None, :]
-    return Example(*arrays(rng), {"key_lengths": lengths}, bias)
+    return AttentionProblem(*arrays(rng), {"key_lengths": lengths}, bias)
 
 
 def causal_key_lengths(rng):
     one = key_lengths(rng)
     options = {"key_lengths": np.array([[55, 70], [33, 0]]), "causal": True}
     bias = np.where(np.arange(70) < options["key_lengths"][..., None], 0.0, -np.inf)[:, :, None, :]
-    return Example(one.q, one.k, one.v, options, bias + oracles.causal_bias(70, 70))
+    return AttentionProblem(one.q, one.k, one.v, options, bias + oracles.causal_bias(70, 70))
 
 
 def padding_mask(rng):
     seen = np.arange(70) >= np.array([9, 30])[:, None]
-    return Example(*arrays(rng), {"mask": seen[:, None, None, :]}, np.where(seen, 0.0, -np.inf)[:, None, None, :])
+    return AttentionProblem(*arrays(rng), {"mask": seen[:, None, None, :]}, np.where(seen, 0.0, -np.inf)[:, None, None, :])
 
 
 def boolean_mask(rng):
     seen = rng.random((2, 1, 70, 70)) < 0.6
     seen[0, 0, 3] = False
-    return Example(*arrays(rng), {"mask": seen}, np.where(seen, 0.0, -np.inf))
+    return AttentionProblem(*arrays(rng), {"mask": seen}, np.where(seen, 0.0, -np.inf))
 
 
 def additive_mask(rng):
     bias = np.where(rng.random((70, 70)) < 0.8, rng.standard_normal((70, 70)), -np.inf)
-    return Example(*arrays(rng), {"mask": bias}, bias)
+    return AttentionProblem(*arrays(rng), {"mask": bias}, bias)
 
 
 def grouped_heads(rng):
-    return Example(*arrays(rng, lead=(2, 4), heads_k=2), {})
+    return AttentionProblem(*arrays(rng, lead=(2, 4), heads_k=2), {})
 
 
 def grouped_heads_causal(rng):
-    return Example(*arrays(rng, lead=(4,), heads_k=1), {"causal": True}, oracles.causal_bias(70, 70))
+    return AttentionProblem(*arrays(rng, lead=(4,), heads_k=1), {"causal": True}, oracles.causal_bias(70, 70))
 
 
 def grouped_heads_masks(rng):
     seen = rng.random((4, 70, 70)) < 0.7
-    return Example(*arrays(rng, lead=(4,), heads_k=2), {"mask": seen}, np.where(seen, 0.0, -np.inf))
+    return AttentionProblem(*arrays(rng, lead=(4,), heads_k=2), {"mask": seen}, np.where(seen, 0.0, -np.inf))
 
 
 FEATURES = {

@@ -1,22 +1,8 @@
-"""Naive definitions in NumPy to test against: short, slow, and importing nothing of kdecore."""
+"""Naive definitions in NumPy to test against, beside those that users have: short, slow, sharing nothing with kdecore."""
 
 import numpy as np
 
-
-def default_scale(d):
-    return 1.0 / np.sqrt(d)
-
-
-def exact_attention(q, k, v, scale=None):
-    """Softmax attention and log of its denominator, (…, n_q, d_v), (…, n_q): in long double, returned as float64."""
-    q, k, v = (np.asarray(x, dtype=np.longdouble) for x in (q, k, v))
-    scale = default_scale(q.shape[-1]) if scale is None else scale
-    logits = scale * np.einsum("...qd,...kd->...qk", q, k)
-    top = logits.max(axis=-1, keepdims=True)
-    weights = np.exp(logits - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    out, lse = np.einsum("...qk,...kc->...qc", weights / total, v), (top + np.log(total))[..., 0]
-    return out.astype(np.float64), lse.astype(np.float64)
+from kdecore.testing.oracle import causal_bias, default_scale, exact_attention, masked_attention  # noqa: F401, oracles too
 
 
 def round_to(x, dtype):
@@ -103,34 +89,6 @@ def systematic_breakpoints(weights, count):
     shares = np.cumsum(weights) * (count / np.sum(weights))
     steps = np.unique(np.concatenate([[0.0], shares - np.floor(shares), [1.0]]))
     return steps[np.diff(steps, prepend=-1.0) > 1e-12]
-
-
-def masked_attention(q, k, v, bias, scale=None):
-    """Softmax attention of grouped heads with ``bias`` added to the logits, −inf for what isn't seen; in long double.
-
-    What isn't seen counts for nothing, whatever it holds; a query that sees nothing gives 0 and −inf.
-    """
-    scale = default_scale(q.shape[-1]) if scale is None else scale
-    if q.ndim > 2 and q.shape[-3] != k.shape[-3]:
-        k, v = (np.repeat(x, q.shape[-3] // x.shape[-3], axis=-3) for x in (k, v))
-    q, k, v = (np.asarray(x, dtype=np.longdouble) for x in (q, k, v))
-    bias = np.broadcast_to(bias, (*q.shape[:-1], k.shape[-2]))
-    out, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.full(q.shape[:-1], -np.inf)
-    for at in np.ndindex(*q.shape[:-1]):
-        seen = bias[at] > -np.inf
-        if seen.any():
-            logits = scale * (k[at[:-1]][seen] @ q[at]) + bias[at][seen]
-            weights = np.exp(logits - logits.max())
-            total = weights.sum()
-            out[at], lse[at] = weights / total @ v[at[:-1]][seen], logits.max() + np.log(total)
-    return out, lse
-
-
-def causal_bias(n_q, n_k, window=None):
-    """0 where query i sees key j: j ≤ i + n_k − n_q, and of those the last ``window``; −inf elsewhere."""
-    distance = np.arange(n_q)[:, None] + (n_k - n_q) - np.arange(n_k)[None, :]
-    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-    return np.where(seen, 0.0, -np.inf)
 
 
 def nadaraya_watson(x, y, points, bandwidth, weights=None):

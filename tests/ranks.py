@@ -110,6 +110,25 @@ def check_ulysses_is_attention_of_one_process():
     compare(ulysses_attention, 2, torch.bfloat16, 0.04)
 
 
+def check_ulysses_takes_one_exchange_there_and_one_back():
+    """And so do gradients, whatever is returned: results and log-sum-exps of another dtype go together."""
+    arrays = tensors((2, HEADS, N, D), (2, 2, N, D), (2, 2, N, D_V), dtype=torch.float16)
+    rows, exchange, calls = [cut(x) for x in arrays], dist.all_to_all_single, []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return exchange(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted)
+        for return_lse in (False, True):
+            found = ulysses_attention(*rows, method="exact", return_lse=return_lse)
+            assert len(calls) == 2
+            torch.autograd.grad(sum(x.sum() for x in found) if return_lse else found.sum(), arrays)
+            assert len(calls) == 4
+            calls.clear()
+
+
 def check_ring_is_attention_of_one_process():
     for key_heads in (HEADS, 1):
         compare(ring_attention, key_heads)
@@ -126,6 +145,18 @@ def check_inputs_without_heads_and_queries_of_another_length():
         close(out, cut(kdecore.attention(*many, method="exact", **hidden)))
 
 
+def check_certificate(found, out, exact):
+    """Say that it is the same on all ranks, and holds for what all of them returned."""
+    everywhere = [None] * count()
+    dist.all_gather_object(everywhere, found)
+    assert all(one == found for one in everywhere)
+    true = errors(host, out.numpy(), exact.numpy())
+    for norm in ("frobenius", "spectral"):
+        low, high = getattr(found, f"{norm}_interval")
+        # Where all rows were evaluated, the two are the error but for rounding.
+        assert 0.0 < low * (1 - 1e-9) <= getattr(true, norm) <= high * (1 + 1e-9)
+
+
 def check_arrays_without_elements_and_ranks_without_queries():
     q, k, v = (x.detach() for x in tensors(*((2, HEADS, N, D),) * 3))
     exact = kdecore.attention(q, k, v, method="exact")
@@ -136,8 +167,11 @@ def check_arrays_without_elements_and_ranks_without_queries():
         assert (out.shape, report.certificate) == (cut(q)[:0].shape, None)
         out, report = call(cut(q), given[0], given[1][..., :0], **options)
         assert (out.shape, report.certificate) == (cut(q)[..., :0].shape, None)
-        mine = q if rank() == 0 else q[:, :, :0]
-        close(call(mine, *given, method="exact"), exact if rank() == 0 else exact[:, :, :0])
+        for having in range(count()):
+            rows = slice(None) if rank() == having else slice(0)
+            close(call(q[:, :, rows], *given, method="exact"), exact[:, :, rows])
+            out, report = call(q[:, :, rows], *given, **options)
+            check_certificate(report.certificate, whole(out), exact)
 
 
 def check_ulysses_estimates_as_for_its_heads_alone():
@@ -162,18 +196,10 @@ def check_ulysses_estimates_as_for_its_heads_alone():
 
 def check_certificates_are_of_all_ranks():
     q, k, v = (x.detach() for x in words(600))
-    exact = kdecore.attention(q, k, v, method="exact").numpy()
+    exact = kdecore.attention(q, k, v, method="exact")
     for call in (ulysses_attention, ring_attention):
         out, report = call(*(cut(x) for x in (q, k, v)), method="treecode", budget=48, return_report=True)
-        found = report.certificate
-        everywhere = [None] * count()
-        dist.all_gather_object(everywhere, found)
-        assert all(one == found for one in everywhere)
-        true = errors(host, whole(out).numpy(), exact)
-        for norm in ("frobenius", "spectral"):
-            low, high = getattr(found, f"{norm}_interval")
-            # Where all rows were evaluated, the two are the error but for rounding.
-            assert 0.0 < low * (1 - 1e-9) <= getattr(true, norm) <= high * (1 + 1e-9)
+        check_certificate(report.certificate, whole(out), exact)
         none = call(*(cut(x) for x in (q, k, v)), method="treecode", budget=48, return_report=True, certificate=0)[1]
         assert none.certificate is None
 
@@ -191,7 +217,7 @@ def layout(n_q, n_k):
 
 def by_parts(q, k, v, options):
     """Return ring attention of this rank's queries in this process, recorded by PyTorch: q (G, n, d)."""
-    shard = Shard((q.shape, k.shape, v.shape), q.dtype, "cpu", False, options)
+    shard = Shard((q.shape, k.shape, v.shape), q.dtype, "cpu", False, options, {})
     rows = layout(q.shape[-2], k.shape[-2])
     state = None
     for source, parts in parts_of(asked(shard, rows), rank()).items():
@@ -275,8 +301,13 @@ def check_every_rank_raises_the_same_error():
         refused(call, OptionError, "mask must be None", arrays, mask=torch.ones(N, N, dtype=torch.bool))
         refused(call, OptionError, "key_lengths must lie in", arrays, key_lengths=[N + 1, 3])
         refused(call, ShapeError, "key_lengths must have", arrays, key_lengths=[N] * 3)
+        # Where each rank would get as many as it has heads.
+        refused(call, ShapeError, r"k or the first of them, \(2, 4\), got \(2, 5\)$", arrays, key_lengths=[[N] * 5] * 2)
+        refused(call, OptionError, rf"in 0 … {N}, the keys of all ranks, got \[91, 91\]$", arrays, key_lengths=[N + 1] * 2)
         refused(call, OptionError, "did you mean 'budget'", arrays, budgit=9)
         refused(call, OptionError, "return_lse must be True or False", arrays, return_lse=1)
+        for name in ("return_lse", "return_report"):
+            refused(call, OptionError, f"{name} must be the same on all ranks", arrays, **{name: last})
         spoilt = k.clone()
         spoilt[1, -1, 0, 0] = np.nan if last else 1.0
         refused(call, OptionError, "k must be finite", [q, spoilt, v], check_finite=True)
@@ -384,7 +415,7 @@ def sharded_by_deepspeed(core):
         query, key, value = (to_heads(x).contiguous() for x in (query, key, value))
         context, weights = core(module, query, key, value, None, *args, **kwargs)
         batch, rows = context.shape[:2]
-        back = ulysses.to_rows(all_ranks(), context.transpose(1, 2), [rows // count()] * count())
+        (back,) = ulysses.to_rows(all_ranks(), [context.transpose(1, 2)], [rows // count()] * count())
         return back.transpose(1, 2).reshape(batch, rows // count(), -1), weights
 
     return wrapper
@@ -400,7 +431,7 @@ def check_the_registered_name_under_deepspeeds_ulysses():
     from kdecore_adapters.transformers_adapter import register
 
     llama, mistral, functions = models()
-    calls = register("kdecore", method="treecode", budget=1000, min_keys=1)
+    calls = register("kdecore", method="treecode", budget=1000, min_keys=1, packed=True)
     functions["kdecore"] = sharded_by_deepspeed(functions["kdecore"])
     ids = torch.randint(0, 100, (2, 80), generator=torch.Generator().manual_seed(0))
     one_sample = torch.arange(80).expand(2, -1)
@@ -424,6 +455,7 @@ def check_the_registered_name_under_deepspeeds_ulysses():
 
 EVERYWHERE = (
     check_ulysses_is_attention_of_one_process,
+    check_ulysses_takes_one_exchange_there_and_one_back,
     check_ring_is_attention_of_one_process,
     check_ulysses_estimates_as_for_its_heads_alone,
     check_certificates_are_of_all_ranks,

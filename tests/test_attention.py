@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from kdecore import Exact, Hyper, KDEformer, OptionError, SortLSH, attention, packed_attention
 from kdecore.kernels.attend_blocks import reference as blocks_reference
 from kdecore.kernels.attend_dense import reference as dense_reference
-from tests import oracles, strategies
+from kdecore.testing import strategies
+from tests import oracles
 from tests.tolerances import assert_accurate, assert_close
 
 SHAPES = {
@@ -69,7 +70,7 @@ def test_exact_is_exact_for_any_shape(backend, rng, shape):
     assert_exact(backend, *make(rng, *shape), method="exact")
 
 
-@given(strategies.problems(), strategies.dtype)
+@given(strategies.arrays(), strategies.dtype)
 @settings(max_examples=100, deadline=None)
 def test_exact_is_exact_for_random_shapes(problem, dtype):
     q, k, v = (oracles.round_to(x, dtype) for x in problem)

@@ -55,7 +55,7 @@ def test_a_budget_is_shared_out(budget, weights, most, parts):
 def call_of(sizes, groups=2, **options):
     layout = Layout(sizes, sizes)
     shape = (groups, sizes[0], 4)
-    return asked(Shard((shape,) * 3, torch.float32, "cpu", False, options), layout)
+    return asked(Shard((shape,) * 3, torch.float32, "cpu", False, options, {}), layout)
 
 
 def test_causal_ranks_leave_out_what_comes_after_them():

@@ -116,6 +116,7 @@ PUBLIC = (
     "kdecore",
     "kdecore.kde",
     "kdecore.neighbors",
+    "kdecore.testing",
     "kdecore_adapters.torch_adapter",
     "kdecore_adapters.torch_modules",
     "kdecore_adapters.hosts",

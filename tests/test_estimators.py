@@ -156,6 +156,48 @@ def test_a_row_far_from_all_others_has_the_nearest_ones_value(rng):
     np.testing.assert_allclose(model.predict(far), y[nearest], rtol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("budget", [64, 4000])
+def test_a_row_so_far_away_that_squares_leave_no_digits(rng, dtype, budget):
+    X, y = (x.astype(dtype) for x in rows_around(rng, 3000, 2))
+    model = KernelRegressor(0.05 if dtype == np.float64 else 0.5, budget=budget).fit(X, y)
+    far = (3e6 if dtype == np.float64 else 3e3) * np.array([[1.0, 0.2], [-1.0, 3.0]], dtype)
+    nearest = np.argmax((far.astype(float) - X.mean(0)) @ X.T.astype(float) - (X.astype(float) ** 2).sum(1) / 2, axis=1)
+    rows = np.concatenate([X[:40], far, X[40:80]])
+    found, report = model.predict(rows, return_report=True)
+    np.testing.assert_allclose(found[40:42], y[nearest], rtol=1e-5)
+    assert report.shape[1] == 80
+
+
+def test_what_no_dtype_holds_is_refused_by_name(rng):
+    X, y = rows_around(rng, 300, 2)
+    outlier = np.concatenate([X, [[1e12, 0.0]]])
+    with pytest.raises(
+        OptionError, match=r"bandwidth must be at least \d.*a row of X lies 9.97e\+11 from the mean, got 0.1$"
+    ):
+        KernelRegressor(0.1).fit(outlier, np.vstack([y, y[:1]]))
+    with pytest.raises(OptionError, match=r"bandwidth must be at least .*, got 1e-300$"):
+        KernelRegressor(1e-300).fit(X, y)
+    with pytest.raises(ValueError, match="X must have rows whose squares float64 can hold"):
+        KernelRegressor(0.1).fit(1e200 * X, y)
+    with pytest.raises(ValueError, match="X must have rows whose squares float64 can hold"):
+        KernelRegressor(0.1).fit(X, y).predict(1e200 * X)
+    with pytest.raises(ValueError, match="y must have numbers whose squares float64 can hold"):
+        KernelRegressor(0.1).fit(X, 1e200 * y)
+    with pytest.raises(
+        ValueError, match=r"sample_weight must differ by less than float64 can hold, got 1e-310 of the largest"
+    ):
+        KernelRegressor(0.1).fit(X, y, np.append(np.ones(299), 1e-310))
+
+
+@pytest.mark.parametrize("factor", [1e-305, 1e305])
+def test_weights_are_relative_but_for_rules(rng, factor):
+    X, y = rows_around(rng, 300, 2)
+    weights = 1.0 + rng.random(300)
+    found = KernelRegressor(0.3).fit(X, y, factor * weights).predict(X)
+    np.testing.assert_allclose(found, KernelRegressor(0.3).fit(X, y, weights).predict(X), rtol=1e-9)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_small_bandwidths_and_rows_far_from_zero_round_nothing_away(rng, offset):
     """In float32 the logarithms of kernels would be off by tenths."""

@@ -1,7 +1,6 @@
 """Every feature with every method on every backend: the cells of the table in docs/features.md."""
 
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def test_a_small_budget_estimates_what_is_seen(backend, rng, feature, method):
     """Of values that are all alike any weights have the same mean; and nobody sees what is hidden."""
     example = feature(rng)
     _, any_seen = sees_a_key(example)
-    alike = replace(example, v=np.ones_like(example.v))
+    alike = example._replace(v=np.ones_like(example.v))
     out, lse = call(backend, alike, method=options_of(method), budget=20)
     np.testing.assert_array_equal(np.isfinite(lse), any_seen)
     np.testing.assert_allclose(out[any_seen], 1.0, rtol=1e-12)
@@ -96,7 +95,7 @@ def test_what_nobody_sees_never_leaks(rng, feature, method, junk):
     k[hidden], v[hidden] = junk, -junk
     backend = BACKENDS[0]
     for found, expected in zip(
-        call(backend, replace(example, k=k, v=v), method=method, budget=30),
+        call(backend, example._replace(k=k, v=v), method=method, budget=30),
         call(backend, example, method=method, budget=30),
         strict=True,
     ):

@@ -11,65 +11,20 @@ from hypothesis import strategies as st
 from torch.nn.attention.bias import causal_lower_right
 
 from kdecore import KDEformer, KeyIndex, Treecode, attention, packed_attention
+from kdecore.testing.strategies import problems
 from kdecore_adapters.torch_adapter import scaled_dot_product_attention
 from tests import oracles
 
 METHOD = st.sampled_from(
     ("exact", "sortlsh", "hyper", "treecode", KDEformer(normaliser="sampled"), Treecode(far_field="sample"), "auto")
 )
-SIZE = st.one_of(st.integers(1, 20), st.integers(1, 150))
-
-
-@st.composite
-def calls(draw):
-    """Draw q, k, v, options, and the bias that says what is seen."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    batch, heads_k, r = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from((1, 1, 2, 3)))
-    n_q, n_k, d, d_v = draw(SIZE), draw(SIZE), draw(st.integers(1, 9)), draw(st.integers(1, 5))
-    q = rng.standard_normal((batch, heads_k * r, n_q, d)) * draw(st.sampled_from((0.0, 1e-3, 1.0, 30.0, 1e4)))
-    k = rng.standard_normal((batch, heads_k, n_k, d))
-    v = rng.standard_normal((batch, heads_k, n_k, d_v)) * draw(st.sampled_from((0.0, 1e-4, 1.0, 1e4)))
-    kind = draw(st.sampled_from(("plain", "plain", "equal", "line", "giant", "duplicates", "offset")))
-    if kind == "equal":
-        k[:] = k[:, :, :1]
-    elif kind == "line":
-        k = k[..., :1] * rng.standard_normal(d)
-    elif kind == "giant":
-        k[:, :, n_k // 2] *= 1e3
-    elif kind == "duplicates":
-        k = k[:, :, np.arange(n_k) // 3]
-    elif kind == "offset":
-        k = k + 100.0
-    bias = np.zeros((batch, 1, n_q, n_k))
-    options = {}
-    offset = draw(st.one_of(st.none(), st.integers(-n_q - 2, n_k + 2)))
-    if offset is not None:
-        options["diagonal"] = offset
-    distance = np.arange(n_q)[:, None] + (n_k - n_q if offset is None else offset) - np.arange(n_k)
-    if draw(st.booleans()):
-        options["causal"] = True
-        bias = bias + np.where(distance >= 0, 0.0, -np.inf)
-    if draw(st.booleans()):
-        lengths = rng.integers(0, n_k + 1, batch)
-        options["key_lengths"] = lengths
-        bias = bias + np.where(np.arange(n_k) < lengths[:, None], 0.0, -np.inf)[:, None, None, :]
-    if draw(st.sampled_from((False, False, True))):
-        options["window"] = draw(st.integers(1, n_k + 3))
-        bias = bias + np.where(np.abs(distance) < options["window"], 0.0, -np.inf)
-    mask = draw(st.sampled_from((None, None, "rows", "keys", "full", "additive")))
-    if mask is not None:
-        shape = {"rows": (n_q, 1), "keys": (batch, 1, 1, n_k)}.get(mask, (1, n_q, n_k))
-        seen = rng.random(shape) < draw(st.sampled_from((0.1, 0.5, 0.9)))
-        options["mask"] = np.where(seen, rng.standard_normal(shape), -np.inf) if mask == "additive" else seen
-        bias = bias + (options["mask"] if mask == "additive" else np.where(seen, 0.0, -np.inf))
-    return q, k, v, options, bias
 
 
 def converted(library, x):
     return torch.from_numpy(np.ascontiguousarray(x)) if library == "torch" else x
 
 
-@given(calls(), METHOD, st.integers(1, 100), st.integers(0, 2**64 - 1), st.sampled_from(("numpy", "torch")))
+@given(problems(), METHOD, st.integers(1, 100), st.integers(0, 2**64 - 1), st.sampled_from(("numpy", "torch")))
 def test_any_call_gives_means_of_what_is_seen(call, method, budget, seed, library):
     q, k, v, options, bias = call
     given_options = {name: converted(library, x) if name == "mask" else x for name, x in options.items()}
@@ -90,12 +45,12 @@ def test_any_call_gives_means_of_what_is_seen(call, method, budget, seed, librar
     assert (out[rows] <= high + room).all()
 
 
-@given(calls(), METHOD, st.sampled_from(("numpy", "torch")))
+@given(problems(), METHOD, st.sampled_from(("numpy", "torch")))
 def test_any_call_at_full_budget_is_exact(call, method, library):
-    q, k, v, options, bias = call
+    q, k, v, options, _ = call
     given_options = {name: converted(library, x) if name == "mask" else x for name, x in options.items()}
     out = attention(*(converted(library, x) for x in (q, k, v)), method=method, budget=k.shape[-2], **given_options)
-    close_to_exact(out, oracles.masked_attention(q, k, v, bias)[0], q, k, v)
+    close_to_exact(out, call.exact()[0], q, k, v)
 
 
 def close_to_exact(found, truth, q, k, v):
@@ -103,7 +58,7 @@ def close_to_exact(found, truth, q, k, v):
     np.testing.assert_allclose(np.asarray(found), truth, atol=1e-12 * (1 + largest) * max(np.abs(v).max(), 1e-300))
 
 
-@given(calls(), METHOD, st.sampled_from(("is_causal", "lower right", "none")))
+@given(problems(), METHOD, st.sampled_from(("is_causal", "lower right", "none")))
 def test_the_function_with_pytorchs_arguments_at_full_budget_is_exact(call, method, causal):
     q, k, v, options, bias = call
     n_q, n_k = q.shape[-2], k.shape[-2]
@@ -139,7 +94,7 @@ def test_the_function_with_pytorchs_arguments_at_full_budget_is_exact(call, meth
     close_to_exact(out, oracles.masked_attention(q, k, v, bias)[0], q, k, v)
 
 
-@given(calls(), st.lists(st.integers(1, 60), max_size=4), st.integers(1, 60), st.booleans())
+@given(problems(), st.lists(st.integers(1, 60), max_size=4), st.integers(1, 60), st.booleans())
 def test_an_index_that_grows_is_exact_at_full_budget_and_a_mean_of_values_below_it(call, steps, budget, sampled):
     q, k, v, _, _ = call
     edges = np.minimum(np.cumsum([max(1, k.shape[-2] // 3), *steps]), k.shape[-2])
@@ -171,7 +126,7 @@ def test_an_index_that_grows_is_exact_at_full_budget_and_a_mean_of_values_below_
         close_to_exact(out, truth, q, k, v)
 
 
-@given(calls(), METHOD, st.lists(st.integers(0, 20), min_size=1, max_size=4), st.booleans())
+@given(problems(), METHOD, st.lists(st.integers(0, 20), min_size=1, max_size=4), st.booleans())
 def test_packed_samples_at_full_budget_are_exact(call, method, lengths, causal):
     q, k, v, _, _ = call
     edges = np.minimum(np.cumsum([0, *lengths]), min(q.shape[-2], k.shape[-2]))
@@ -184,7 +139,7 @@ def test_packed_samples_at_full_budget_are_exact(call, method, lengths, causal):
     close_to_exact(out, oracles.masked_attention(q, k, v, np.where(seen, 0.0, -np.inf))[0], q, k, v)
 
 
-@given(calls(), METHOD, st.sampled_from((np.nan, np.inf, -np.inf)), st.sampled_from("qkv"), st.integers(0, 2**32 - 1))
+@given(problems(), METHOD, st.sampled_from((np.nan, np.inf, -np.inf)), st.sampled_from("qkv"), st.integers(0, 2**32 - 1))
 def test_numbers_that_are_not_finite_reach_the_rows_that_they_reach_exactly(call, method, number, argument, seed):
     q, k, v, options, _ = call
     arrays = {"q": q.copy(), "k": k.copy(), "v": v.copy()}
@@ -197,7 +152,7 @@ def test_numbers_that_are_not_finite_reach_the_rows_that_they_reach_exactly(call
         np.testing.assert_array_equal(found[~np.isfinite(exact)], exact[~np.isfinite(exact)])
 
 
-@given(calls(), METHOD, st.lists(st.integers(0, 20), min_size=1, max_size=4), st.booleans())
+@given(problems(), METHOD, st.lists(st.integers(0, 20), min_size=1, max_size=4), st.booleans())
 def test_packed_samples_are_what_they_are_alone(call, method, lengths, causal):
     q, k, v, _, _ = call
     edges = np.minimum(np.cumsum([0, *lengths]), min(q.shape[-2], k.shape[-2]))

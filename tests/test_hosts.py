@@ -281,7 +281,11 @@ UNKNOWN = {
 @of_ways
 @pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
 def test_what_a_call_asks_for_and_is_not_known_is_refused_by_its_name(way, options):
+    """But for what is left to ComfyUI's own attention, which may know it."""
     call, said = UNKNOWN[way.partition(",")[0]]
+    if (way, options) == ("comfyui_override", {}):
+        assert torch.equal(WAYS[way](*arrays(), options=options, **call), WAYS[way](*arrays(), options=options))
+        return
     with pytest.raises(kdecore.OptionError, match=f"^{said}"):
         WAYS[way](*arrays(), options=options, **call)
 
@@ -363,6 +367,43 @@ def test_gradients_are_recorded(way):
     expected = torch.autograd.grad(kdecore.attention(q, k, v, **PLAIN).square().sum(), (q, k, v))
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("way", CAUSAL)
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+def test_a_diagonal_holds_or_is_refused(way, options):
+    q, k, v = arrays()
+    with pytest.raises(kdecore.OptionError, match=r"diagonal must be None where the first query .*, got 3"):
+        WAYS[way](q, k, v, options={**options, "diagonal": 3}, causal=True)
+    found = WAYS[way](q, k, v, options={**options, "diagonal": 0}, causal=True)
+    assert torch.equal(found, WAYS[way](q, k, v, options=options, causal=True))
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+@pytest.mark.parametrize("enable_gqa", [False, True])
+def test_heads_that_do_not_go_together_are_refused(options, enable_gqa):
+    q, k, v = arrays(2 if not enable_gqa else HEADS)
+    k = k if not enable_gqa else k[:1].expand(3, -1, -1, -1)
+    which = "before heads, n and d" if enable_gqa else "before n and d, enable_gqa=False,"
+    shapes = r"\(2, 4, 60, 8\), \(3, 4, 60, 8\)" if enable_gqa else r"\(2, 4, 60, 8\), \(2, 2, 60, 8\)"
+    with pytest.raises(kdecore.ShapeError, match=f"^query, key and value must have dimensions {which} .* got {shapes}"):
+        hosts.comfyui(**options)(q, k, v, HEADS, skip_reshape=True, enable_gqa=enable_gqa)
+
+
+@pytest.mark.parametrize("options", [ESTIMATED, {}], ids=["estimated", "short"])
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"budgett": 3}, r"budgett must be None, got int.* did you mean 'budget'"),
+        ({"budget": 0}, "budget must be an integer of at least 1, got 0"),
+    ],
+)
+def test_one_graph_says_what_it_refuses(params, said, options):
+    q, k, v = turned(*arrays())
+    kernel = hosts.vllm_omni(**options)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=said):
+        torch.compile(lambda q: kernel(q, k, v, params, False, None), fullgraph=True, backend="aot_eager")(q)
 
 
 # vLLM-Omni alone
@@ -510,6 +551,11 @@ def test_what_an_override_leaves_is_the_hosts_own():
     found = hosts.comfyui_override(**ESTIMATED)(own, q, k, v, HEADS, None, **kwargs)
     assert isinstance(found, Tensor)
     assert len(calls) == 1
+    # What it may know, and kdecore doesn't.
+    kwargs |= {"temperature": 2.0, "attn_precision": torch.float64}
+    assert hosts.comfyui_override()(own, q, k, v, HEADS, None, **kwargs) == "the host's"
+    with pytest.raises(kdecore.OptionError, match="temperature must be None"):
+        hosts.comfyui_override(**ESTIMATED)(own, q, k, v, HEADS, None, **kwargs)
 
 
 @pytest.mark.parametrize("way", ["comfyui", "comfyui_override"])

@@ -12,7 +12,8 @@ from kdecore import Exact, Hyper, KDEformer, KeyIndex, Report, SortLSH, Treecode
 from kdecore.arrays.text import LONGEST_LINE
 from kdecore.core.options import DEFAULT_BUDGET
 from kdecore.methods.sortlsh import DEFAULT_HASHES
-from tests import oracles, strategies
+from kdecore.testing import strategies
+from tests import oracles
 from tests.tolerances import assert_close
 
 SAMPLING = {
@@ -118,7 +119,7 @@ def test_scale_is_a_factor_on_queries(backend, rng, options):
         np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 
 
-@given(strategies.problems())
+@given(strategies.arrays())
 @settings(max_examples=50, deadline=None)
 def test_keys_given_twice_count_twice(problem):
     q, k, v = problem

@@ -588,7 +588,7 @@ def problem_of(kernel, dtype):
         ),
         "project_rows": lambda: (rng.standard_normal((2, n, 9)).astype(dtype), rng.standard_normal((2, 9, 7)).astype(dtype)),
         "rank_codes": lambda: (rng.standard_normal((2, n, 9)).astype(dtype), 20),
-        "tree_order": lambda: (rng.standard_normal((2, n, 9)), 4),
+        "tree_order": lambda: (rng.standard_normal((2, n, 9)), 37),
         "node_summaries": lambda: (
             *(rng.standard_normal((2, n, width)).astype(dtype) for width in (9, 7, 3)),
             rng.random((2, n)).astype(dtype),

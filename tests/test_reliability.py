@@ -9,9 +9,9 @@ import pytest
 import kdecore
 from kdecore import KDEformer, KeyIndex, MemoryLimitError, OptionError, attention
 from kdecore.engine.hierarchy import evaluate
+from kdecore.testing import HOSTILE
 from tests import oracles
 from tests.features import METHODS
-from tests.hostile import HOSTILE
 
 BUDGET = 60
 

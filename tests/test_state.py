@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from kdecore.arrays.namespace import host
 from kdecore.core.state import AttentionState, merge_states, softmax_part
-from tests import oracles, strategies
+from kdecore.testing import strategies
+from tests import oracles
 
 
 def part_of(q, k, v):
@@ -26,7 +27,7 @@ def assert_same(a, b, tolerance=1e-12):
 def split_problems(draw):
     """q, k, v and two cuts of the keys; parts may be empty. Logits reach about ± 1000."""
     Q, K, D, V = draw(strategies.n_q), draw(strategies.n_k), draw(strategies.d), draw(strategies.d_v)
-    q, k, v = (draw(strategies.normal_array(shape)) for shape in ((Q, D), (K, D), (K, V)))
+    q, k, v = (draw(strategies.normal_arrays(shape)) for shape in ((Q, D), (K, D), (K, V)))
     cuts = sorted(draw(st.lists(st.integers(0, K), min_size=2, max_size=2)))
     return q * draw(st.sampled_from((0.0, 1.0, 300.0))), k, v, cuts
 

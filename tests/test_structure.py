@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("compare", "neighbors", "api", "accuracy", "engine", "methods", "kde", "kernels", "core", "arrays")
+PACKAGES = ("compare", "testing", "neighbors", "api", "accuracy", "engine", "methods", "kde", "kernels", "core", "arrays")
 """From the top down."""
 BELOW = {name: set(PACKAGES[number:]) for number, name in enumerate(PACKAGES)} | {"kde": {"kde", "arrays"}}
 """What files of a package may import."""

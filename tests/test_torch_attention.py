@@ -78,12 +78,23 @@ def test_leading_dimensions_are_broadcast(shapes):
     torch.testing.assert_close(found, functional.scaled_dot_product_attention(*arrays, scale=0.3), rtol=1e-9, atol=1e-9)
 
 
+def test_dimensions_that_can_not_be_broadcast_are_refused():
+    q, k = tensors((2, 4, 40, 8), (2, 2, 40, 8))
+    options = {"method": "treecode", "budget": 9}
+    with pytest.raises(kdecore.ShapeError, match=r"enable_gqa=False, that can be broadcast, got \(2, 4, 40, 8\), \(2, 2,"):
+        scaled_dot_product_attention(q, k, k, **options)
+    with pytest.raises(
+        kdecore.ShapeError, match=r"before heads, n and d that can be broadcast, got \(2, 4, 40, 8\), \(3, 4,"
+    ):
+        scaled_dot_product_attention(q, *tensors(*((3, 4, 40, 8),) * 2), enable_gqa=True, **options)
+
+
 def test_grouped_heads_are_those_of_pytorch():
     arrays = tensors((2, 4, 30, 6), (1, 2, 20, 6), (1, 2, 20, 5))
     found = scaled_dot_product_attention(*arrays, method="sortlsh", budget=20, enable_gqa=True)
     expected = functional.scaled_dot_product_attention(*(x.expand(2, *x.shape[1:]) for x in arrays), enable_gqa=True)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    with pytest.raises((kdecore.ShapeError, RuntimeError)):
+    with pytest.raises(kdecore.ShapeError, match="enable_gqa=False"):
         scaled_dot_product_attention(*arrays, method="sortlsh", budget=20)
 
 

@@ -1040,3 +1040,17 @@ def test_multi_head_attention_in_a_graph_is_left_to_pytorch():
     torch.testing.assert_close(torch.compile(found, backend="eager")(x), expected, **CHECK)
     assert not replacement.counts
     assert str(replacement) == "no attention was met\ncompiled: not counted"
+
+
+@pytest.mark.parametrize("min_keys", [1, 1000], ids=["estimated", "short"])
+def test_a_diagonal_that_causal_attention_contradicts_is_refused(min_keys):
+    q = rows(1, HEADS, N, 8)
+    for diagonal in (None, 0):
+        with reroute(method="treecode", budget=20, min_keys=min_keys, diagonal=diagonal) as met:
+            sdpa(q, q, q, is_causal=True)
+        assert met.counts.total() == 1
+    with (
+        pytest.raises(OptionError, match="diagonal must be None where the first query stands at the first key, got 3"),
+        reroute(method="treecode", budget=20, min_keys=min_keys, diagonal=3),
+    ):
+        sdpa(q, q, q, is_causal=True)

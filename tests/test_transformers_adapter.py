@@ -1,7 +1,7 @@
 """``attn_implementation="kdecore"``: as ``"sdpa"`` at a full budget, with masks as small as they can be."""
 
 import os
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
@@ -533,7 +533,7 @@ def test_saved_models_know_nothing_of_it(tmp_path):
     assert calls.counts.total() == 2
 
 
-# Without a mask, as where a sequence is sharded (tests/ranks.py): positions and the model's window say what a mask would
+# Without a mask, as where a sequence is sharded (tests/ranks.py): the model's window, and positions, say what a mask would
 
 
 def asked_alone(*arrays, **said):
@@ -541,17 +541,117 @@ def asked_alone(*arrays, **said):
     return transformers.AttentionInterface()["kdecore"](module, *arrays, None, **said)[0].transpose(1, 2)
 
 
-@pytest.mark.parametrize("lengths", [[(20, 40), (60,)], [(5, 30, 25)]], ids=["each its own", "one row for all"])
-def test_positions_that_start_anew_are_other_samples(lengths):
-    register(**FULL)
-    q, k, v = torch.randn(3, 2, 4, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-    sample = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+def rows():
+    return torch.randn(3, 2, 4, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def ascending(*lengths):
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+PACKED = {
+    "each its own": [ascending(20, 40), ascending(60)],
+    "one row for all": [ascending(5, 30, 25)],
+    "of one token": [ascending(1, 1, 57, 1)],
+    "gaps begin none": [torch.cat([3 * torch.arange(20), torch.tensor([0, 7]), 9 + torch.arange(38)])],
+    "begin anywhere": [torch.cat([40 + torch.arange(30), 7 + torch.arange(30)])],
+}
+STARTS = {"each its own": ([20], []), "one row for all": ([5, 35],), "of one token": ([1, 2, 59],)}
+STARTS |= {"gaps begin none": ([20],), "begin anywhere": ([30],)}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_positions_that_start_anew_are_other_samples_where_that_is_said(case):
+    register(packed=True, **FULL)
+    q, k, v = rows()
+    positions = torch.stack(PACKED[case])
+    sample = torch.stack([(torch.arange(N)[:, None] >= torch.tensor(one, dtype=torch.long)).sum(1) for one in STARTS[case]])
     seen = (sample[:, :, None] == sample[:, None, :]).tril()[:, None]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
     torch.testing.assert_close(asked_alone(q, k, v, is_causal=True, position_ids=positions), expected, **CHECK)
     whole = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(asked_alone(q, k, v, is_causal=False, position_ids=positions), whole, **CHECK)
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_positions_hide_nothing_where_nobody_says_so(case, monkeypatch):
+    """Nor are they looked at, which would wait for a device."""
+    register(**FULL)
+    q, k, v = rows()
+    monkeypatch.setattr(adapter, "samples_of", None)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    found = asked_alone(q, k, v, is_causal=True, position_ids=torch.stack(PACKED[case]))
+    torch.testing.assert_close(found, expected, **CHECK)
+
+
+@pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("positions", [3 * torch.arange(N), torch.arange(N) + 9, torch.arange(N).clamp(max=30)], ids=str)
+def test_models_with_positions_of_their_own(positions, use_cache, padding):
+    register(**FULL)
+    inputs = {"input_ids": IDS, "position_ids": positions.expand(2, N), "use_cache": use_cache, **padded(padding)}
+    out, expected = both("llama", **inputs)
+    torch.testing.assert_close(seen(out, padding), seen(expected, padding), **CHECK)
+
+
+def test_what_can_not_be_told_apart_is_refused():
+    register(packed=True, **FULL)
+    q, k, v = rows()
+    positions, said = (
+        torch.arange(N)[None],
+        r"position_ids of Module must be \(2, 60\) or \(1, 60\) beside {} queries, got {}",
+    )
+    for shape, wrong in (("None", None), (r"\(60,\)", positions[0]), (r"\(3, 60\)", positions.expand(3, N))):
+        with pytest.raises(OptionError, match=f"^packed must be False .*{said.format(60, shape)}"):
+            asked_alone(q, k, v, is_causal=True, position_ids=wrong)
+    with pytest.raises(OptionError, match=said.format(35, r"\(1, 35\)")):
+        asked_alone(q[:, :, :35], k, v, is_causal=True, position_ids=positions[:, :35])
+    with pytest.raises(OptionError, match="packed must be False for Module, whose attention has a position bias"):
+        asked_alone(q, k, v, is_causal=True, position_ids=positions, position_bias=torch.zeros(1, 4, N, N))
+    with pytest.raises(OptionError, match="packed must be True or False, got 1"):
+        register(packed=1, **FULL)
+
+
+def test_compiled_code_tells_samples_apart_beside_its_graph():
+    register(packed=True, **FULL)
+    q, k, v = rows()
+    positions = ascending(25, N - 25)[None]
+
+    def call(q, positions):
+        return 2 * asked_alone(q, k, v, is_causal=True, position_ids=positions)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="aot_eager")
+    for one in (positions, ascending(40, N - 40)[None], torch.arange(N)[None]):
+        torch.testing.assert_close(compiled(q, one), call(q, one), **CHECK)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="packed=True looks at the values of position_ids"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(q, positions)
+
+
+def test_a_tolerance_of_a_layer_takes_the_place_of_a_budget_and_a_budget_of_one():
+    for given, own in (({"budget": 40}, {"rtol": 0.3}), ({"rtol": 0.3}, {"budget": 40})):
+        register(layers={1: own}, method="treecode", min_keys=1, **given)
+        with collect_reports() as reports:
+            both("llama", input_ids=IDS)
+        assert [report.budget == 40 for report in reports] == ["budget" in given, "budget" in own]
+    with pytest.raises(OptionError, match=r"layers must give each a mapping of options, got 40 for 1"):
+        register("kdecore-numbers", layers={1: 40})
+
+
+@pytest.mark.parametrize("hides", [None, "CAUSAL_TOO"])
+def test_a_diagonal_holds_or_is_refused_in_calls_that_are_left_to_pytorch_too(hides):
+    """What an exact result is of is the model's, whoever evaluates it."""
+    q, k, v = rows()
+    hides = None if hides is None else RIGHT.to(adapter.CAUSAL_TOO)[:, None, None, :]
+    for diagonal in (None, 0, 3):
+        register(diagonal=diagonal)
+        call = partial(transformers.AttentionInterface()["kdecore"], torch.nn.Module(), q, k, v, hides)
+        if diagonal == 3:
+            with pytest.raises(OptionError, match=r"diagonal must be None where the .*, got 3"):
+                call()
+        else:
+            assert call()[0].shape == (2, N, 4, 8)
 
 
 @pytest.mark.parametrize("own", [None, 11, 40])

@@ -15,7 +15,7 @@ from kdecore.arrays.namespace import host, namespace_of
 from kdecore.arrays.rows import column_ranges
 from kdecore.core.problem import canonicalise
 from kdecore.core.selection import equal_blocks
-from kdecore.core.tree import bounds, depth, node_count
+from kdecore.core.tree import bounds, cuts, depth, leaves, node_count
 from kdecore.kernels.balanced_view.reference import with_ridge
 from kdecore.kernels.gap_moments.reference import gap_moments
 from kdecore.kernels.node_summaries.contract import TreeNodes
@@ -27,7 +27,8 @@ from kdecore.methods import first_order, key_tree, tree_pilot, tree_queries, tre
 from kdecore.methods.first_order import key_draws
 from kdecore.methods.plan import make_plan
 from kdecore.methods.view import balanced_view, query_moment
-from tests import oracles, strategies
+from kdecore.testing import strategies
+from tests import oracles
 from tests.implementations import implementations, on_host, run
 from tests.tolerances import assert_close
 from tests.trees import recursive_order
@@ -48,31 +49,54 @@ def test_nodes_of_a_level_cover_all_positions_and_differ_by_one(n, leaf_size):
     assert node_count(n, leaf_size) == sum(2**level for level in range(last + 1))
 
 
-@pytest.mark.parametrize(("n", "leaf_size"), [(1, 1), (2, 1), (3, 1), (7, 2), (64, 1), (100, 32), (700, 1), (1300, 5)])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 16, 25, 1000])
+@pytest.mark.parametrize("n", [1000, 1025, 8000])
+def test_cuts_leave_parts_whole(n, parts):
+    edges = np.arange(parts + 1) * n // parts
+    for level in range(parts.bit_length() + 1):
+        starts = cuts(n, parts, level)
+        assert starts[0] == 0
+        assert starts[-1] == n
+        assert np.isin(starts, edges).all()
+        counts = np.diff(np.searchsorted(edges, starts))
+        assert counts.max() - counts.min() <= 1
+        assert (counts.max() == 1) == (2**level >= parts)
+
+
+@pytest.mark.parametrize("leaf_size", [1, 4, 7])
+@pytest.mark.parametrize("n", [1, 3, 8, 1000, 1025])
+def test_leaves_are_parts(n, leaf_size):
+    for level in range(depth(n, leaf_size) + 1):
+        np.testing.assert_array_equal(cuts(n, leaves(n, leaf_size), level), bounds(n, level))
+
+
+@pytest.mark.parametrize(
+    ("n", "parts"), [(1, 1), (2, 2), (3, 4), (7, 4), (64, 64), (100, 3), (700, 1024), (1300, 21), (8000, 125)]
+)
 @implementations("tree_order")
-def test_tree_order(backend, rng, implementation, n, leaf_size):
+def test_tree_order(backend, rng, implementation, n, parts):
     x = rng.standard_normal((2, n, 5)) * [3.0, 1.0, 2.0, 0.5, 0.1]
-    found = run(implementation, backend, x, leaf_size)
+    found = run(implementation, backend, x, parts)
     for group in range(2):
-        np.testing.assert_array_equal(found[group], recursive_order(x[group], leaf_size))
+        np.testing.assert_array_equal(found[group], recursive_order(x[group], parts))
 
 
-@pytest.mark.parametrize(("n", "leaf_size"), [(3, 1), (100, 4), (1300, 5), (9000, 4)])
+@pytest.mark.parametrize(("n", "parts"), [(3, 4), (100, 32), (1300, 224), (9000, 4096)])
 @pytest.mark.parametrize("in_order", [1, 2, 5])
 @implementations("tree_order")
-def test_tree_order_whose_first_levels_stay(backend, rng, implementation, n, leaf_size, in_order):
+def test_tree_order_whose_first_levels_stay(backend, rng, implementation, n, parts, in_order):
     x = rng.standard_normal((2, n, 5)) * [3.0, 1.0, 2.0, 0.5, 0.1]
-    found = run(implementation, backend, x, leaf_size, in_order)
+    found = run(implementation, backend, x, parts, in_order)
     for group in range(2):
-        np.testing.assert_array_equal(found[group], recursive_order(x[group], leaf_size, in_order))
-    stretch = min(in_order, depth(n, leaf_size))
-    for begin, end in pairwise(bounds(n, stretch)):
+        np.testing.assert_array_equal(found[group], recursive_order(x[group], parts, in_order))
+    stretch = min(in_order, (parts - 1).bit_length())
+    for begin, end in pairwise(cuts(n, parts, stretch)):
         np.testing.assert_array_equal(np.sort(found[:, begin:end]), np.tile(np.arange(begin, end), (2, 1)))
 
 
 @on_host("tree_order")
 def test_equal_rows_keep_their_order(implementation):
-    found = implementation.function(host, np.ones((1, 77, 3)), 1)
+    found = implementation.function(host, np.ones((1, 77, 3)), 77)
     np.testing.assert_array_equal(found[0], np.arange(77))
 
 
@@ -121,7 +145,7 @@ def test_node_summaries(rng, implementation, n, leaf_size, dtype):
                 np.testing.assert_allclose(found.variances[group, node], variances, rtol=tolerance, atol=tolerance)
 
 
-@given(strategies.problems(), st.data())
+@given(strategies.arrays(), st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_shape_gives_means_of_values(problem, data):
     """Sampled, a result is a mean of values; the first-order term may lead out of them, but not where all are equal."""

@@ -25,7 +25,8 @@ from kdecore.methods import METHODS, key_tree, sortlsh, tree_lists, tree_pilot, 
 from kdecore.methods.plan import make_plan
 from kdecore.methods.sortlsh import hash_codes, sort_codes
 from kdecore.methods.view import LEAF_SIZE
-from tests import oracles, strategies
+from kdecore.testing import strategies
+from tests import oracles
 
 TOLERANCE = 1e-9
 
@@ -158,7 +159,27 @@ def test_keys_in_one_bucket_and_queries_in_another_are_unbiased(rng):
     assert_unbiased(q, k, v, "sortlsh", 9)
 
 
-@given(strategies.sampled_problems(), strategies.sampling_method, strategies.seed)
+@st.composite
+def sampled_problems(draw):
+    """q, k, v (G, n, ·) with heavy tails, zeros and numbers that are not finite among v, and a budget below n_k."""
+    g, Q, D, V = draw(st.integers(1, 3)), draw(strategies.n_q), draw(strategies.d), draw(strategies.d_v)
+    K = draw(st.integers(2, 24))
+    q, k, v = (draw(strategies.normal_arrays((g, *tail))) for tail in ((Q, D), (K, D), (K, V)))
+    heavy = draw(strategies.normal_arrays((g, K, 1)))
+    kind = draw(st.sampled_from(("plain", "heavy", "zero", "one", "infinite", "nan")))
+    if kind == "heavy":
+        v = v * np.exp(4 * heavy)
+    elif kind == "zero":
+        v = v * 0.0
+    elif kind == "one":
+        v[:, 1:] = 0.0
+    elif kind in ("infinite", "nan"):
+        v[:, 0, 0] = np.inf if kind == "infinite" else np.nan
+    # Budgets that leave some key out, with both ends likely.
+    return q, k, v, draw(st.one_of(st.just(1), st.just(K - 1), st.integers(1, K - 1)))
+
+
+@given(sampled_problems(), st.sampled_from(("sortlsh", "hyper")), strategies.seed)
 @settings(max_examples=100, deadline=None)
 def test_unbiased_for_random_problems(problem, method, seed):
     q, k, v, budget = problem
@@ -172,7 +193,7 @@ def draws(draw):
     window = draw(st.integers(0, n - 1))
     count = draw(st.integers(1, n - window))
     first = draw(st.integers(0, n - window))
-    sizes = np.exp(2 * draw(strategies.normal_array(n))) if draw(st.booleans()) else None
+    sizes = np.exp(2 * draw(strategies.normal_arrays(n))) if draw(st.booleans()) else None
     return sizes, n, first, window, count
 
 

@@ -1,9 +1,12 @@
 """Trees for tests: oracles that follow the contracts of kernels node by node, and inputs of those that open trees."""
 
+from functools import cache
+from itertools import pairwise
+
 import numpy as np
 
 from kdecore.arrays.namespace import host
-from kdecore.core.tree import BlockQueries, Tree
+from kdecore.core.tree import BlockQueries, Tree, leaves
 from kdecore.kernels.node_summaries.reference import node_summaries
 from kdecore.kernels.open_tree.contract import ALONG, LEAST, SHORT, first_nodes
 from kdecore.kernels.pick_threshold.contract import ABOVE
@@ -13,18 +16,26 @@ from kdecore.kernels.tree_order.reference import tree_order
 LEAF_SIZE = 4
 
 
-def recursive_order(x, leaf_size, in_order=0):
+def recursive_order(x, parts, in_order=0):
     """Order of the rows of one group, from the contract: rows are split by recursion, in float64."""
     n = len(x)
 
+    def edge(part):
+        return part * n // parts
+
+    @cache
+    def largest_of(level):
+        edges = [edge((j * parts) // 2**level) for j in range(2**level + 1)]
+        return max(end - begin for begin, end in pairwise(edges))
+
     def split(rows, level, i):
         rows = np.sort(rows)
-        largest = max(-(-n // 2**level), 1)
-        if largest <= leaf_size:
+        first, end = (i * parts) // 2**level, ((i + 1) * parts) // 2**level
+        if end - first <= 1:
             return rows
-        middle = (((2 * i + 1) * n) >> (level + 1)) - ((i * n) >> level)
+        middle = edge(((2 * i + 1) * parts) // 2 ** (level + 1)) - edge(first)
         if len(rows) > 2 and level >= in_order:
-            samples = min(SAMPLE, largest)
+            samples = min(SAMPLE, largest_of(level))
             sample = x[rows[np.arange(samples) * len(rows) // samples]]
             sample = sample - sample.mean(axis=0)
             direction = np.eye(x.shape[1])[np.argmax((sample**2).sum(axis=0))]
@@ -44,7 +55,7 @@ def pass_problem(rng, budget=40, groups=2, n=300, n_q=70, rows=16, d=6, p=3, sca
     """
     keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
     q = rng.standard_normal((groups, n_q, d))
-    order = tree_order(host, keys, LEAF_SIZE)
+    order = tree_order(host, keys, leaves(n, LEAF_SIZE))
     sizes = 0.5 + rng.random((groups, n))
     nodes = node_summaries(host, keys, keys, keys[:, :, :p], sizes, order, LEAF_SIZE, np.ones(groups))
     blocks = n_q // rows
@@ -58,7 +69,7 @@ def scaling_problem(rng, n, d=6, p=3, groups=2, octaves=0.15):
     """Arguments of `scaled_nodes`: keys in the order of a tree, and coordinates that hold most of the logits."""
     keys = rng.standard_normal((groups, n, d)) + 2.0 * rng.standard_normal((groups, 12, d))[:, rng.integers(0, 12, n)]
     sizes, half_norm, scale = 0.5 + rng.random((groups, n)), 0.05 + 0.1 * rng.random(groups), 0.4
-    order = tree_order(host, keys, LEAF_SIZE)
+    order = tree_order(host, keys, leaves(n, LEAF_SIZE))
     nodes = node_summaries(host, keys, keys[:, :, :1], keys[:, :, :p], sizes, order, LEAF_SIZE, half_norm)
     q = rng.standard_normal((groups, 50, d)) * np.geomspace(1.5, 0.7, d) + 0.3 * rng.standard_normal((groups, 1, d))
     directions = np.tile(scale * np.eye(d)[:, :p], (groups, 1, 1))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kdecore.arrays.errors import DTypeError, OptionError, ShapeError, did_you_mean
 from kdecore.arrays.scalars import check_boolean, integer_at_least, one_of
-from kdecore_adapters.torch_adapter import EXACT, beyond_torch, check_tensors, scaled_dot_product_attention, swapped
+from kdecore_adapters.torch_adapter import EXACT, beyond_torch, check_leading, check_tensors, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import Calls
 from kdecore_adapters.torch_encoder import MIN_KEYS, left_by_model
-from kdecore_adapters.torch_operator import OPTIONS, checked, overridden
+from kdecore_adapters.torch_operator import OPTIONS, checked, encoded, overridden
 
 __all__ = ["VLLM_OMNI", "comfyui", "comfyui_override", "sageattention", "vllm_omni", "xdit"]
 
@@ -139,9 +139,8 @@ def _xdit(
 ) -> tuple[Tensor, Tensor | None]:
     given = {name: x for name, x in (attention_kwargs or {}).items() if x is not None}
     mask, length = given.get("attn_mask"), given.get("valid_kv_len")
-    _refuse(
-        "attention_kwargs", given, "attn_mask", "valid_kv_len", *(PACKED if mask is not None or length is not None else ())
-    )
+    packed = () if mask is None and length is None else PACKED
+    _refuse("attention_kwargs", given, "attn_mask", "valid_kv_len", *packed)
     if length is not None:
         length = integer_at_least(1, "valid_kv_len", length)
         if length > key.shape[2]:
@@ -198,7 +197,7 @@ def comfyui_override(*, min_keys: int = MIN_KEYS, **kdecore_options: Any) -> Any
     Raises
     ------
     OptionError, ShapeError
-        As in `comfyui`.
+        As in `comfyui`; but what the call asks for beside its arrays is refused only where it isn't left to ``func``.
     """
     return _made(_comfyui_override, min_keys, kdecore_options)
 
@@ -225,9 +224,11 @@ def _comfyui(
     _inside_attn_wrapper: bool = True,
     **kwargs: Any,
 ) -> Any:
-    _refuse("kwargs", kwargs)
-    if attn_precision not in PRECISIONS:
-        raise OptionError(f"attn_precision must be None or at most torch.float32, got {attn_precision}")
+    def refuse() -> None:
+        _refuse("kwargs", kwargs)
+        if attn_precision not in PRECISIONS:
+            raise OptionError(f"attn_precision must be None or at most torch.float32, got {attn_precision}")
+
     heads = integer_at_least(1, "heads", heads)
     _check_tensors(q, k, v, mask)
     if not skip_reshape:
@@ -239,7 +240,7 @@ def _comfyui(
     if mask is not None and mask.ndim < 4:
         mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
     layout = "bhsd" if skip_reshape else "bshd"
-    more = {"scale": scale, "grouped": enable_gqa, "exact": not low_precision_attention}
+    more = {"scale": scale, "grouped": enable_gqa, "exact": not low_precision_attention, "refuse": refuse}
     return attend(q, k, v, mask, layout=layout, **more, returned=partial(_reshaped, layout, skip_output_reshape))
 
 
@@ -316,9 +317,13 @@ def _refuse(name: str, given: Mapping[str, Any], *known: str) -> None:
     """Raise `OptionError` for what isn't known and isn't None."""
     for other, value in given.items():
         if other not in known and value is not None:
-            so_far = ", ".join(known) or "nothing"
-            hint = did_you_mean(other, known)
-            raise OptionError(f"{other} must be None, got {type(value).__name__}: of {name} kdecore knows {so_far}{hint}")
+            raise OptionError(_unknown(name, other, type(value).__name__, known))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unknown(name: str, other: str, kind: str, known: tuple[str, ...]) -> str:
+    so_far = ", ".join(known) or "nothing"
+    return f"{other} must be None, got {kind}: of {name} kdecore knows {so_far}{did_you_mean(other, known)}"
 
 
 def _check_tensors(*tensors: Any) -> None:
@@ -340,6 +345,7 @@ def _attend(
     grouped: bool = True,
     exact: bool = False,
     leave: Callable[[], Any] | None = None,
+    refuse: Callable[[], None] = lambda: None,
     returned: Callable[[Any], Any] = lambda out: out,
     **call: Any,
 ) -> Any:
@@ -355,6 +361,8 @@ def _attend(
         That nothing may be estimated.
     leave
         Another's attention, result and all.
+    refuse
+        Raises for what a call asks for and isn't known, unless it is left to another's attention.
     returned
         What is done with a result that isn't another's.
     **call
@@ -364,27 +372,28 @@ def _attend(
     min_keys = integer_at_least(0, "min_keys", kdecore_options.pop("min_keys"))
     if own and not torch.compiler.is_compiling():
         checked(kdecore_options)
+    elif own:
+        encoded({name: x for name, x in kdecore_options.items() if name not in ("seed", "key_lengths")})
     _check_tensors(query, key, value, mask)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             order = "heads, n" if layout == "bhsd" else "n, heads"
             raise ShapeError(f"{name} must be (batch, {order}, d), got shape {tuple(x.shape)}")
-    q, k, v = (swapped("", x) if layout == "bshd" else x for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) if layout == "bshd" else x for x in (query, key, value))
     causal, dropout_p = call.get("is_causal", False), call.get("dropout_p", 0.0)
     reason = left_by_model(q, k, v, mask, dropout_p, kdecore_options, min_keys, causal=causal)
     if exact:
         reason = "" if beyond_torch(kdecore_options) else NO_ESTIMATE
         kdecore_options = {**kdecore_options, **EXACT}
+    if reason and leave is not None:
+        return calls.watch("", reason, query, leave)
+    refuse()
+    check_leading(q, k, v, grouped)
     heads: dict[str, Any] = {"layout": layout, "enable_gqa": grouped and q.shape[1] != k.shape[1]}
-
-    def run() -> Any:
-        if reason and leave is not None:
-            return leave()
-        more = ALL_KEYS if reason else kdecore_options
-        return returned(scaled_dot_product_attention(query, key, value, mask, **call, **heads, **more))
-
+    more = ALL_KEYS if reason else kdecore_options
+    ask = partial(scaled_dot_product_attention, query, key, value, mask, **call, **heads, **more)
     # PyTorch's own attention has no log-sum-exp: kdecore's exact method runs.
-    return calls.watch("", "" if call.get("return_lse") else reason, query, run)
+    return returned(calls.watch("", "" if call.get("return_lse") else reason, query, ask))
 
 
 VLLM_OMNI = vllm_omni()

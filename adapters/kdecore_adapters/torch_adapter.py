@@ -175,6 +175,7 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         raise OptionError(f"dropout_p must be 0 where a call isn't left to PyTorch, got {dropout_p}")
     options = {**kdecore_options, **EXACT} if left else kdecore_options
+    check_leading(query, key, value, enable_gqa)
     query, key, value = broadcast(query, key, value, enable_gqa)
     out, lse = estimate(query, key, value, attn_mask, is_causal or lower_right, scale, options)
     if layout == "bshd":
@@ -285,6 +286,18 @@ def beyond_torch(options: Mapping[str, Any]) -> bool:
     return any(options.get(name) not in (None, False, "auto") for name in BEYOND if name != "key_lengths") or (
         options.get("key_lengths") is not None
     )
+
+
+def check_leading(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise `ShapeError` unless leading dimensions can be broadcast; in compiled code PyTorch says so itself."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        broadcast(query, key, value, enable_gqa)
+    except RuntimeError as error:
+        which = "before heads, n and d" if enable_gqa else "before n and d, enable_gqa=False,"
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise ShapeError(f"query, key and value must have dimensions {which} that can be broadcast, got {shapes}") from error
 
 
 def broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

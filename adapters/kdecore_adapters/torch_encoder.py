@@ -36,10 +36,12 @@ def left_by_model(
 
     Beside `left_to_torch`'s reasons these are dropout and position biases, such as T5's: ``biased`` says that there is one,
     or a mask of numbers does that differs from head to head and query to query. ``causal`` says that attention is, beside
-    what the mask says.
+    what the mask says; aligned to the first key, so that another ``diagonal`` raises `OptionError`, whoever evaluates it.
     """
     if beyond_torch(options):
         return ""
+    if causal:
+        aligned(options, query, key, top_left=True)
     restricted = causal or biased or mask is not None
     if reason := left_to_torch(query, key, value, options, min_keys, MIN_QUERIES, restricted=restricted):
         return reason

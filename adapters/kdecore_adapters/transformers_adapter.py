@@ -16,11 +16,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from kdecore.arrays.errors import OptionError
-from kdecore.arrays.scalars import integer_at_least, to_integer
+from kdecore.arrays.scalars import check_boolean, integer_at_least, to_integer
 from kdecore_adapters.torch_adapter import both_masks, broadcast, scaled_dot_product_attention
 from kdecore_adapters.torch_calls import Calls
 from kdecore_adapters.torch_encoder import MIN_KEYS, left_by_model
-from kdecore_adapters.torch_operator import aligned, checked, estimate
+from kdecore_adapters.torch_operator import aligned, checked, estimate, overridden
 
 UNKNOWN = ("softcap", "s_aux", "head_mask")
 """Arguments of models' attention functions that would change the result, and aren't known here."""
@@ -36,6 +36,7 @@ def register(
     *,
     layers: Mapping[int, Mapping[str, Any]] | None = None,
     min_keys: int = MIN_KEYS,
+    packed: bool = False,
     **kdecore_options: Any,
 ) -> Calls:
     """Make an attention implementation known to transformers, to be asked for by name.
@@ -54,6 +55,11 @@ def register(
     min_keys
         Calls with fewer keys are left to PyTorch's attention, as ``attn_implementation="sdpa"`` would call it; but for
         options that it hasn't, such as ``window``.
+    packed
+        That causal self-attention without a mask goes by ``position_ids``, (batch, n) or (1, n), as it must where several
+        samples lie in a row and no mask says so, as under DeepSpeed's Ulysses. A sample begins where a position is no larger
+        than the one before it; gaps begin none. Other calls, and those with a mask, are as without it. In compiled code such
+        attention runs beside the graph.
     **kdecore_options
         method, budget, rtol, seed and other options of `kdecore.attention`.
 
@@ -67,17 +73,19 @@ def register(
     Raises
     ------
     OptionError
-        Unknown options, or a name that transformers itself has; when a model is called: ``layers`` that it hasn't.
+        Unknown options, or a name that transformers itself has; when a model is called: ``layers`` that it hasn't, or
+        ``packed`` where attention is told no positions of all keys, or has a position bias.
 
     Notes
     -----
     Causal decoders with a cache, grouped heads, left and right padding, sliding windows and packed sequences work as with
-    ``"sdpa"``. Steps of decoding, of fewer than `torch_encoder.MIN_QUERIES` queries, and attention with a position bias
-    (T5) are left to PyTorch.
+    ``"sdpa"``, where transformers makes their masks. Steps of decoding, of fewer than `torch_encoder.MIN_QUERIES` queries,
+    and attention with a position bias (T5) are left to PyTorch.
 
     DeepSpeed's ``UlyssesSPAttentionHF.register_with_transformers(core_attn_implementation="kdecore", …)`` takes this name:
     the function is called with the whole sequence and some of the heads, and without a mask. Causal self-attention without
-    one goes by ``position_ids``, which start anew where another sample does, and by the model's ``sliding_window``.
+    one goes by the model's ``sliding_window``, and by positions with ``packed=True``, without which packed samples see each
+    other there. Each layer then looks at them, which waits for a device.
     """
     if name in ("eager", "sdpa", "flex_attention") or name.startswith(("flash_attention", "paged|")):
         raise OptionError(f"name must not be one that transformers has, got {name!r}")
@@ -85,11 +93,14 @@ def register(
     for number in layers:
         if to_integer(number) is None or number < 0:
             raise OptionError(f"layers must be numbered from 0, got {number!r}")
+        if not isinstance(layers[number], Mapping):
+            raise OptionError(f"layers must give each a mapping of options, got {layers[number]!r} for {number!r}")
     min_keys = integer_at_least(0, "min_keys", min_keys)
+    attention = attend_packed if check_boolean("packed", packed) else attend
     checked(kdecore_options)
     calls = Calls()
-    chosen = {number: checked({**kdecore_options, **own}) for number, own in layers.items()}
-    AttentionInterface.register(name, partial(attend, chosen, kdecore_options, min_keys, calls))
+    chosen = {number: checked(overridden(kdecore_options, own)) for number, own in layers.items()}
+    AttentionInterface.register(name, partial(attention, chosen, kdecore_options, min_keys, calls))
     AttentionMaskInterface.register(name, mask)
     return calls
 
@@ -134,18 +145,12 @@ def attend(
             raise OptionError(f'{argument} must be None with this attention; try attn_implementation="eager"')
     layer, own = options_of(module, layers, options)
     bias = kwargs.get("position_bias")
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    if causal and bias is None and (packed := samples_of(kwargs.get("position_ids"), query, key)):
-        rest: Any = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_ids": None}
-        outs = []
-        for row, some in packed:
-            q, k, v = (x[row, :, some] for x in (query, key, value))
-            outs.append(attend(layers, options, min_keys, calls, module, q, k, v, None, **rest)[0])
-        return torch.cat(outs, dim=1).reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    causal = causal_alone(module, query, attention_mask, is_causal)
     own = windowed(own, kwargs.get("sliding_window"), query, key) if causal else own
     reason = left_by_model(query, key, value, attention_mask, dropout, own, min_keys, causal=causal, biased=bias is not None)
     padded = attention_mask is not None and attention_mask.dtype == CAUSAL_TOO
+    if padded:
+        aligned(own, query, key, top_left=False)
     hides = attention_mask.bool() if attention_mask is not None and padded else attention_mask
 
     def leave() -> Tensor:
@@ -175,23 +180,55 @@ def attend(
     return calls.watch(layer, reason, query, leave if reason else take), None
 
 
-def samples_of(positions: Tensor | None, query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
-    """Return where each sample of causal self-attention lies, batch and rows, where positions say that several are packed.
+def causal_alone(module: nn.Module, query: Tensor, attention_mask: Tensor | None, is_causal: bool | None) -> bool:
+    """Return whether attention is causal, and no mask says what is hidden beside."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return bool(causal) and attention_mask is None and query.shape[2] > 1
 
-    Models say it by masks; what shards their sequences, such as DeepSpeed's Ulysses, leaves those out, and positions alone
-    are left to tell. Compiled code can't look.
-    """
-    batch, _, n, _ = query.shape
-    if positions is None or positions.ndim != 2 or not positions.shape[1] == n == key.shape[2]:
+
+# Where samples begin no graph can depend on.
+@torch.compiler.disable(reason="packed=True looks at the values of position_ids")  # type: ignore[untyped-decorator]
+def attend_packed(
+    layers: Mapping[int, Mapping[str, Any]],
+    options: Mapping[str, Any],
+    min_keys: int,
+    calls: Calls,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Follow transformers' attention functions as `attend` does, sample by sample where positions alone tell them apart."""
+    rest: Any = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    call = partial(attend, layers, options, min_keys, calls, module)
+    packed = samples_of(module, query, key, kwargs) if causal_alone(module, query, attention_mask, is_causal) else []
+    if not packed:
+        return call(query, key, value, attention_mask, **rest)
+    outs = [call(query[at], key[at], value[at], None, **rest)[0] for at in packed]
+    return torch.cat(outs, dim=1).reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def samples_of(module: nn.Module, query: Tensor, key: Tensor, said: Mapping[str, Any]) -> list[tuple[slice, slice, slice]]:
+    """Return where each sample of causal self-attention lies in (batch, heads, n); nothing where each row is one."""
+    positions, (batch, _, n, _), n_k = said.get("position_ids"), query.shape, key.shape[2]
+    if said.get("position_bias") is not None:
+        raise OptionError(f"packed must be False for {type(module).__name__}, whose attention has a position bias")
+    shape = None if positions is None else tuple(positions.shape)
+    if positions is None or shape not in ((batch, n_k), (1, n_k)) or n != n_k:
+        raise OptionError(
+            f"packed must be False where attention isn't told the position of every key: position_ids of "
+            f"{type(module).__name__} must be ({batch}, {n_k}) or (1, {n_k}) beside {n} queries, got {shape}"
+        )
+    begins = (positions.diff(dim=1) <= 0).expand(batch, -1).cpu()
+    if not bool(begins.any()):
         return []
-    if torch.compiler.is_compiling() or len(positions) not in (1, batch):
-        return []
-    apart = positions.diff(dim=1) != 1
-    if not bool(apart.any()):
-        return []
-    rows = apart.expand(batch, -1).cpu()
-    edges = [[0, *(row.nonzero()[:, 0] + 1).tolist(), n] for row in rows]
-    return [(slice(row, row + 1), slice(*some)) for row in range(batch) for some in pairwise(edges[row])]
+    edges = [[0, *(row.nonzero()[:, 0] + 1).tolist(), n] for row in begins]
+    return [(slice(row, row + 1), slice(None), slice(*some)) for row in range(batch) for some in pairwise(edges[row])]
 
 
 def windowed(options: Mapping[str, Any], window: int | None, query: Tensor, key: Tensor) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from kdecore.arrays.namespace import ACCUMULATION, Array, host
 from kdecore.core.state import AttentionState
-from kdecore.core.tree import BlockQueries, Tree, node_count
+from kdecore.core.tree import BlockQueries, Tree, leaves, node_count
 from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.node_summaries.reference import node_summaries as summarise
@@ -169,7 +169,7 @@ def rank_codes(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
 
 def tree_order(rng: np.random.Generator, n: int) -> tuple[Any, ...]:
     """Make arguments."""
-    return Numbers(clustered(rng, 2, min(n, 2000), 16)), LEAF_SIZE
+    return Numbers(clustered(rng, 2, min(n, 2000), 16)), leaves(min(n, 2000), LEAF_SIZE)
 
 
 def node_summaries(rng: np.random.Generator, n: int) -> tuple[Any, ...]:

@@ -89,6 +89,16 @@ class Certificate:
         )
         return f"{', '.join(parts)} at {100 * self.confidence:.0f} %"
 
+    def times(self, frobenius: float, spectral: float) -> "Certificate":
+        """Return the certificate of these errors relative to something else, so many times."""
+        return replace(
+            self,
+            frobenius=self.frobenius * frobenius,
+            frobenius_interval=(self.frobenius_interval[0] * frobenius, self.frobenius_interval[1] * frobenius),
+            spectral=self.spectral * spectral,
+            spectral_interval=(self.spectral_interval[0] * spectral, self.spectral_interval[1] * spectral),
+        )
+
     def upper(self, norm: str) -> float:
         """Return the upper limit in a norm, ``"frobenius"`` or ``"spectral"``."""
         return float(getattr(self, f"{norm}_interval")[1])

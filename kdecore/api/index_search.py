@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from kdecore.accuracy.certificate import FEWEST_ROWS, Certificate, certify, estimate_errors, stratified
@@ -34,11 +35,48 @@ class IndexResult(NamedTuple):
         What was done with each segment.
     slots
         How many slots counted in each.
+    estimated
+        (1, m) int64: the queries of an only group that are not evaluated exactly; None for all, of any groups.
     """
 
     part: AttentionState
     plans: list[Plan]
     slots: list[Slots]
+    estimated: Array | None = None
+
+
+class Sampled(NamedTuple):
+    """What errors are measured on: the queries that were estimated, so that no exact row is wasted on one that has none.
+
+    Attributes
+    ----------
+    problem, out
+        Only these, and their results.
+    frobenius, spectral
+        Norms of their results over those of all: an error relative to the one, so many times, is relative to the other.
+    """
+
+    problem: Problem
+    out: Array
+    frobenius: float = 1.0
+    spectral: float = 1.0
+
+
+def sampled(problem: Problem, found: IndexResult) -> Sampled:
+    """Return what errors are measured on. Where only some were estimated, O(n_q d_v min(n_q, d_v))."""
+    xp, out, rows = problem.xp, without_gradient(found.part.out), found.estimated
+    # So few are all compared.
+    if rows is None or problem.n_q <= FEWEST_ROWS:
+        return Sampled(problem, out)
+    some = take_along_rows(xp, out, rows)
+
+    def share(norm: Callable[[Array], Array]) -> float:
+        whole = float(norm(out[0]))
+        return float(norm(some[0])) / whole if whole > 0 else 1.0
+
+    return Sampled(
+        problem.with_queries(rows), some, share(xp.linalg.matrix_norm), share(partial(xp.linalg.matrix_norm, ord=2))
+    )
 
 
 def costs(problem: Problem, segments: Sequence[Segment], plans: list[Plan]) -> tuple[float, float]:
@@ -48,19 +86,21 @@ def costs(problem: Problem, segments: Sequence[Segment], plans: list[Plan]) -> t
     return planned, sum(exact_row_cost(some) * some.groups for some in sizes)
 
 
-def certified(
+def certify_index(
     problem: Problem,
     segments: Sequence[Segment],
     found: IndexResult,
-    exact_rows: Callable[[Array], Array],
+    exact_rows: Callable[[Problem, Array], Array],
     share: float,
     seed: int,
 ) -> tuple[Certificate | None, float]:
     """Compare some rows with exact attention; return what was found, None where all was exact, and the seconds."""
-    if all(plan.method == "exact" for plan in found.plans) or problem.d_v == 0:
+    of = sampled(problem, found)
+    if all(plan.method == "exact" for plan in found.plans) or problem.d_v == 0 or of.problem.n_q == 0:
         return None, 0.0
     started, (cost, row_cost) = time.perf_counter(), costs(problem, segments, found.plans)
-    return certify(problem, found.part.out, exact_rows, cost, row_cost, share, seed), time.perf_counter() - started
+    bound = certify(of.problem, of.out, partial(exact_rows, of.problem), cost, row_cost, share, seed)
+    return bound.times(of.frobenius, of.spectral), time.perf_counter() - started
 
 
 def doubled(
@@ -68,7 +108,7 @@ def doubled(
     first: int,
     n_k: int,
     attend: Callable[[int | None], IndexResult],
-    exact_rows: Callable[[Array], Array],
+    exact_rows: Callable[[Problem, Array], Array],
     costs: Callable[[list[Plan]], tuple[float, float]],
     seed: int,
     rtol: float,
@@ -99,18 +139,24 @@ def doubled(
     numbers = {"pilot": (FEWEST_ROWS, PILOT_STREAM), "certified": (certified, CERTIFIED_STREAM)}
 
     def compare(found: IndexResult, kind: str) -> Certificate:
-        if kind not in samples:
+        of = sampled(problem, found)
+        # Which queries are estimated changes with the budget, and the sample with them.
+        if kind not in samples or found.estimated is not None:
             count, stream = numbers[kind]
-            rows = xp.astype(stratified(xp, problem.groups, count, seed, stream, problem.device) * n_q, xp.int64)
-            samples[kind] = rows, exact_rows(rows)
+            places = stratified(xp, problem.groups, min(count, of.problem.n_q), seed, stream, problem.device)
+            rows = xp.astype(places * of.problem.n_q, xp.int64)
+            samples[kind] = rows, exact_rows(of.problem, rows)
         rows, exact = samples[kind]
         shape = (problem.groups, int(rows.shape[1]), 1, int(exact.shape[2]))
-        some = take_along_rows(xp, without_gradient(found.part.out), rows)
-        return estimate_errors(host.reshape(to_host(some), shape), host.reshape(to_host(exact), shape), n_q)
+        some = take_along_rows(xp, of.out, rows)
+        bound = estimate_errors(host.reshape(to_host(some), shape), host.reshape(to_host(exact), shape), of.problem.n_q)
+        return bound.times(of.frobenius, of.spectral)
 
     budget = first
     while n_q > 2 * FEWEST_ROWS and 2 * budget < n_k and problem.groups * problem.d_v > 0:
         found = attend(budget)
+        if found.estimated is not None and found.estimated.shape[1] == 0:
+            break
         cost, row_cost = costs(found.plans)
         spent, exact_cost = spent + cost, row_cost * n_q
         for kind in numbers:

@@ -6,7 +6,7 @@ from functools import partial, reduce
 from typing import Any, Literal, Unpack, overload
 
 from kdecore.api.call import CallOptions, IndexOptions
-from kdecore.api.index_search import IndexResult, certified, costs, doubled
+from kdecore.api.index_search import IndexResult, certify_index, costs, doubled
 from kdecore.api.report import Report, report_of_index
 from kdecore.api.run import run_all
 from kdecore.api.segments import Segment, in_library, joined, recorded_now, sample_of, selected
@@ -226,16 +226,18 @@ class KeyIndex:
         check_boolean("return_report", return_report)
         problem = self._fitting("q", q)
         with team(self._settings["threads"]), device_context(self._one[0]):
-            exact, seed, seconds = partial(self._exact_rows, problem), self._settings["seed"], 0.0
+            seed, seconds = self._settings["seed"], 0.0
             if rtol is not None:
                 attend, taking = partial(self._attend_segments, problem, count=True), partial(costs, problem, self._segments)
-                how = (problem, self._budget, self.n_k, attend, exact, taking, seed)
+                how = (problem, self._budget, self.n_k, attend, self._exact_rows, taking, seed)
                 found, bound, rounds = doubled(*how, float(rtol), rtol_norm)
             else:
                 found = self._attend_segments(problem, call.budget or self._budget, count=return_report)
                 bound, rounds = None, ()
                 if return_report and certificate > 0:
-                    bound, seconds = certified(problem, self._segments, found, exact, float(certificate), seed)
+                    bound, seconds = certify_index(
+                        problem, self._segments, found, self._exact_rows, float(certificate), seed
+                    )
         results = self._results(problem, found.part, q, return_lse)
         if return_report:
             compiling, took = compile_seconds() - compiled, time.perf_counter() - started
@@ -362,8 +364,7 @@ class KeyIndex:
     def _plan(self, problem: Problem, options: Options) -> Plan:
         # Steps of decoding are all alike, and planning one takes as long as a fifth of it.
         key = problem.n_q, problem.n_k, options, gradient_mode(problem.q, problem.k, problem.v)
-        plan = self._plans.get(key)
-        if plan is None:
+        if (plan := self._plans.get(key)) is None:
             plan = make_plan(problem, method=options, **self._settings)
             kept = self._plans if len(self._plans) < PLANS_KEPT else {}
             self._plans = {**kept, key: plan}

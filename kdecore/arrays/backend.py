@@ -7,7 +7,8 @@ point of the group `kdecore.backends`, of that library's name, which is loaded w
 from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -126,7 +127,33 @@ class NumpyBackend(Backend):
         return np.asarray(array)
 
 
-_BY_NAME: dict[str, Backend] = {"numpy": NumpyBackend(), "array_api_strict": Backend()}
+class StrictBackend(Backend):
+    """Arrays of array-api-strict, which do what the array API says and nothing else: for tests."""
+
+    def version(self) -> str:
+        """Return the library's version."""
+        return version("array-api-strict")
+
+    def unusable(self) -> str | None:
+        """Return that the library isn't installed, or None where it is."""
+        return None if find_spec("array_api_strict") else "not installed"
+
+    def devices(self) -> list[str]:
+        """Return the name of the one device that is meant to be computed on."""
+        return ["cpu"]
+
+    def to_numpy(self, array: Array) -> Any:
+        """Return a NumPy array that shares memory."""
+        return np.asarray(array)
+
+    def from_numpy(self, array: Any, device: str | None = None) -> Array:
+        """Return a copy of a NumPy array; ``device`` is ``"cpu"`` or None."""
+        if device not in (None, "cpu"):
+            raise ValueError(f"array-api-strict computes on cpu, not on {device}")
+        return import_module("array_api_strict").asarray(array, copy=True)
+
+
+_BY_NAME: dict[str, Backend] = {"numpy": NumpyBackend(), "array_api_strict": StrictBackend()}
 # By type too: to find an array's namespace takes as long as to launch a kernel.
 _BY_TYPE: dict[type, Backend] = {}
 

@@ -1,9 +1,10 @@
-"""The command `kdecore`: `compare` measures methods on the user's data, `info` says what is installed and runs where."""
+"""The command `kdecore`: `compare` measures methods on the user's data, `verify` checks them, `info` says what runs."""
 
 import argparse
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -45,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 2 for a mistake or an unusable file, after one line on stderr, or 130 for Ctrl-C.
+        Exit status: 0; 1 where `verify` finds a property that fails; 2 for a mistake, an unusable file or library, after one
+        line on stderr; 130 for Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets ? and no traceback
             stream.reconfigure(errors="replace")
     try:
         arguments = _parse(argv)
-        arguments.run(arguments)
+        status: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more on exit.
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kdecore: interrupted, nothing was written", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return status
 
 
 def _fail(message: str) -> int:
@@ -129,7 +131,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     info = commands.add_parser("info", help="show versions, devices, and which kernels run where")
-    info.set_defaults(run=lambda arguments: print("\n".join(info_lines())))
+    info.set_defaults(run=_info)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check the accuracy of every method on an array library",
+        description="Check every method on random problems, the same in every run: that it is exact where the budget covers "
+        "all keys, unbiased where it says so, within the spectral bound, and invariant. Exit status 0 if all hold, else 1.",
+    )
+    verify.add_argument("--library", choices=("numpy", "torch", "cupy", "array-api-strict"), default="numpy",
+        help="array library to run on; default: numpy")  # fmt: skip
+    verify.add_argument("--device", type=int, metavar="N", help="number of the CUDA device; default: the library's usual "
+        "device, of torch the CPU")  # fmt: skip
+    verify.add_argument("--minutes", type=float, default=2.0, metavar="M", help="time to share out; default: 2")
+    verify.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    verify.set_defaults(run=_verify)
 
     compare = commands.add_parser(
         "compare",
@@ -165,9 +181,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compare(arguments: argparse.Namespace) -> None:
-    if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
-        raise OptionError(f"kdecore compare needs {' and '.join(missing)}: {install('cli')}")
+def _info(arguments: argparse.Namespace) -> int:
+    print("\n".join(info_lines()))
+    return 0
+
+
+def _check_installed(command: str, extra: str, *packages: str) -> None:
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise OptionError(f"kdecore {command} needs {' and '.join(missing)}: {install(extra)}")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    _check_installed("verify", "verify", "hypothesis", "rich")
+    from kdecore.compare import verify
+
+    began = time.perf_counter()
+    with _progress() as progress:
+        verdicts = verify.verify(arguments.library, arguments.device, arguments.minutes, progress)
+    seconds = time.perf_counter() - began
+    if arguments.json:
+        record = verify.record(arguments.library, arguments.device, arguments.minutes, seconds, verdicts)
+        print(to_json(record).decode(), end="")
+    else:
+        verify.print_table(arguments.library, arguments.device, seconds, verdicts)
+    return 0 if all(one.passed for one in verdicts) else 1
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    _check_installed("compare", "cli", *PACKAGES)
     wanted: dict[str, Any] = {
         "methods": arguments.methods,
         "budgets": arguments.budgets,
@@ -193,6 +234,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         contents = (html, png, to_json(_record(arguments, case, machine, rows, found)))
         write_together(arguments.out, dict(zip(OUTPUTS, contents, strict=True)))
     print_table(case, rows, machine, arguments.library, arguments.seeds, arguments.out, found)
+    return 0
 
 
 def _case(arguments: argparse.Namespace) -> Case:

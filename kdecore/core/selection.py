@@ -224,10 +224,15 @@ def together(xp: Namespace, selections: list[Selection]) -> list[Selection]:
     return [both]
 
 
+def block_count(n: int, block_size: int) -> int:
+    """Return how many blocks of equal size n queries are cut into."""
+    return -(-n // block_size)
+
+
 def equal_blocks(xp: Namespace, order: Array, block_size: int) -> Blocks:
     """Cut ``order`` (G, n) into ⌈n / block_size⌉ blocks whose sizes differ by at most one."""
     n = int(order.shape[1])
-    count = -(-n // block_size)
+    count = block_count(n, block_size)
     longest = -(-n // count)
     starts = tuple(i * n // count for i in range(count + 1))
     if count * longest == n:

@@ -25,6 +25,21 @@ def bounds(n: int, level: int) -> Array:
     return (host.arange(2**level + 1, dtype=host.int64) * n) >> level
 
 
+def leaves(n: int, leaf_size: int) -> int:
+    """Return how many leaves there are."""
+    return 1 << depth(n, leaf_size)
+
+
+def cuts(n: int, parts: int, level: int) -> Array:
+    """Return where nodes of a level begin, and the last one ends, if they consist of whole ones of ``parts`` equal parts.
+
+    Part j holds the positions ⌊j·n / parts⌋ … ⌊(j + 1)·n / parts⌋ − 1, node i of level ℓ the parts ⌊i·parts / 2**ℓ⌋ …
+    ⌊(i + 1)·parts / 2**ℓ⌋ − 1: all nodes of the level if there are at least as many parts. Those of a tree's leaves, or of
+    any other power of two, make its `bounds`. NumPy int64 (2**level + 1,).
+    """
+    return bounds(parts, level) * n // parts
+
+
 def node_bounds(xp: Namespace, node: Array, n: int) -> tuple[Array, Array]:
     """Return where the positions of nodes begin and end; all int64, as ``node``."""
     edges = xp.bitwise_left_shift(

@@ -13,7 +13,7 @@ from kdecore.arrays.memory import contiguous
 from kdecore.arrays.namespace import Array, Namespace, host
 from kdecore.arrays.rows import take_along_rows
 from kdecore.core.problem import Problem
-from kdecore.core.tree import bounds, depth
+from kdecore.core.tree import bounds, depth, leaves
 from kdecore.kernels.balanced_view.contract import View
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.kernels.open_tree.contract import ALONG
@@ -61,7 +61,7 @@ def build(problem: Problem, plan: Plan, moment: Array) -> KeyTree:
     largest = xp.max(log_weight, axis=1, keepdims=True)
     weight = xp.exp(log_weight - largest)
     sizes, low, high = kernels["value_sizes"].function(xp, v)
-    order = similar_together(problem, plan, contiguous(x[:, :, :p]), LEAF_SIZE, 0)
+    order = similar_together(problem, plan, contiguous(x[:, :, :p]), leaves(problem.n_k, LEAF_SIZE), 0)
     view = view_of(problem, p)
     weighted = xp.concat([v * weight, weight], axis=-1)
     nodes: TreeNodes = kernels["node_summaries"].function(xp, k, weighted, x, sizes, order, LEAF_SIZE, view.half_norm)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from kdecore.arrays.gradients import without_gradient
 from kdecore.arrays.namespace import Array
 from kdecore.core.problem import Problem
-from kdecore.core.tree import Tree
+from kdecore.core.tree import Tree, leaves
 from kdecore.kernels.balanced_view.contract import View
 from kdecore.kernels.node_summaries.contract import TreeNodes
 from kdecore.methods.base import Plan
@@ -79,7 +79,7 @@ def grow(
 ) -> KeyTree:
     """Order the keys by a tree, its first levels as they are, and summarise its nodes."""
     xp, kernels = problem.xp, plan.kernels
-    order = similar_together(problem, plan, coordinates, LEAF_SIZE, in_order)
+    order = similar_together(problem, plan, coordinates, leaves(problem.n_k, LEAF_SIZE), in_order)
     nodes: TreeNodes = kernels["node_summaries"].function(
         xp, problem.k, problem.v, coordinates, sizes, order, LEAF_SIZE, view.half_norm
     )
@@ -90,15 +90,15 @@ def grow(
     return KeyTree(view, order, nodes, unseen, sizes, limits)
 
 
-def similar_together(problem: Problem, plan: Plan, coordinates: Array, leaf_size: int, in_order: int) -> Array:
-    """Return the order of a tree over rows, int64 (G, n), whose first levels are as they are.
+def similar_together(problem: Problem, plan: Plan, coordinates: Array, parts: int, in_order: int) -> Array:
+    """Return the order of a tree over rows that ends in equal parts, int64 (G, n), and whose first levels are as they are.
 
     A sort of codes (`kdecore.kernels.rank_codes`) cuts all levels at once; without either kernel rows stay as they come.
     """
     xp, kernels = problem.xp, plan.kernels
     order: Array
     if "tree_order" in kernels:
-        order = kernels["tree_order"].function(xp, coordinates, leaf_size, in_order)
+        order = kernels["tree_order"].function(xp, coordinates, parts, in_order)
     elif "rank_codes" in kernels:
         codes = kernels["rank_codes"].function(xp, coordinates, CODE_BITS, in_order)
         order = kernels["bucket_order"].function(xp, codes, CODE_BITS)

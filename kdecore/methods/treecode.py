@@ -27,7 +27,7 @@ from kdecore.arrays.scalars import one_of
 from kdecore.core.chunks import ChunkRange, Features
 from kdecore.core.options import DEFAULT_BUDGET, Options, set_integers
 from kdecore.core.problem import Problem
-from kdecore.core.selection import Opening, Selected, Selection, equal_blocks
+from kdecore.core.selection import Opening, Selected, Selection, block_count, equal_blocks
 from kdecore.core.tree import node_count
 from kdecore.kernels.attend_tree.contract import AT_ONCE
 from kdecore.kernels.open_tree.contract import RESIDENT
@@ -188,7 +188,9 @@ def order_queries(problem: Problem, plan: Plan, coordinates: Array, in_order: in
     if problem.n_q <= options.rows:
         every = xp.arange(problem.n_q, dtype=xp.int64, device=problem.device)
         return xp.broadcast_to(every, (problem.groups, problem.n_q))
-    return similar_together(problem, plan, coordinates, options.rows, in_order)
+    # Blocks are parts: one that lay on both sides of a cut would be of queries that have nothing in common.
+    parts = block_count(-(-problem.n_q >> in_order), options.rows) << in_order
+    return similar_together(problem, plan, coordinates, parts, in_order)
 
 
 def prepare_queries(problem: Problem, plan: Plan, keys: KeyTree, calibration: Calibration | None = None) -> PreparedTree:
@@ -232,7 +234,7 @@ def temporary_bytes(
     slots = options.budget or problem.n_k
     d, d_v = problem.d, problem.d_v
     p = min(DIRECTIONS, d)
-    blocks = problem.groups * -(-problem.n_q // options.rows)
+    blocks = problem.groups * block_count(problem.n_q, options.rows)
     # Keys, values and summaries of up to as many nodes.
     nodes = size * rows_k * (2 * (d + d_v) + 2 * p + 4)
     if kernels["node_summaries"].computed_by == "array-api":
@@ -275,7 +277,7 @@ def _pilot_bytes(problem: Problem, options: Treecode, cuts: tuple[Step, ...], ke
     """Bound what the pilot takes: its blocks' queries, nodes and weights, and the keys that matrices are measured with."""
     # Levels of what sees intervals have budgets of their own, and more groups.
     slots = max((step.budget for step in cuts), default=options.budget or problem.n_k)
-    blocks = problem.groups * pilot_blocks(problem.groups, -(-problem.n_q // options.rows))
+    blocks = problem.groups * pilot_blocks(problem.groups, block_count(problem.n_q, options.rows))
     blocks = max(blocks, PILOT_BLOCKS) if cuts else blocks
     rows = blocks * options.rows
     numbers = 2 if kernels["pick_threshold"].computed_by == "numba-cuda" else 1

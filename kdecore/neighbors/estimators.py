@@ -1,5 +1,6 @@
 """`KernelRegressor` and `KernelClassifier`: kernel-weighted means of what is known at the training rows."""
 
+from dataclasses import replace
 from typing import Any, Self
 
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -67,10 +68,17 @@ class KernelEstimator(BaseEstimator):  # type: ignore[misc]
         outs: list[Array] = []
         reports: list[Report] = []
         for first in range(0, len(X), BATCH):
-            queries = gaussian_queries(host, self._scaling.points(X[first : first + BATCH]))
+            batch = X[first : first + BATCH]
+            near = self._scaling.distances(batch) <= self._scaling.reach
+            queries = gaussian_queries(host, self._scaling.points(batch[near]))
             found = self.index_.attend(queries, rtol=self.rtol, rtol_norm=self.rtol_norm, return_report=return_report)
-            outs.append(found[0] if return_report else found)
-            reports += found[1:] if return_report else ()
+            means, *more = found if return_report else (found,)
+            if not host.all(near):
+                exactly = replace(self._scaling, dtype=host.dtype(host.float64))
+                inside, means = means, host.empty((len(batch), means.shape[1]), dtype=means.dtype)
+                means[near], means[~near] = inside, self.index_.attend_far(exactly.points(batch[~near]))
+            outs.append(means)
+            reports += more
 
         def limit(report: Report) -> float:
             return 0.0 if report.certificate is None else report.certificate.upper(self.rtol_norm)
@@ -89,8 +97,9 @@ class KernelRegressor(RegressorMixin, KernelEstimator):  # type: ignore[misc]
         All features have the same: scale them before. The rules are those of density estimation; search for the best one,
         as with any parameter.
     budget
-        Training rows evaluated per row to predict, in the mean, at least 1; 512 if None. Up to as many training rows,
-        predictions are exact.
+        Training rows, and means of some, evaluated per row to predict, in the mean, at least 1; 512 if None. Besides, a part
+        4 · budget / n of the rows to predict, those with fewest training rows around them, is evaluated exactly, at most,
+        which takes as long as four times the budget would. Up to as many training rows, predictions are exact.
     rtol
         Relative error to keep instead: of predictions from the mean of y, each output in units of its standard deviation.
         As in `KeyIndex.attend`, for each batch of up to 131,072 rows.
@@ -117,7 +126,8 @@ class KernelRegressor(RegressorMixin, KernelEstimator):  # type: ignore[misc]
     With a budget, what is predicted for a row depends slightly on the rows that it is predicted with. Rows far from all
     training rows are predicted exactly: the nearest one's value. Rows of unit length make this softmax attention, at a
     scale of 1/h².
-    Float32 is computed in float32 where the bandwidth isn't so small that kernels would be rounded by 1e-3.
+    Float32 is computed in float32 where the bandwidth isn't so small, or a row so far away, that kernels would be rounded by
+    1e-3; a bandwidth so small that float64 would round them so is refused.
 
     References
     ----------
@@ -153,15 +163,21 @@ class KernelRegressor(RegressorMixin, KernelEstimator):  # type: ignore[misc]
         Raises
         ------
         ValueError, TypeError
-            From scikit-learn's own checks; and `OptionError`, naming the parameter.
+            From scikit-learn's own checks; of numbers whose squares overflow, and of weights that float64 can't hold beside
+            the largest; and `OptionError`, naming the parameter.
         """
         X, y = validate_data(self, X, y, dtype=FLOATS, multi_output=True, y_numeric=True)
         weights = weights_of(sample_weight, len(X))
         columns = y[:, None] if y.ndim == 1 else y
         columns = columns.astype(host.float64)
-        share = weights / host.sum(weights)
-        self._mean = share @ columns
-        spread = host.sqrt(share @ (columns - self._mean) ** 2)
+        share = weights / host.max(weights)
+        share /= host.sum(share)
+        with host.errstate(over="ignore", invalid="ignore"):
+            self._mean = share @ columns
+            spread = host.sqrt(share @ (columns - self._mean) ** 2)
+        if not bool(host.all(host.isfinite(spread))):
+            largest = float(host.max(host.abs(columns)))
+            raise ValueError(f"y must have numbers whose squares float64 can hold, got one of size {largest:.3g}")
         # A tolerance is to mean the same whatever unit an output has, and wherever its zero is.
         self._spread = host.where(spread > 0, spread, 1.0)
         self._shape, self._dtype = y.shape[1:], X.dtype

@@ -51,13 +51,26 @@ class GaussianIndex(KeyIndex):
             how = {"scale": 1.0, "method": "exact", "return_lse": True, "threads": self._settings["threads"]}
             self._around = host.sort(attention(queries, k[~some], v[~some], **how)[1])
 
+    def attend_far(self, points: Array) -> Array:
+        """Return exact means (m, c) around float64 points (m, d), however far they are from all keys.
+
+        Without what all of a query's logits have in common, half its square, which would leave no digits for the rest.
+        """
+        problems, d = [segment.problem for segment in self._segments], int(points.shape[1])
+        k, v = (host.concat(parts).astype(host.float64) for parts in zip(*((x.k[0], x.v[0]) for x in problems), strict=True))
+        queries, keys = (
+            host.concat([x[:, :d], x[:, -1:]], axis=1) for x in (gaussian_tree.gaussian_queries(host, points), k)
+        )
+        found: Array = attention(queries, keys, v, scale=1.0, method="exact", threads=self._settings["threads"])
+        return found
+
     def _attend_segments(self, problem: Problem, budget: int | None, *, count: bool = False) -> IndexResult:
         found = super()._attend_segments(problem, budget, count=count)
         if budget is None or all(plan.method == "exact" for plan in found.plans):
             return found
         out, lse = found.part.out, found.part.lse
         enough = host.quantile(self._around, min(1.0, SPARSEST * budget / self.n_k))
-        rows = host.nonzero(lse[0] < enough)[0][None]
+        rows, estimated = (host.nonzero(some)[0][None] for some in (lse[0] < enough, lse[0] >= enough))
         if rows.size:
             exact = super()._attend_segments(problem.with_queries(rows), None).part
             host.put_along_axis(out, rows[:, :, None], exact.out, axis=1)
@@ -68,4 +81,4 @@ class GaussianIndex(KeyIndex):
                 Slots(to_float(one.total) + rows.size * segment.problem.n_k, segment.problem.n_k)
                 for one, segment in zip(slots, self._segments, strict=True)
             ]
-        return IndexResult(AttentionState(out, lse), found.plans, slots)
+        return IndexResult(AttentionState(out, lse), found.plans, slots, estimated)

@@ -11,7 +11,7 @@ from kdecore.kde.problem import check_bandwidth
 
 RULES = ("scott", "silverman")
 LARGEST_ROUNDING = 1e-3
-"""Of the logarithm of a kernel, in float32; rows that would be rounded by more are computed in float64."""
+"""Of the logarithm of a kernel; what would be rounded by more in float32 is computed in float64, in float64 refused."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,15 @@ class Scaling:
     axes: Array
     dtype: Any
 
+    @property
+    def reach(self) -> float:
+        """How far from the centre points may be: logarithms of kernels, half a square, are rounded in proportion to it."""
+        return math.sqrt(LARGEST_ROUNDING / float(host.finfo(self.dtype).eps))
+
+    def distances(self, rows: Array) -> Array:
+        """Return how far from the centre points of rows (n, d) are: (n,) float64."""
+        return lengths(rows - self.centre) / self.bandwidth
+
     def points(self, rows: Array) -> Array:
         """Return points (n, d) of rows (n, d)."""
         step = SMALL_PRODUCT // rows.shape[1] ** 2
@@ -50,17 +59,44 @@ def scaling_of(rows: Array, weights: Array, bandwidth: float | str) -> Scaling:
     Raises
     ------
     OptionError
-        The bandwidth is neither a positive finite number nor a rule.
+        The bandwidth is neither a positive finite number nor a rule, or so small beside the rows' distances that float64
+        can't tell which is nearer.
+    ValueError
+        Rows are so large that their squares overflow, or weights so different that float64 can't hold both beside another.
     """
-    total = host.sum(weights, dtype=host.float64)
-    centre = host.sum(weights[:, None] * rows, axis=0) / total
+    dtype, rows = rows.dtype, rows.astype(host.float64)
+    heaviest = float(host.max(weights))
+    weights = weights / heaviest
+    lightest, total = float(host.min(weights)), float(host.sum(weights))
+    centre = (weights / total) @ rows
     moved = rows - centre
+    furthest = float(host.max(lengths(moved)))
     covariance = cross_moment(host, (moved * weights[:, None])[None], moved[None])[0] * (len(rows) / total)
-    width = bandwidth_of(math.sqrt(float(host.trace(covariance)) / rows.shape[1]), float(total), rows.shape[1], bandwidth)
+    deviation = math.sqrt(float(host.trace(covariance)) / rows.shape[1])
+    width = bandwidth_of(deviation, heaviest * total, rows.shape[1], bandwidth)
     axes = host.linalg.eigh(covariance)[1][:, ::-1] / width
-    largest = float(host.max(host.sum(moved * moved, axis=1))) / width**2
-    coarse = largest * float(host.finfo(rows.dtype).eps) > LARGEST_ROUNDING
-    return Scaling(width, centre, axes, host.dtype(host.float64) if coarse else rows.dtype)
+    for kind in (dtype, host.dtype(host.float64)):
+        found = Scaling(width, centre, axes, kind)
+        if furthest / width <= found.reach and lightest >= float(host.finfo(kind).smallest_normal):
+            return found
+    if furthest / width <= found.reach:
+        raise ValueError(f"sample_weight must differ by less than float64 can hold, got {lightest:.3g} of the largest")
+    made = "" if bandwidth == width else f", which makes {width:.3g}"
+    made = "" if bandwidth == width else f", which makes {width:.3g}"
+    raise OptionError(
+        f"bandwidth must be at least {furthest / found.reach:.3g}, since a row of X lies {furthest:.3g} from the mean, "
+        f"got {bandwidth!r}{made}"
+    )
+
+
+def lengths(rows: Array) -> Array:
+    """Return the length of each row (n, d) → (n,) float64, or raise `ValueError`."""
+    with host.errstate(over="ignore"):
+        found = host.sqrt(host.sum(host.square(rows, dtype=host.float64), axis=1))
+    if not bool(host.all(host.isfinite(found))):
+        largest = float(host.max(host.abs(rows)))
+        raise ValueError(f"X must have rows whose squares float64 can hold, got a number {largest:.3g} from the mean")
+    return found
 
 
 def bandwidth_of(deviation: float, n: float, d: int, bandwidth: float | str) -> float:

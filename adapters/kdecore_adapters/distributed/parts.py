@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdecore.arrays.errors import OptionError, ShapeError
+from kdecore.arrays.errors import OptionError
 from kdecore.arrays.namespace import Array, host
 from kdecore.arrays.random import piece_seed
 from kdecore.core.key_ranges import KeyRanges, sliding
 from kdecore.core.options import DEFAULT_BUDGET, Options
-from kdecore_adapters.distributed.ranks import Layout, Shard
+from kdecore_adapters.distributed.ranks import Layout, Shard, group_lengths
 
 NEARER = 1.5
 """A shard that queries stand in, or see different keys of, gets so many times as much of the budget (bench/NOTES.md)."""
@@ -83,19 +83,6 @@ def asked(shard: Shard, layout: Layout) -> Asked:
         diagonal = n_k - n_q
     lengths = group_lengths(options.pop("key_lengths", None), shard.shapes[1][:-2], n_k)
     return Asked(layout, causal, window, diagonal, lengths, options.pop("seed", 0), options)
-
-
-def group_lengths(given: Any, lead: tuple[int, ...], n_k: int) -> Array:
-    """Return the number of keys in each group (G,), of lengths for the leading dimensions of k or the first of them."""
-    lengths = host.asarray(n_k if given is None else given, dtype=host.int64)
-    if lengths.shape != lead[: lengths.ndim]:
-        raise ShapeError(
-            f"key_lengths must have the leading dimensions of k or the first of them, {lead}, got {lengths.shape}"
-        )
-    if lengths.size and not 0 <= int(host.min(lengths)) <= int(host.max(lengths)) <= n_k:
-        raise OptionError(f"key_lengths must lie in 0 … {n_k}, the keys of all ranks, got {lengths.tolist()}")
-    spread = host.reshape(lengths, (*lengths.shape, *(1,) * (len(lead) - lengths.ndim)))
-    return host.reshape(host.broadcast_to(spread, lead), (-1,))
 
 
 def parts_of(call: Asked, rank: int) -> dict[int, list[Part]]:

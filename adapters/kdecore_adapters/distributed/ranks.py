@@ -1,10 +1,8 @@
 """Processes of a group: what they agree on before rows are exchanged, and an error that all of them raise."""
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +11,8 @@ from torch import Tensor
 
 from kdecore.api.call import call_options
 from kdecore.arrays.errors import DTypeError, KdecoreError, OptionError, ShapeError
+from kdecore.arrays.namespace import Array, host
+from kdecore.arrays.scalars import check_boolean
 from kdecore.core.problem import check_alike, check_scale, check_shapes
 from kdecore.engine.restrictions import integers
 from kdecore_adapters.torch_backend import BACKEND
@@ -60,6 +60,8 @@ class Shard:
         Whether gradients of any of them are recorded.
     options
         Of the call, in plain values.
+    returned
+        ``return_lse`` and ``return_report``, on which it depends which exchanges there are.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -67,6 +69,7 @@ class Shard:
     device: str
     records: bool
     options: Mapping[str, Any]
+    returned: Mapping[str, bool]
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,9 @@ def together(ranks: Ranks, say: Callable[[], Found]) -> list[Found]:
     return [found for _, found in said]
 
 
-def described(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Shard:
+def described(q: Any, k: Any, v: Any, options: Mapping[str, Any], **returned: object) -> Shard:
     """Check by itself what a process was given; raise what `kdecore.attention` would, and for what isn't sharded."""
+    flags = {name: check_boolean(name, flag) for name, flag in returned.items()}
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise DTypeError(f"{name} must be a PyTorch tensor, got {type(x).__name__}")
@@ -154,7 +158,7 @@ def described(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Shard:
     if plain.get("key_lengths") is not None:
         plain["key_lengths"] = integers("key_lengths", plain["key_lengths"]).tolist()
     shapes = tuple(tuple(x.shape) for x in (q, k, v))
-    return Shard(shapes, q.dtype, q.device.type, BACKEND.gradient_mode(q, k, v) != "", plain)
+    return Shard(shapes, q.dtype, q.device.type, BACKEND.gradient_mode(q, k, v) != "", plain, flags)
 
 
 def agreed(ranks: Ranks, describe: Callable[[], Shard]) -> list[Shard]:
@@ -173,13 +177,14 @@ def agreed(ranks: Ranks, describe: Callable[[], Shard]) -> list[Shard]:
             if (*mine[:-2], mine[-1]) != (*other[:-2], other[-1]):
                 raise ShapeError(f"the shape of {name} must, but for its rows, be {differ(mine, other)}")
         if (first.dtype, first.device) != (one.dtype, one.device):
-            ours, theirs = (f"{x.dtype} on {x.device}" for x in (first, one))
-            raise DTypeError(f"dtype and device of q, k and v must be {differ(ours, theirs)}")
+            here, there = (f"{x.dtype} on {x.device}" for x in (first, one))
+            raise DTypeError(f"dtype and device of q, k and v must be {differ(here, there)}")
         if first.records != one.records:
             raise OptionError("q, k and v must record gradients on all ranks or on none: backward is a call of all of them")
-        for name in {**first.options, **one.options}:
-            if first.options.get(name) != one.options.get(name):
-                raise OptionError(f"{name} must be {differ(first.options.get(name), one.options.get(name))}")
+        said, others = ({**x.options, **x.returned} for x in (first, one))
+        for name in {**said, **others}:
+            if said.get(name) != others.get(name):
+                raise OptionError(f"{name} must be {differ(said.get(name), others.get(name))}")
     return shards
 
 
@@ -188,7 +193,14 @@ def layout_of(shards: list[Shard]) -> Layout:
     return Layout(tuple(one.shapes[0][-2] for one in shards), tuple(one.shapes[1][-2] for one in shards))
 
 
-def split_flat(x: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """Return the tensors of these shapes that lie one after another in a flat one."""
-    ends = list(accumulate((shape.numel() for shape in shapes), operator.add, initial=0))
-    return [x[begin:end].view(shape) for begin, end, shape in zip(ends, ends[1:], shapes, strict=False)]
+def group_lengths(given: Any, lead: tuple[int, ...], n_k: int) -> Array:
+    """Return the number of keys in each group (G,), of lengths for the leading dimensions of k or the first of them."""
+    lengths = host.asarray(n_k if given is None else given, dtype=host.int64)
+    if lengths.shape != lead[: lengths.ndim]:
+        raise ShapeError(
+            f"key_lengths must have the leading dimensions of k or the first of them, {lead}, got {lengths.shape}"
+        )
+    if lengths.size and not 0 <= int(host.min(lengths)) <= int(host.max(lengths)) <= n_k:
+        raise OptionError(f"key_lengths must lie in 0 … {n_k}, the keys of all ranks, got {lengths.tolist()}")
+    spread = host.reshape(lengths, (*lengths.shape, *(1,) * (len(lead) - lengths.ndim)))
+    return host.reshape(host.broadcast_to(spread, lead), (-1,))

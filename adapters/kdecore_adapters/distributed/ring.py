@@ -14,7 +14,6 @@ from kdecore.accuracy.certificate import Certificate, check_share
 from kdecore.api.attention import attention
 from kdecore.api.report import Report
 from kdecore.arrays.namespace import namespace_of
-from kdecore.arrays.scalars import check_boolean
 from kdecore.core.state import AttentionState, merge_states
 from kdecore.methods import METHODS
 from kdecore.methods.base import expected_cost
@@ -184,10 +183,8 @@ def ring_attention(
     share = kdecore_options.get("certificate", 0.1)
 
     def describe() -> Shard:
-        check_boolean("return_lse", return_lse)
-        check_boolean("return_report", return_report)
         check_share(share)
-        return described(q, k, v, kdecore_options)
+        return described(q, k, v, kdecore_options, return_lse=return_lse, return_report=return_report)
 
     shards = agreed(ranks, describe)
     call = asked(shards[0], layout_of(shards))
@@ -209,12 +206,15 @@ def reported(
 ) -> RingReport:
     """Return the report of a call, with a certificate where a rank has estimated anything; ``rows`` are q, k, v and out."""
     q, _, v, _ = rows
-    queries = q.shape[0] * q.shape[1] * q.shape[2]
+    groups, shared, n_q, d = q.shape
+    queries = groups * shared * n_q
     keys = sum(one.keys_per_query * one.shape[0] * one.shape[1] for _, one in reports) / max(1, queries)
     estimated = any(one.method != "exact" for _, one in reports)
     said = together(ranks, lambda: (estimated, sum(cost_of(one) for _, one in reports)))
     certificate = None
-    if share > 0 and q.numel() * v.shape[-1] > 0 and any(one for one, _ in said):
+    # From what all ranks know alike, so that none waits for others: some may have no queries.
+    elements = groups * shared * d * v.shape[-1] * sum(call.layout.queries)
+    if share > 0 and elements > 0 and any(one for one, _ in said):
         certificate = certified(ranks, call, tuple(x.detach() for x in rows), sum(cost for _, cost in said), share)
     return RingReport(tuple(reports), certificate, keys)
 

@@ -16,18 +16,20 @@ from kdecore.api.report import Report
 from kdecore.arrays.errors import ShapeError
 from kdecore.arrays.namespace import host
 from kdecore.arrays.random import piece_seed
-from kdecore.arrays.scalars import check_boolean
 from kdecore_adapters.distributed.ranks import (
     Ranks,
     Shard,
     agreed,
     described,
     exchanging,
+    group_lengths,
     joined,
     layout_of,
-    split_flat,
     together,
 )
+
+ALIGNED = 16
+"""Bytes of which tensors within a buffer take a multiple, so that each begins where numbers of any dtype may."""
 
 
 @overload
@@ -144,8 +146,9 @@ def ulysses_attention(
     -----
     With P ranks and a sequence of n rows each rank computes a P-th of what one process would, whatever is hidden, and sends
     (P − 1)/P² of the numbers of q, k, v and out: n · heads · (2 d + 2 d_v) · (P − 1)/P² numbers with as many queries and
-    keys, and as many backward; with ``return_lse`` n · heads more. It holds n · heads · (2 d + 2 d_v)/P of them. Agreeing
-    takes two exchanges of some hundred bytes, which wait for devices.
+    keys, and as many backward; with ``return_lse`` n · heads more. That is one exchange of q, k and v and one of results,
+    forward and backward. It holds n · heads · (2 d + 2 d_v)/P of them. Agreeing takes two exchanges of some hundred bytes,
+    which wait for devices.
 
     References
     ----------
@@ -155,18 +158,17 @@ def ulysses_attention(
     ranks = joined(group)
 
     def describe() -> Shard:
-        check_boolean("return_lse", return_lse)
-        check_boolean("return_report", return_report)
-        shard = described(q, k, v, kdecore_options)
+        shard = described(q, k, v, kdecore_options, return_lse=return_lse, return_report=return_report)
         check_heads(shard, ranks)
         return shard
 
     shards = agreed(ranks, describe)
     layout = layout_of(shards)
-    given = [
-        [x[..., slice(*some), :, :] for x, some in zip((q, k, v), heads_of(shards[0], ranks, rank), strict=True)]
-        for rank in range(ranks.count)
-    ]
+    if (lengths := shards[0].options.get("key_lengths")) is not None:
+        group_lengths(lengths, shards[0].shapes[1][:-2], sum(layout.keys))
+    places = [heads_of(shards[0], ranks, rank) for rank in range(ranks.count)]
+    cut = [cut_heads(x, some) for x, some in zip((q, k, v), zip(*places, strict=True), strict=True)]
+    given = list(zip(*cut, strict=True))
     rows = [(layout.queries[rank], layout.keys[rank], layout.keys[rank]) for rank in range(ranks.count)]
     shapes = [[with_rows(x, n) for x, n in zip(given[ranks.rank], some, strict=True)] for some in rows]
     came = exchanged(ranks, given, shapes)
@@ -180,9 +182,9 @@ def ulysses_attention(
         return found[2] if return_report else None
 
     reports = together(ranks, evaluate)
-    returned: list[Any] = [to_rows(ranks, found[0], layout.queries)]
-    if return_lse:
-        returned.append(to_rows(ranks, found[1][..., None], layout.queries)[..., 0])
+    results = [found[0], found[1][..., None]] if return_lse else [found[0]]
+    out, *lse = to_rows(ranks, results, layout.queries)
+    returned: list[Any] = [out, *(x[..., 0] for x in lse)]
     if return_report:
         returned.append(replace(found[2], certificate=of_all_heads(reports)))
     return tuple(returned) if len(returned) > 1 else returned[0]
@@ -213,6 +215,13 @@ def heads_of(shard: Shard, ranks: Ranks, rank: int) -> list[tuple[int, int]]:
     return [(first, end), of_keys, of_keys]
 
 
+def cut_heads(x: Tensor, places: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return the heads of each rank, of (…, heads, n, width), from one cut, whose gradients are put together once."""
+    size = max(1, places[0][1] - places[0][0])
+    pieces = x.split(size, dim=-3)
+    return [pieces[first // size] for first, _ in places]
+
+
 def of_heads(shard: Shard, ranks: Ranks) -> dict[str, Any]:
     """Return options for this rank's heads."""
     options = dict(shard.options)
@@ -231,38 +240,54 @@ def with_rows(x: Tensor, n: int) -> torch.Size:
     return torch.Size((*x.shape[:-2], n, x.shape[-1]))
 
 
-def to_rows(ranks: Ranks, x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return this rank's rows of all heads, of results (…, heads of this rank, n, width) of all rows."""
-    given = [[part] for part in x.split(list(rows), dim=-2)]
-    shape = with_rows(x, rows[ranks.rank])
-    came = exchanged(ranks, given, [[shape]] * ranks.count)
-    return torch.cat(list(chain.from_iterable(came)), dim=-3)
+def to_rows(ranks: Ranks, results: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    """Return this rank's rows of all heads, of each of some results (…, heads of this rank, n, width) of all rows."""
+    given = list(zip(*(x.split(list(rows), dim=-2) for x in results), strict=True))
+    shapes = [with_rows(x, rows[ranks.rank]) for x in results]
+    came = exchanged(ranks, given, [shapes] * ranks.count)
+    return [torch.cat(parts, dim=-3) for parts in zip(*came, strict=True)]
 
 
 def exchanged(ranks: Ranks, given: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]]) -> list[list[Tensor]]:
-    """Give each rank some tensors, and return what each gave, of these shapes: one all-to-all."""
-    flat = torch.cat([x.reshape(-1) for some in given for x in some])
-    sizes = [sum(x.numel() for x in some) for some in given]
-    coming = [sum(shape.numel() for shape in some) for some in shapes]
-    parts = split_flat(_AllToAll.apply(flat, sizes, coming, ranks), list(chain.from_iterable(shapes)))
+    """Give each rank some tensors, and return what each gave, of these shapes and the same dtypes: one all-to-all."""
+    parts = _AllToAll.apply(ranks, list(chain.from_iterable(shapes)), *chain.from_iterable(given))
     width = len(shapes[0])
-    return [parts[first : first + width] for first in range(0, len(parts), width)]
+    return [list(parts[first : first + width]) for first in range(0, len(parts), width)]
 
 
 class _AllToAll(torch.autograd.Function):
-    """`torch.distributed.all_to_all_single`, whose gradients go back the way that numbers came."""
+    """`torch.distributed.all_to_all_single` of tensors of any dtypes, whose gradients go back the way that they came."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, sizes: list[int], coming: list[int], ranks: Ranks) -> Tensor:
-        ctx.sizes, ctx.coming, ctx.ranks = sizes, coming, ranks
-        came = flat.new_empty(sum(coming))
+    def forward(ctx: Any, ranks: Ranks, shapes: list[torch.Size], *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.ranks, ctx.shapes = ranks, [x.shape for x in given]
+        dtypes = [x.dtype for x in given]
+        sent, sizes, places = laid_out(ranks, ctx.shapes, dtypes, given[0].device)
+        for place, x in zip(places, given, strict=True):
+            place.copy_(x)
+        came, coming, parts = laid_out(ranks, shapes, dtypes, sent.device)
         with exchanging(ranks, "exchanging heads for rows"):
-            dist.all_to_all_single(came, flat, coming, sizes, group=ranks.group)
-        return came
+            dist.all_to_all_single(came, sent, coming, sizes, group=ranks.group)
+        return tuple(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _AllToAll.apply(grad.contiguous(), ctx.coming, ctx.sizes, ctx.ranks), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_AllToAll.apply(ctx.ranks, ctx.shapes, *grads)
+
+
+def laid_out(
+    ranks: Ranks, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype], device: torch.device
+) -> tuple[Tensor, list[int], list[Tensor]]:
+    """Return a buffer of bytes, how many of them are each rank's, and views of it, of which each rank has as many."""
+    taken = [shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+    spans = [-(-n // ALIGNED) * ALIGNED for n in taken]
+    buffer = torch.empty(sum(spans), dtype=torch.uint8, device=device)
+    views = [
+        part[:n].view(dtype).view(shape)
+        for part, n, dtype, shape in zip(buffer.split(spans), taken, dtypes, shapes, strict=True)
+    ]
+    width = len(shapes) // ranks.count
+    return buffer, [sum(spans[first : first + width]) for first in range(0, len(spans), width)], views
 
 
 def of_all_heads(reports: Sequence[Report | None]) -> Certificate | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdecore.arrays.memory import from_host_like, host_view
 from kdecore.arrays.namespace import Array, Namespace
-from kdecore.core.tree import depth
+from kdecore.core.tree import cuts, depth
 from kdecore.kernels.runtime.jit import kernel
 from kdecore.kernels.runtime.simd import VECTOR_BYTES, add_multiples, add_squared_gaps, copy_rows, inner_product
 from kdecore.kernels.runtime.threads import run_tasks, small_tasks
@@ -22,7 +22,7 @@ FEW, PASSES, COUNTED = 32, 16, 4096
 """Numbers that are reordered to find a median, passes at most until no more are left, and numbers counted at a time."""
 
 
-def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:
+def tree_order(xp: Namespace, x: Array, parts: int, in_order: int = 0) -> Array:
     """Follow `kdecore.kernels.tree_order.contract.TreeOrder`."""
     found = host_view(x)
     groups, n, d = found.shape
@@ -31,15 +31,17 @@ def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Ar
     rows = np.empty((2, groups, n, -(-d // lanes) * lanes), found.dtype)
     order = np.empty((2, groups, n), np.int64)
     run_tasks(partial(start, found, rows, order), groups * n, chunk=small_tasks(2 * rows.shape[3]))
-    last = depth(n, leaf_size)
+    last = (parts - 1).bit_length()
     first = min(in_order, last)
     whole = min(last, max(first, depth(n, TASK_ROWS)))
     # The rows of the first level that is split are where they begin.
     if first & 1:
         rows[1], order[1] = rows[0], order[0]
+    largest = np.asarray([np.diff(cuts(n, parts, level)).max() for level in range(last + 1)])
+    split = partial(split_subtrees, rows, order, parts, largest)
     for level in range(first, whole):
-        run_tasks(partial(split_subtrees, rows, order, level, level + 1), groups << level, chunk=1)
-    run_tasks(partial(split_subtrees, rows, order, whole, last), groups << whole, chunk=1)
+        run_tasks(partial(split, level, level + 1), groups << level, chunk=1)
+    run_tasks(partial(split, whole, last), groups << whole, chunk=1)
     return from_host_like(xp, order[last & 1], x)
 
 
@@ -60,28 +62,31 @@ def start(found, rows, order, first, last):
 
 
 @kernel()
-def split_subtrees(rows, order, top, end_level, first, last):
-    """Split the nodes of levels top … end_level − 1 under nodes first … last − 1 of level ``top`` of all groups."""
+def split_subtrees(rows, order, parts, largest, top, end_level, first, last):
+    """Split the nodes of levels top … end_level − 1 under nodes first … last − 1 of level ``top`` of all groups.
+
+    ``largest`` has the rows of the largest node of each level.
+    """
     _, groups, n, width = rows.shape
     flat, flat_order = rows.reshape(-1), order.reshape(-1)
-    largest = -(-n >> top)
     direction, sums = np.empty(width, rows.dtype), np.empty(width, rows.dtype)
     sample = np.empty(SAMPLE * width, rows.dtype)
     factors = np.empty(SAMPLE, rows.dtype)
-    along, work = np.empty(largest, rows.dtype), np.empty(largest, rows.dtype)
+    along, work = np.empty(largest[top], rows.dtype), np.empty(largest[top], rows.dtype)
     vectors = width * rows.itemsize // VECTOR_BYTES
     for task in range(first, last):
         group, subtree = task >> top, task & ((1 << top) - 1)
         for level in range(top, end_level):
             source = ((level & 1) * groups + group) * n
             target = (((level + 1) & 1) * groups + group) * n
-            samples = min(SAMPLE, -(-n >> level))
+            samples = min(SAMPLE, largest[level])
             for i in range(subtree << (level - top), (subtree + 1) << (level - top)):
-                start, end = (i * n) >> level, ((i + 1) * n) >> level
-                low = (((2 * i + 1) * n) >> (level + 1)) - start
+                start, end = ((i * parts) >> level) * n // parts, (((i + 1) * parts) >> level) * n // parts
+                low = (((2 * i + 1) * parts) >> (level + 1)) * n // parts - start
                 size = end - start
                 begin = source + start
-                if size > 2:
+                # A single part lies on one side of its cut.
+                if size > 2 and 0 < low < size:
                     for j in range(samples):
                         copy_rows(flat, (begin + j * size // samples) * width, sample, j * width, width)
                     lead(sample, samples, width, factors, direction, sums)

@@ -2,29 +2,30 @@
 
 from kdecore.arrays.namespace import Array, Namespace, host
 from kdecore.arrays.rows import row_norms, take_along_rows, take_rows
-from kdecore.core.tree import bounds, depth
+from kdecore.core.tree import cuts
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
 
 
-def tree_order(xp: Namespace, x: Array, leaf_size: int, in_order: int = 0) -> Array:
+def tree_order(xp: Namespace, x: Array, parts: int, in_order: int = 0) -> Array:
     """Follow `kdecore.kernels.tree_order.contract.TreeOrder`."""
     groups, n, d = x.shape
     x = xp.where(xp.isfinite(x), x, 0.0)
     flat = xp.reshape(x, (groups * n, d))
     group = xp.arange(groups, dtype=xp.int64, device=x.device)[:, None]
     order = xp.broadcast_to(xp.arange(n, dtype=xp.int64, device=x.device), (groups, n))
-    for level in range(in_order, depth(n, leaf_size)):
-        starts = bounds(n, level)
+    for level in range(in_order, (parts - 1).bit_length()):
+        starts = cuts(n, parts, level)
         sizes = starts[1:] - starts[:-1]
         samples = min(SAMPLE, int(host.max(sizes)))
         place = starts[:-1, None] + host.arange(samples)[None, :] * sizes[:, None] // samples
         sampled = xp.take(order, xp.asarray(host.reshape(place, (-1,)), device=x.device), axis=1)
         rows = xp.reshape(take_rows(xp, flat, sampled + group * n), (groups * 2**level, samples, d))
         directions = xp.reshape(leading_directions(xp, rows), (groups, 2**level, d))
-        node = xp.asarray(host.repeat(host.arange(2**level), sizes), device=x.device)
+        node = nodes_of(xp, starts, x.device)
         along = xp.sum(take_rows(xp, flat, order + group * n) * xp.take(directions, node, axis=1), axis=-1)
         along = xp.where(xp.take(xp.asarray(sizes, device=x.device), node) > 2, along, 0.0)
-        order = sort_nodes(xp, sort_nodes(xp, order, along, node), None, halves(xp, n, level, x.device))
+        child = nodes_of(xp, cuts(n, parts, level + 1), x.device)
+        order = sort_nodes(xp, sort_nodes(xp, order, along, node), None, child)
     return order
 
 
@@ -47,10 +48,9 @@ def length_or_one(xp: Namespace, vectors: Array) -> Array:
     return xp.where(length > 0, length, 1.0)
 
 
-def halves(xp: Namespace, n: int, level: int, device: object) -> Array:
-    """Return the node of the next level that each position lies in, int64 (n,)."""
-    starts = bounds(n, level + 1)
-    return xp.asarray(host.repeat(host.arange(2 ** (level + 1)), starts[1:] - starts[:-1]), device=device)
+def nodes_of(xp: Namespace, starts: Array, device: object) -> Array:
+    """Return the node of a level that each position lies in, int64 (n,)."""
+    return xp.asarray(host.repeat(host.arange(len(starts) - 1), host.diff(starts)), device=device)
 
 
 def sort_nodes(xp: Namespace, order: Array, key: Array | None, node: Array) -> Array:
