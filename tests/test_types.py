@@ -12,6 +12,7 @@ from kdecore import Report
 from kdecore.api.call import AttentionOptions, IndexOptions, PackedOptions
 from kdecore.kde import KdeReport, log_gaussian_kde, log_weighted_exponential_kde
 from kdecore.kde.problem import KdeOptions
+from kdecore.neighbors import KernelDensity
 from kdecore_adapters.distributed import RingReport, ring_attention, ulysses_attention
 from kdecore_adapters.torch_adapter import scaled_dot_product_attention
 
@@ -64,6 +65,12 @@ def test_densities() -> None:
     assert isinstance(assert_type(summed, tuple[Any, KdeReport])[1], KdeReport)
 
 
+def test_estimated_densities() -> None:
+    model = KernelDensity(0.5).fit(X[0])
+    assert_type(model.score_samples(X[0]), Any)
+    assert isinstance(assert_type(model.score_samples(X[0], return_report=True), tuple[Any, Report])[1], Report)
+
+
 def test_pytorch() -> None:
     x = torch.from_numpy(X)
     assert_type(scaled_dot_product_attention(x, x, x, is_causal=True), Tensor)
@@ -82,7 +89,7 @@ def test_overloads_have_the_arguments_of_what_runs() -> None:
     for function, positional, options in (
         (kdecore.attention, {"q", "k", "v", "return_lse", "return_report"}, AttentionOptions),
         (kdecore.KeyIndex.attend, {"self", "q", "return_lse", "return_report"}, IndexOptions),
-        (log_gaussian_kde, {"x", "y", "bandwidth", "return_report"}, KdeOptions),
+        (log_gaussian_kde, {"x", "y", "bandwidth", "normalised", "return_report"}, KdeOptions),
     ):
         assert names_of(function) == positional | options.__annotations__.keys()
     both = PackedOptions.__annotations__.keys() | {"key_lengths", "mask"}
