@@ -83,8 +83,8 @@ def timed(n: int, rounds: int) -> dict[str, float]:
     for kind, options in kinds().items():
         options = {**options, "budget": 512, "threads": 1}
         calls[f"one process, {kind}"] = partial(alone, whole, options)
-        for way, call in (("Ulysses", ulysses_attention), ("ring", ring_attention)):
-            calls[f"{way}, {kind}"] = partial(call, *shards, **options)
+        for way, sharded in (("Ulysses", ulysses_attention), ("ring", ring_attention)):
+            calls[f"{way}, {kind}"] = partial(sharded, *shards, **options)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():

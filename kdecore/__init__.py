@@ -25,7 +25,7 @@ from kdecore.methods.kdeformer import KDEformer
 from kdecore.methods.sortlsh import SortLSH
 from kdecore.methods.treecode import Treecode
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Certificate",

@@ -16,6 +16,7 @@ BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)```", re.DOTAL
 NEEDS = {
     "README.md": ("torch",),
     "arrays.md": ("torch",),
+    "densities.md": ("sklearn",),
     "diffusers.md": ("torch", "diffusers"),
     "hugging_face.md": ("torch", "transformers"),
     "processes.md": ("torch",),

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from kdecore import Exact, Hyper, KDEformer, Report, SortLSH, attention
+from kdecore import Exact, Hyper, KDEformer, KeyIndex, Report, SortLSH, Treecode, attention
+from kdecore.arrays.text import LONGEST_LINE
 from kdecore.core.options import DEFAULT_BUDGET
 from kdecore.methods.sortlsh import DEFAULT_HASHES
 from kdecore.testing import strategies
@@ -229,9 +231,56 @@ def test_reports_are_ready_for_json_and_for_reading(backend, rng, options):
     report = report_of(backend.arrays(*make(rng)), **options)
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == {**plain, "shape": [2, 33, 47, 8, 4]}
-    text = str(report)
-    words = (report.method, report.reason, f"{report.keys_per_query:.1f} of 47", "2 × 33", "d = 8", "d_v = 4", "float64")
-    assert all(word in text for word in (*words, report.library, *report.kernels, *report.options))
-    asked = options.get("budget")
-    assert f"budget asked: {'not given' if asked is None else asked}" in text
-    assert len({line.index("  ") for line in text.splitlines() if line.startswith("temporaries")}) == 1
+    short, long = str(report), report.details()
+    assert len(short.splitlines()) <= 6
+    assert max(map(len, short.splitlines())) <= LONGEST_LINE
+    words = (report.method, f"{report.keys_per_query:.1f} of 47", "2 × 33", "d = 8", "d_v = 4", "float64", report.library)
+    asked = "no budget asked for" if report.budget is None else f"budget asked for: {report.budget}"
+    assert all(word in text for word in (*words, asked) for text in (short, long))
+    assert all(word in long for word in (report.reason, *report.kernels, *report.options))
+
+
+def test_the_budget_of_a_report_is_what_was_asked_for_and_what_was_used(rng):
+    q, k, v = rng.standard_normal((3, 2, 600, 4))
+    for options, asked, used in (
+        ({"method": "sortlsh"}, None, 512),
+        ({"method": "sortlsh", "budget": 64}, 64, 64),
+        ({"method": SortLSH(block_size=16, num_samples=48)}, 64, 64),
+        ({"method": SortLSH(num_samples=64)}, None, 512),
+        ({"method": "sortlsh", "budget": 1000}, 1000, 600),
+        ({"method": Treecode(num_slots=64)}, 64, 64),
+        ({"rtol": 0.1}, None, 600),
+    ):
+        report = attention(q, k, v, **options, return_report=True)[1]
+        assert report.budget == asked
+        assert report.keys_per_query == pytest.approx(used, rel=0.1)
+    index = KeyIndex(k, v, budget=64)
+    assert [index.attend(q, **how, return_report=True)[1].budget for how in ({}, {"budget": 32}, {"rtol": 0.1})] == [
+        64,
+        32,
+        None,
+    ]
+
+
+def test_queries_whose_chosen_keys_are_all_hidden_count_all_keys(rng):
+    """They are evaluated exactly: the mean says so."""
+    q, k, v = rng.standard_normal((3, 1, 600, 4))
+    mask = np.ones((600, 600), dtype=bool)
+    # Half of the queries see two keys that are no interval, and of which a list of few keys has none as a rule.
+    mask[::2] = False
+    rows = np.arange(0, 600, 2)
+    for _ in range(2):
+        mask[rows, rng.integers(0, 600, 300)] = True
+    report = attention(q, k, v, method="sortlsh", budget=32, mask=mask, return_report=True)[1]
+    # Of 300 such queries one in ten has a key among 32 of 600: between 0 and 60 of them but for one case in 10^6.
+    assert 32 + 0.4 * 600 <= report.keys_per_query < 32 + 0.5 * 600
+    assert report.longest_list == 600
+
+
+def test_reports_in_a_notebook_are_escaped(rng):
+    report = attention(*make(rng), method="sortlsh", budget=12, return_report=True)[1]
+    page = replace(report, reason="<script>alert('a & b')</script>", kernels={"<b>": "<i>"})._repr_html_()
+    assert "&lt;script&gt;alert(&#x27;a &amp; b&#x27;)&lt;/script&gt;" in page
+    assert set(re.findall(r"<(\w+)>", page)) == {"table", "tr", "th", "td", "details", "summary", "pre"}
+    assert all(f"<th>{line.split('  ')[0]}</th>" in page for line in str(report).splitlines())
+    assert all(f"\n{name} " in page for name in ("num_samples", "longest list", "kernel &lt;b&gt;", "threads"))

@@ -118,7 +118,7 @@ import numpy as np, kdecore
 q = np.eye(40, 8)
 for _ in range(2):
     report = kdecore.attention(q, q, q, return_report=True)[1]
-    print(report.compile_seconds > 0, report.seconds > 0, "compile time" in str(report))
+    print(report.compile_seconds > 0, report.seconds > 0, "to compile" in str(report))
 """
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}"}
     found = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout

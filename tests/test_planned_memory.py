@@ -96,7 +96,7 @@ def test_layouts_that_must_be_copied_are_counted_and_named():
     assert taken <= planned
     _, report = attention(*heads_last, method="sortlsh", budget=64, return_report=True)
     assert report.copied == ("q", "k", "v")
-    assert "q, k, v" in str(report)
+    assert "q, k, v" in report.details()
     plain = np.ascontiguousarray(heads_last)
     plain[0].flags.writeable = False
     _, report = attention(*plain, method="sortlsh", budget=64, return_report=True)

@@ -1,7 +1,7 @@
 """PyTorch: attention as its own function has it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +36,51 @@ EXACT: Mapping[str, Any] = {"method": "exact", "budget": None, "rtol": None}
 LAYOUTS = ("bhsd", "bshd")
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    layout: str = ...,
+    return_lse: Literal[False] = ...,
+    **kdecore_options: Any,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    layout: str = ...,
+    return_lse: Literal[True],
+    **kdecore_options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    *,
+    layout: str = ...,
+    return_lse: bool = ...,
+    **kdecore_options: Any,
+) -> Any: ...
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

@@ -87,7 +87,7 @@ class Certificate:
                 ("spectral", self.spectral, self.spectral_interval),
             )
         )
-        return f"{', '.join(parts)} at {100 * self.confidence:.0f} %, from {self.rows} exact rows a group"
+        return f"{', '.join(parts)} at {100 * self.confidence:.0f} %"
 
     def times(self, frobenius: float, spectral: float) -> "Certificate":
         """Return the certificate of these errors relative to something else, so many times."""

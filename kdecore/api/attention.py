@@ -3,16 +3,16 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from kdecore.accuracy.search import to_try
-from kdecore.api.call import CallOptions
-from kdecore.api.report import make_report
+from kdecore.api.call import AttentionOptions, CallOptions
+from kdecore.api.report import Report, make_report
 from kdecore.api.run import Result, assembled, certify_all, find, held_bytes, run, unseen
 from kdecore.arrays.backend import device_context
 from kdecore.arrays.gradients import recorded
 from kdecore.arrays.memory import in_library_of
-from kdecore.arrays.namespace import Array
+from kdecore.arrays.namespace import Array, ArrayT
 from kdecore.arrays.scalars import check_boolean
 from kdecore.core.options import Options
 from kdecore.core.problem import canonicalise_on_host
@@ -25,6 +25,50 @@ from kdecore.methods.base import Plan
 from kdecore.methods.plan import make_plan
 
 
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> ArrayT: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> tuple[ArrayT, Array]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[ArrayT, Report]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[ArrayT, Array, Report]: ...
+@overload
+def attention(
+    q: ArrayT, k: Array, v: Array, *, return_lse: bool = ..., return_report: bool = ..., **options: Unpack[AttentionOptions]
+) -> Any: ...
 def attention(
     q: Array,
     k: Array,
@@ -227,7 +271,5 @@ def attention(
     if return_report:
         compiling = compile_seconds() - compiled
         took = time.perf_counter() - started
-        returned.append(
-            make_report(problem, restrictions.diagonal, results, found, seconds, took, compiling, call.rtol_norm)
-        )
+        returned.append(make_report(problem, restrictions.diagonal, call, results, found, seconds, took, compiling))
     return tuple(returned) if len(returned) > 1 else returned[0]

@@ -3,13 +3,45 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from kdecore.accuracy.certificate import check_share
 from kdecore.accuracy.search import candidate, check_tolerance
+from kdecore.arrays.namespace import Array
 from kdecore.arrays.scalars import check_boolean, integer, one_of
 from kdecore.core.options import Options, set_integers
 from kdecore.methods.plan import check_method, check_settings
+
+
+class IndexOptions(TypedDict, total=False):
+    """Arguments by name of `KeyIndex.attend`, but those that say what is returned: what its overloads have in common."""
+
+    budget: int | None
+    rtol: float | None
+    rtol_norm: str
+    certificate: float
+
+
+class PackedOptions(IndexOptions, total=False):
+    """Those of `kdecore.packed_attention`."""
+
+    method: str | Options
+    causal: bool
+    window: int | None
+    diagonal: int | None
+    scale: float | None
+    seed: int
+    kernels: str
+    threads: int | None
+    check_finite: bool
+    max_memory: int | None
+
+
+class AttentionOptions(PackedOptions, total=False):
+    """Those of `kdecore.attention`."""
+
+    key_lengths: Any
+    mask: Array | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +85,11 @@ class CallOptions:
     def settings(self) -> dict[str, Any]:
         """What all plans of the call share: seed, kernels and threads."""
         return check_settings(self.seed, self.kernels, self.threads)
+
+    @property
+    def budget_asked(self) -> int | None:
+        """Keys per query that the call or its options object asks for; None where neither does."""
+        return self.method.budget if self.budget is None and isinstance(self.method, Options) else self.budget
 
     @property
     def limit(self) -> float:

@@ -1,11 +1,12 @@
-"""``rtol=`` of an index: budgets are doubled until one is certified."""
+"""What an answer of an index is off by, and ``rtol=``: budgets are doubled until one is certified."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from kdecore.accuracy.certificate import FEWEST_ROWS, Certificate, estimate_errors, stratified
+from kdecore.accuracy.certificate import FEWEST_ROWS, Certificate, certify, estimate_errors, stratified
 from kdecore.accuracy.search import SearchStep
 from kdecore.accuracy.trial import CERTIFIED_STREAM, PILOT_STREAM
 from kdecore.api.segments import Segment
@@ -83,6 +84,23 @@ def costs(problem: Problem, segments: Sequence[Segment], plans: list[Plan]) -> t
     sizes = [replace(segment.problem, q=problem.q, repeats=problem.repeats) for segment in segments]
     planned = sum(expected_cost(some, plan.options).evaluate for some, plan in zip(sizes, plans, strict=True))
     return planned, sum(exact_row_cost(some) * some.groups for some in sizes)
+
+
+def certify_index(
+    problem: Problem,
+    segments: Sequence[Segment],
+    found: IndexResult,
+    exact_rows: Callable[[Problem, Array], Array],
+    share: float,
+    seed: int,
+) -> tuple[Certificate | None, float]:
+    """Compare some rows with exact attention; return what was found, None where all was exact, and the seconds."""
+    of = sampled(problem, found)
+    if all(plan.method == "exact" for plan in found.plans) or problem.d_v == 0 or of.problem.n_q == 0:
+        return None, 0.0
+    started, (cost, row_cost) = time.perf_counter(), costs(problem, segments, found.plans)
+    bound = certify(of.problem, of.out, partial(exact_rows, of.problem), cost, row_cost, share, seed)
+    return bound.times(of.frobenius, of.spectral), time.perf_counter() - started
 
 
 def doubled(

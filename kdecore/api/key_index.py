@@ -3,24 +3,22 @@
 import time
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
-from kdecore.accuracy.certificate import Certificate, certify
-from kdecore.accuracy.search import SearchStep
-from kdecore.api.call import CallOptions
-from kdecore.api.index_search import IndexResult, costs, doubled, sampled
-from kdecore.api.report import report_of_plan
+from kdecore.api.call import CallOptions, IndexOptions
+from kdecore.api.index_search import IndexResult, certify_index, costs, doubled
+from kdecore.api.report import Report, report_of_index
 from kdecore.api.run import run_all
-from kdecore.api.segments import Segment, calibration, in_library, joined, recorded_now, sample_of
+from kdecore.api.segments import Segment, in_library, joined, recorded_now, sample_of, selected
 from kdecore.arrays.backend import device_context
 from kdecore.arrays.errors import OptionError, ShapeError, did_you_mean
 from kdecore.arrays.gradients import gradient_mode, outside_inference_mode, recording
 from kdecore.arrays.memory import in_library_of, quiet
-from kdecore.arrays.namespace import Array, device_name
-from kdecore.arrays.scalars import check_boolean, integer_at_least, to_float
+from kdecore.arrays.namespace import Array, ArrayT, device_name
+from kdecore.arrays.scalars import check_boolean, integer_at_least
 from kdecore.core.options import DEFAULT_BUDGET, Exact, Options
 from kdecore.core.problem import Problem, canonicalise_on_host, check_alike, same_or_grouped_heads
-from kdecore.core.selection import Selected, Selection, Slots
+from kdecore.core.selection import Slots
 from kdecore.core.state import AttentionState, merge_states
 from kdecore.engine.attend import attend
 from kdecore.engine.nonfinite import merge_not_finite
@@ -28,7 +26,7 @@ from kdecore.engine.restrictions import check_restrictions
 from kdecore.kernels.registry import choose
 from kdecore.kernels.runtime.jit import compile_seconds
 from kdecore.kernels.runtime.threads import team
-from kdecore.methods import key_tree, tree_lists, treecode
+from kdecore.methods import key_tree
 from kdecore.methods.base import Plan
 from kdecore.methods.choices import site_of
 from kdecore.methods.plan import check_settings, make_plan
@@ -151,6 +149,31 @@ class KeyIndex:
         # Plans hold functions, and are made anew.
         return {**vars(self), "_plans": {}}
 
+    @overload
+    def attend(
+        self,
+        q: ArrayT,
+        *,
+        return_lse: Literal[False] = ...,
+        return_report: Literal[False] = ...,
+        **options: Unpack[IndexOptions],
+    ) -> ArrayT: ...
+    @overload
+    def attend(
+        self, q: ArrayT, *, return_lse: Literal[True], return_report: Literal[False] = ..., **options: Unpack[IndexOptions]
+    ) -> tuple[ArrayT, Array]: ...
+    @overload
+    def attend(
+        self, q: ArrayT, *, return_lse: Literal[False] = ..., return_report: Literal[True], **options: Unpack[IndexOptions]
+    ) -> tuple[ArrayT, Report]: ...
+    @overload
+    def attend(
+        self, q: ArrayT, *, return_lse: Literal[True], return_report: Literal[True], **options: Unpack[IndexOptions]
+    ) -> tuple[ArrayT, Array, Report]: ...
+    @overload
+    def attend(
+        self, q: ArrayT, *, return_lse: bool = ..., return_report: bool = ..., **options: Unpack[IndexOptions]
+    ) -> Any: ...
     def attend(
         self,
         q: Array,
@@ -203,36 +226,35 @@ class KeyIndex:
         check_boolean("return_report", return_report)
         problem = self._fitting("q", q)
         with team(self._settings["threads"]), device_context(self._one[0]):
-            rounds: tuple[SearchStep, ...] = ()
-            bound, seconds = None, 0.0
-            if rtol is None:
-                found = self._attend_segments(problem, call.budget or self._budget, count=return_report)
-                if return_report and certificate > 0:
-                    bound, seconds = self._certified(problem, found, float(certificate))
+            seed, seconds = self._settings["seed"], 0.0
+            if rtol is not None:
+                attend, taking = partial(self._attend_segments, problem, count=True), partial(costs, problem, self._segments)
+                how = (problem, self._budget, self.n_k, attend, self._exact_rows, taking, seed)
+                found, bound, rounds = doubled(*how, float(rtol), rtol_norm)
             else:
-                found, bound, rounds = self._to_tolerance(problem, float(rtol), rtol_norm)
+                found = self._attend_segments(problem, call.budget or self._budget, count=return_report)
+                bound, rounds = None, ()
+                if return_report and certificate > 0:
+                    bound, seconds = certify_index(
+                        problem, self._segments, found, self._exact_rows, float(certificate), seed
+                    )
         results = self._results(problem, found.part, q, return_lse)
         if return_report:
             compiling, took = compile_seconds() - compiled, time.perf_counter() - started
-            # Exact segments beside estimated ones don't make an answer exact.
-            main = max(
-                zip(found.slots, found.plans, strict=True),
-                key=lambda one: (one[1].method != "exact", to_float(one[0].total)),
-            )[1]
-            report = report_of_plan(problem, main, found.slots, took, compiling)
-            results.append(
-                replace(
-                    report,
-                    reason=f"KeyIndex, segments: {len(found.plans)}" + ("" if rtol is None else f", rtol {rtol:g}"),
-                    budget=call.budget,
-                    shape=(problem.groups, problem.n_q, self.n_k, problem.d, self._segments[0].problem.d_v),
-                    certificate=bound,
-                    certificate_seconds=seconds,
-                    rounds=rounds,
-                )
-            )
+            reason = f"KeyIndex, segments: {len(found.plans)}" + ("" if rtol is None else f", rtol {rtol:g}")
+            asked = None if rtol is not None else call.budget or self._budget
+            shape = (problem.groups, problem.n_q, self.n_k, problem.d, self._segments[0].problem.d_v)
+            more = {"certificate": bound, "certificate_seconds": seconds, "rounds": rounds}
+            about = report_of_index(problem, found, took, compiling, reason=reason, budget=asked, shape=shape, **more)
+            results.append(about)
         return tuple(results) if len(results) > 1 else results[0]
 
+    @overload
+    def attend_and_append(self, q: ArrayT, k: Array, v: Array, *, return_lse: Literal[False] = ...) -> ArrayT: ...
+    @overload
+    def attend_and_append(self, q: ArrayT, k: Array, v: Array, *, return_lse: Literal[True]) -> tuple[ArrayT, Array]: ...
+    @overload
+    def attend_and_append(self, q: ArrayT, k: Array, v: Array, *, return_lse: bool = ...) -> Any: ...
     def attend_and_append(self, q: Array, k: Array, v: Array, *, return_lse: bool = False) -> Any:
         """Add keys, and return what the queries that come with them see: all keys before, and causally the new ones.
 
@@ -320,12 +342,7 @@ class KeyIndex:
                 share = max(min(LEAST_BUDGET, budget), budget * segment.problem.n_k // self.n_k)
                 options = replace(self._options, num_slots=share)
             plans.append(self._plan(of_segment, options))
-            selection: Selected = Selection()
-            if there.tree is not None and plans[-1].method != "exact":
-                known = calibration(of_segment, segment, plans[-1], self._like, self._plan)
-                prepared = treecode.prepare_queries(of_segment, plans[-1], there.tree, known)
-                opened = treecode.open_for(of_segment, plans[-1], prepared)
-                selection = tree_lists.for_queries(of_segment, there.tree, opened)
+            selection = selected(of_segment, segment, there.tree, plans[-1], self._like, self._plan)
             parts.append(attend(of_segment, plans[-1], selection, watch=watch))
         return IndexResult(reduce(partial(merge_states, problem.xp), parts), plans, slots)
 
@@ -339,23 +356,6 @@ class KeyIndex:
         """Return exact attention of the queries ``rows`` (G, m) to all keys: (G, m, d_v)."""
         some = problem.without_gradient().with_queries(rows)
         return self._attend_segments(replace(some, repeats=1), None).part.out
-
-    def _certified(self, problem: Problem, found: IndexResult, share: float) -> tuple[Certificate | None, float]:
-        """Compare some rows with exact attention; return what was found, None where all was exact, and the seconds."""
-        of = sampled(problem, found)
-        if all(plan.method == "exact" for plan in found.plans) or problem.d_v == 0 or of.problem.n_q == 0:
-            return None, 0.0
-        started, (cost, row_cost) = time.perf_counter(), costs(problem, self._segments, found.plans)
-        exact = partial(self._exact_rows, of.problem)
-        bound = certify(of.problem, of.out, exact, cost, row_cost, share, self._settings["seed"])
-        return bound.times(of.frobenius, of.spectral), time.perf_counter() - started
-
-    def _to_tolerance(
-        self, problem: Problem, rtol: float, norm: str
-    ) -> tuple[IndexResult, Certificate | None, tuple[SearchStep, ...]]:
-        """Return attention within a tolerance, and what it rests on."""
-        attend, taking = partial(self._attend_segments, problem, count=True), partial(costs, problem, self._segments)
-        return doubled(problem, self._budget, self.n_k, attend, self._exact_rows, taking, self._settings["seed"], rtol, norm)
 
     @property
     def _budget(self) -> int:

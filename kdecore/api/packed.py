@@ -1,13 +1,13 @@
 """`packed_attention`: samples of different lengths, packed one after another without padding."""
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from kdecore.api.attention import attention
-from kdecore.api.call import call_options
+from kdecore.api.call import PackedOptions, call_options
 from kdecore.api.report import Report
 from kdecore.arrays.errors import OptionError, ShapeError
 from kdecore.arrays.gradients import recorded
-from kdecore.arrays.namespace import Array, accumulation_dtype, dtype_name
+from kdecore.arrays.namespace import Array, ArrayT, accumulation_dtype, dtype_name
 from kdecore.arrays.scalars import check_boolean
 from kdecore.core.problem import check_alike, check_scale, check_shapes
 from kdecore.engine.restrictions import check_finite_inputs, integers
@@ -17,6 +17,66 @@ OWN_LENGTHS = ("mask", "key_lengths")
 RETURNED = ("return_lse", "return_report")
 
 
+@overload
+def packed_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[False] = ...,
+    **options: Unpack[PackedOptions],
+) -> ArrayT: ...
+@overload
+def packed_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[False] = ...,
+    **options: Unpack[PackedOptions],
+) -> tuple[ArrayT, Array]: ...
+@overload
+def packed_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[ArrayT, tuple[Report | None, ...]]: ...
+@overload
+def packed_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[ArrayT, Array, tuple[Report | None, ...]]: ...
+@overload
+def packed_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any = ...,
+    *,
+    return_lse: bool = ...,
+    return_report: bool = ...,
+    **options: Unpack[PackedOptions],
+) -> Any: ...
 def packed_attention(
     q: Array, k: Array, v: Array, cu_seqlens_q: Any, cu_seqlens_k: Any = None, *, causal: bool = False, **options: Any
 ) -> Any:

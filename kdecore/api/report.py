@@ -1,4 +1,4 @@
-"""`Report`: what a call did, printed as a small table."""
+"""`Report`: what a call did, in six lines, and in detail."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -6,9 +6,12 @@ from typing import Any
 
 from kdecore.accuracy.certificate import Certificate
 from kdecore.accuracy.search import SearchStep
+from kdecore.api.call import CallOptions
+from kdecore.api.index_search import IndexResult
 from kdecore.api.run import Result
 from kdecore.arrays.namespace import device_name
 from kdecore.arrays.scalars import to_float
+from kdecore.arrays.text import as_html, as_lines, as_text
 from kdecore.core.problem import Problem
 from kdecore.core.selection import Slots
 from kdecore.methods.base import Plan
@@ -27,9 +30,10 @@ class Report:
     options
         Its options as they were resolved.
     budget
-        Keys per query asked for; None where left to the method.
+        Keys per query asked for, of the call, its options object or its index; None where left to the method.
     keys_per_query
-        Keys evaluated per query, measured: the mean over queries of the slots that counted.
+        Keys evaluated per query, measured: the mean over queries of the slots that counted, keys and tree nodes alike. A key
+        that is evaluated and then hidden, by a mask or at the edge of causal attention, counts.
     longest_list
         Slots of the longest list that queries share; all keys where a query sees all.
     shape
@@ -91,51 +95,62 @@ class Report:
 
         return {name: plain(value) for name, value in asdict(self).items()}
 
-    def _error(self) -> str:
-        if self.certificate is not None:
-            return str(self.certificate)
-        return "exact up to rounding" if self.method == "exact" else "not asked for"
-
-    def __str__(self) -> str:
+    def _summary(self) -> list[tuple[str, str]]:
         groups, n_q, n_k, d, d_v = self.shape
-        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
-        place = "" if self.diagonal is None else f", query i at key i{f' {self.diagonal:+d}' if self.diagonal else ''}"
-        asked = "not given" if self.budget is None else str(self.budget)
-        rows = [
+        asked = "no budget asked for" if self.budget is None else f"budget asked for: {self.budget}"
+        exact = "exact up to rounding" if self.method == "exact" else "not asked for"
+        compiling = f", and {self.compile_seconds:.1f} s to compile kernels or load them" if self.compile_seconds else ""
+        return [
             ("method", f"{self.method} ({self.reason})"),
-            *([("options", options)] if options else []),
-            *(("tried", str(one)) for one in self.rounds),
-            ("error", self._error()),
+            ("keys per query", f"{self.keys_per_query:.1f} of {n_k} ({asked})"),
+            ("error", exact if self.certificate is None else str(self.certificate)),
             (
-                "keys per query",
-                f"{self.keys_per_query:.1f} of {n_k}, longest list {self.longest_list} (budget asked: {asked})",
+                "problem",
+                f"{groups} × {n_q} queries, d = {d}, d_v = {d_v}, {self.dtype}, {self.library} on {self.device}",
             ),
-            ("problem", f"{groups} × {n_q} queries{place}, d = {d}, d_v = {d_v}, {self.dtype}"),
-            ("arrays", f"{self.library} on {self.device}"),
+            ("time", f"{self.seconds * 1e3:.2f} ms{compiling}"),
+            ("memory", f"{self.temporary_bytes / 2**20:.1f} MiB of temporaries planned"),
+        ]
+
+    def _more(self) -> list[tuple[str, str]]:
+        place = f"query i at key i{f' {self.diagonal:+d}' if self.diagonal else ''}"
+        took = f", in {self.certificate_seconds * 1e3:.2f} ms of the time" if self.certificate_seconds else ""
+        compared = [] if self.certificate is None else [f"from {self.certificate.rows} exact rows a group{took}"]
+        return [
+            *((name, str(value)) for name, value in self.options.items()),
+            *(("tried", str(one)) for one in self.rounds),
+            *(("certificate", said) for said in compared),
+            ("longest list", f"{self.longest_list} keys"),
+            *([] if self.diagonal is None else [("diagonal", place)]),
             *([("copied", f"{', '.join(self.copied)} (dtype, layout or grouped heads)")] if self.copied else []),
             *((f"kernel {name}", choice) for name, choice in self.kernels.items()),
-            ("temporaries planned", f"{self.temporary_bytes / 2**20:.1f} MiB"),
-            *([("compile time", f"{self.compile_seconds * 1e3:.0f} ms")] if self.compile_seconds else []),
             ("threads", f"{self.threads} in Numba kernels"),
-            ("wall time", f"{self.seconds * 1e3:.2f} ms"),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def details(self) -> str:
+        """Return all of it as text: what `str` says, options, the search's steps, and each kernel with why it ran."""
+        return as_text([*self._summary(), *self._more()])
+
+    def __str__(self) -> str:
+        return as_lines(self._summary())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._summary(), as_text(self._more()))
 
 
 def make_report(
     problem: Problem,
     diagonal: int | None,
+    call: CallOptions,
     results: list[Result],
     certificate: Certificate | None,
     certificate_seconds: float,
     seconds: float,
     compile_seconds: float,
-    norm: str = "frobenius",
 ) -> Report:
     """Describe a finished call whose queries stand at ``diagonal``, that took ``seconds``, and of them so many to compile.
 
-    ``norm`` is that of rtol. Where groups were treated differently, this says what was done with those of an approximate
+    Where groups were treated differently, this says what was done with those of an approximate
     method that took most.
     """
     rows = [len(one.subproblem.groups) * (one.subproblem.queries[1] - one.subproblem.queries[0]) for one in results]
@@ -148,10 +163,11 @@ def make_report(
         reason = f"{reason}; otherwise for {unlike} of {sum(rows)} queries"
     bounded = [one.certificate for one in results if one.certificate is not None]
     if bounded:
-        certificate = max(bounded, key=lambda one: one.upper(norm))
+        certificate = max(bounded, key=lambda one: one.upper(call.rtol_norm))
     return replace(
         report_of_plan(problem, plan, [slots for one in results for slots in one.slots], seconds, compile_seconds),
         reason=reason,
+        budget=call.budget_asked,
         diagonal=diagonal,
         kernels={name: text for one in results for name, text in kernels_of(one.plan).items()},
         temporary_bytes=max(one.plan.temporary_bytes for one in results),
@@ -173,7 +189,7 @@ def report_of_plan(problem: Problem, plan: Plan, slots: Sequence[Slots], seconds
         method=plan.method,
         reason=plan.reason,
         options=asdict(plan.options),
-        budget=plan.budget_asked,
+        budget=None,
         keys_per_query=keys / max(1, problem.groups * problem.n_q),
         longest_list=max((int(to_float(one.longest)) for one in slots), default=0),
         shape=(problem.groups, problem.n_q, problem.n_k, problem.d, problem.d_v),
@@ -188,3 +204,13 @@ def report_of_plan(problem: Problem, plan: Plan, slots: Sequence[Slots], seconds
         compile_seconds=compile_seconds,
         seconds=seconds - compile_seconds,
     )
+
+
+def report_of_index(problem: Problem, found: IndexResult, seconds: float, compile_seconds: float, **fields: Any) -> Report:
+    """Describe a call of an index, by the segment of an approximate method that took most; ``fields`` say the rest."""
+    # Exact segments beside estimated ones don't make an answer exact.
+    main = max(
+        zip(found.slots, found.plans, strict=True),
+        key=lambda one: (one[1].method != "exact", to_float(one[0].total)),
+    )[1]
+    return replace(report_of_plan(problem, main, found.slots, seconds, compile_seconds), **fields)

@@ -9,7 +9,8 @@ from kdecore.arrays.memory import in_library_of
 from kdecore.arrays.namespace import Array, namespace_name
 from kdecore.core.options import Options
 from kdecore.core.problem import Problem
-from kdecore.methods import tree_pilot, treecode
+from kdecore.core.selection import Selected, Selection
+from kdecore.methods import tree_lists, tree_pilot, treecode
 from kdecore.methods.base import Plan
 from kdecore.methods.key_tree import KeyTree
 from kdecore.methods.tree_queries import Calibration
@@ -104,3 +105,19 @@ def calibration(
     known = segment.known[options]
     threshold, slope = (x if x is None else in_library_of(problem.k, x) for x in (known.threshold, known.slope))
     return known._replace(threshold=threshold, slope=slope)
+
+
+def selected(
+    problem: Problem,
+    segment: Segment,
+    tree: KeyTree | None,
+    plan: Plan,
+    like: Array | None,
+    plan_for: Callable[[Problem, Options], Plan],
+) -> Selected:
+    """Select from a segment's keys for queries, as planned; ``tree`` is the segment's in the problem's library."""
+    if tree is None or plan.method == "exact":
+        return Selection()
+    known = calibration(problem, segment, plan, like, plan_for)
+    prepared = treecode.prepare_queries(problem, plan, tree, known)
+    return tree_lists.for_queries(problem, tree, treecode.open_for(problem, plan, prepared))

@@ -6,7 +6,7 @@ CuPy, PyTorch and array-api-strict. Importing this file imports no array library
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat
 import array_api_compat.numpy
@@ -16,6 +16,8 @@ from kdecore.arrays.errors import DeviceError, DTypeError
 
 Array: TypeAlias = Any
 """An array of one of the libraries in `SUPPORTED`."""
+ArrayT = TypeVar("ArrayT")
+"""The type of an array that comes back as it went in."""
 Namespace: TypeAlias = Any
 """An array API namespace, such as ``array_api_compat.numpy``."""
 

@@ -43,10 +43,10 @@ def evaluate(problem: Problem, plan: Plan, watch: Watch | None = None) -> Attent
         described = cache(lambda: method.describe(replace(problem, visible=None), plan) if method else Features((), ()))
         return by_chunks(problem, plan, plan.steps, described, nothing(problem), watch)
     part = attend(problem, plan, METHODS[plan.method].select(problem, plan), watch=watch)
-    return part if problem.mask is None or plan.method == "exact" else rescued(problem, plan, part)
+    return part if problem.mask is None or plan.method == "exact" else rescued(problem, plan, part, watch)
 
 
-def rescued(problem: Problem, plan: Plan, part: AttentionState) -> AttentionState:
+def rescued(problem: Problem, plan: Plan, part: AttentionState, watch: Watch | None) -> AttentionState:
     """Evaluate exactly the queries whose chosen keys are all hidden by a mask."""
     xp, numbers = problem.xp, host.arange(problem.n_q)
     lost = host.isinf(to_host(part.lse)) & (to_host(part.lse) < 0)
@@ -56,7 +56,7 @@ def rescued(problem: Problem, plan: Plan, part: AttentionState) -> AttentionStat
         one = AttentionState(part.out[group : group + 1, ...], part.lse[group : group + 1, ...])
         rows = numbers[lost[group]]
         if len(rows):
-            found = attend(single(problem, group, rows), exact, Selection())
+            found = attend(single(problem, group, rows), exact, Selection(), watch=watch)
             place = numbers.copy()
             place[rows] = problem.n_q + host.arange(len(rows))
             index = xp.asarray(place, device=problem.device)

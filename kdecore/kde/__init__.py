@@ -1,7 +1,7 @@
 """Kernel density estimation in sub-linear time, in log space: the paper's WExpKDE and the primitives it is built on."""
 
 import math
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from kdecore.arrays.backend import common_namespace
 from kdecore.arrays.errors import OptionError, ShapeError
@@ -11,6 +11,7 @@ from kdecore.arrays.scalars import check_boolean
 from kdecore.kde.gaussian_map import gaussian_form
 from kdecore.kde.problem import (
     GaussianForm,
+    KdeOptions,
     check_accuracy,
     check_arrays,
     check_bandwidth,
@@ -23,6 +24,36 @@ from kdecore.kde.wexpkde import check_primitive, solve, wexpkde
 __all__ = ["KdeReport", "LevelReport", "log_gaussian_kde", "log_weighted_exponential_kde", "wexpkde"]
 
 
+@overload
+def log_weighted_exponential_kde(
+    x: Array,
+    y: Array,
+    weights: Array | None = ...,
+    *,
+    log_weights: Array | None = ...,
+    return_report: Literal[False] = ...,
+    **options: Unpack[KdeOptions],
+) -> Array: ...
+@overload
+def log_weighted_exponential_kde(
+    x: Array,
+    y: Array,
+    weights: Array | None = ...,
+    *,
+    log_weights: Array | None = ...,
+    return_report: Literal[True],
+    **options: Unpack[KdeOptions],
+) -> tuple[Array, KdeReport]: ...
+@overload
+def log_weighted_exponential_kde(
+    x: Array,
+    y: Array,
+    weights: Array | None = ...,
+    *,
+    log_weights: Array | None = ...,
+    return_report: bool = ...,
+    **options: Unpack[KdeOptions],
+) -> Any: ...
 def log_weighted_exponential_kde(
     x: Array,
     y: Array,
@@ -123,11 +154,42 @@ def log_weighted_exponential_kde(
     return (result, report) if return_report else result
 
 
+@overload
+def log_gaussian_kde(
+    x: Array,
+    y: Array,
+    bandwidth: float = ...,
+    *,
+    normalised: bool = ...,
+    return_report: Literal[False] = ...,
+    **options: Unpack[KdeOptions],
+) -> Array: ...
+@overload
+def log_gaussian_kde(
+    x: Array,
+    y: Array,
+    bandwidth: float = ...,
+    *,
+    normalised: bool = ...,
+    return_report: Literal[True],
+    **options: Unpack[KdeOptions],
+) -> tuple[Array, KdeReport]: ...
+@overload
+def log_gaussian_kde(
+    x: Array,
+    y: Array,
+    bandwidth: float = ...,
+    *,
+    normalised: bool = ...,
+    return_report: bool = ...,
+    **options: Unpack[KdeOptions],
+) -> Any: ...
 def log_gaussian_kde(
     x: Array,
     y: Array,
     bandwidth: float = 1.0,
     *,
+    normalised: bool = False,
     eps: float = 0.2,
     delta: float = 0.05,
     primitive: str = "auto",
@@ -139,18 +201,21 @@ def log_gaussian_kde(
     Parameters
     ----------
     x
-        (…, n, d) points, n ≥ 1; as in `log_weighted_exponential_kde`.
+        (…, n, d) points, n ≥ 1; as in `log_weighted_exponential_kde`. (n,) numbers are (n, 1) points.
     y
-        (…, m, d) queries.
+        (…, m, d) queries; (m,) numbers where x are (n,).
     bandwidth
         Positive and finite.
+    normalised
+        Divide by (bandwidth √(2π))^d, so that μ is a probability density over y, as `score_samples` of scikit-learn's
+        ``KernelDensity`` is.
     eps, delta, primitive, seed, return_report
         As in `log_weighted_exponential_kde`.
 
     Returns
     -------
     log_density : Array
-        (…, m) natural logs, at most 0 but for error and rounding.
+        (…, m) natural logs; at most 0 but for error and rounding where not ``normalised``.
     report : KdeReport
         Only with ``return_report``.
 
@@ -163,15 +228,25 @@ def log_gaussian_kde(
     ----------
     Charikar, Siminelakis (2017). Hashing-based-estimators for kernel density in high dimensions. FOCS.
     Karppa, Aumüller, Pagh (2022). DEANN: Speeding up kernel-density estimation using approximate nearest neighbor search.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from kdecore.kde import log_gaussian_kde
+    >>> np.exp(log_gaussian_kde(np.asarray([0.0]), np.asarray([0.0, 1.0]), normalised=True, primitive="exact")).round(4)
+    array([0.3989, 0.242 ])
     """
     xp = common_namespace(x=x, y=y)
     common_device(x=x, y=y)
+    if x.ndim == y.ndim == 1:
+        x, y = x[:, None], y[:, None]
     check_arrays(xp, x, y, None, "weights")
     if x.shape[-2] == 0:
         raise ShapeError(f"x must have at least one row (the mean over no points is undefined), got shape {tuple(x.shape)}")
     width = check_bandwidth(bandwidth)
     accuracy, seed, primitive = check_accuracy(eps, delta), check_seed(seed), check_primitive(primitive)
     check_boolean("return_report", return_report)
+    check_boolean("normalised", normalised)
     points, queries = _canonical(xp, x, x), _canonical(xp, y, x)
 
     def form_of(xp: Namespace, group: int) -> GaussianForm:
@@ -179,6 +254,8 @@ def log_gaussian_kde(
 
     result, report = solve(points, queries, form_of, accuracy, primitive=primitive, seed=seed)
     result = xp.reshape(result, tuple(y.shape[:-1]))
+    if normalised:
+        result = result - int(x.shape[-1]) * (math.log(width) + 0.5 * math.log(2.0 * math.pi))
     return (result, report) if return_report else result
 
 

@@ -2,10 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 from kdecore.arrays.errors import DTypeError, OptionError, ShapeError
 from kdecore.arrays.namespace import Array, Namespace, check_floating, dtype_name
 from kdecore.arrays.scalars import to_float
+
+
+class KdeOptions(TypedDict, total=False):
+    """Arguments by name of both densities, but ``return_report``: what their overloads have in common."""
+
+    eps: float
+    delta: float
+    primitive: str
+    seed: int
 
 
 @dataclass(frozen=True)

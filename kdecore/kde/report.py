@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kdecore.arrays.text import as_html, as_lines, as_text
+
 
 @dataclass(frozen=True)
 class LevelReport:
@@ -79,23 +81,38 @@ class KdeReport:
         """Return the fields as plain Python values, ready for JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        total = self.groups * self.m
-        lines = [
-            f"primitive        {self.primitive} ({self.reason})",
-            f"problem          {self.groups} × {self.m} queries, {self.n} points, d = {self.d}",
-            f"asked for        error {self.eps:g} for {100 * (1 - self.delta):g} % of the queries; {self.guarantee}",
-            f"evaluations      {self.evaluations_per_query:.1f} per query, set-up {self.setup_per_query:.1f} more",
-            f"done exactly     {self.exact_queries} of {total}",
-            f"wall time        {self.seconds * 1e3:.2f} ms",
-            "level  primitive   density    samples    asked  answered  evaluations per query asked",
+    def _summary(self) -> list[tuple[str, str]]:
+        exactly = f"{self.exact_queries} of {self.groups * self.m} queries done exactly"
+        return [
+            ("primitive", f"{self.primitive} ({self.reason})"),
+            (
+                "evaluations",
+                f"{self.evaluations_per_query:.1f} of {self.n} per query, set-up {self.setup_per_query:.1f} more",
+            ),
+            ("error", f"{self.eps:g} asked for, for {100 * (1 - self.delta):g} % of the queries; {exactly}"),
+            ("rests on", self.guarantee),
+            ("problem", f"{self.groups} × {self.m} queries, {self.n} points, d = {self.d}"),
+            ("time", f"{self.seconds * 1e3:.2f} ms"),
         ]
+
+    def _levels(self) -> str:
+        lines = ["level  primitive   density    samples    asked  answered  evaluations per query asked"]
         lines.extend(
             f"{level.index:>5}  {level.primitive:<10}  {level.density:<9.3g}  {level.samples:>7}  {level.asked:>7}  "
             f"{level.answered:>8}  {level.evaluations / max(1, level.asked):.1f}"
             for level in self.levels
         )
         return "\n".join(lines)
+
+    def details(self) -> str:
+        """Return all of it as text: what `str` says, and a line for each level."""
+        return f"{as_text(self._summary())}\n{self._levels()}"
+
+    def __str__(self) -> str:
+        return as_lines(self._summary())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._summary(), self._levels())
 
 
 GUARANTEES = {

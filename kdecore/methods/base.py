@@ -30,8 +30,6 @@ class Plan:
         Options object of the method that will run, every field set.
     reason
         Why this method.
-    budget_asked
-        The ``budget`` argument as given.
     seed
         In [0, 2**64).
     kernels
@@ -50,7 +48,6 @@ class Plan:
 
     options: Options
     reason: str
-    budget_asked: int | None
     seed: int
     kernels: dict[str, Choice]
     exact: Choice

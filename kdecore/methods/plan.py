@@ -69,7 +69,7 @@ def make_plan(
             chosen = choices(problem, options, site, kernels)
     exact = choose("attend_dense", replace(site, gradient=""), kernels)
     most = temporary_bytes(problem, options, cuts, chosen, count)
-    return Plan(options, reason, budget, seed, chosen, exact, count, most, cuts)
+    return Plan(options, reason, seed, chosen, exact, count, most, cuts)
 
 
 def _few_queries(problem: Problem) -> Problem:

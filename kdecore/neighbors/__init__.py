@@ -1,9 +1,10 @@
-"""Nadaraya–Watson regression and classification as scikit-learn estimators, over an index of the training rows.
+"""Nadaraya–Watson regression and classification, and densities, as scikit-learn estimators over an index of training rows.
 
 Needs scikit-learn: the extra ``sklearn``. Nothing else in kdecore imports it.
 """
 
 try:
+    from kdecore.neighbors.density import KernelDensity
     from kdecore.neighbors.estimators import KernelClassifier, KernelRegressor
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "sklearn":
@@ -13,4 +14,4 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from None
 
-__all__ = ["KernelClassifier", "KernelRegressor"]
+__all__ = ["KernelClassifier", "KernelDensity", "KernelRegressor"]

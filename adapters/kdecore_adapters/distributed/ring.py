@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,61 @@ class RingReport:
         return "\n".join([*rows, f"keys per query: {self.keys_per_query:.1f}", f"certificate: {error}"])
 
 
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[False] = ...,
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> Tensor: ...
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[False] = ...,
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[True],
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> tuple[Tensor, RingReport]: ...
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[True],
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> tuple[Tensor, Tensor, RingReport]: ...
+@overload
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_report: bool = ...,
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> Any: ...
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def ring_attention(
     q: Tensor,

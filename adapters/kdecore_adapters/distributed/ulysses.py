@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,61 @@ ALIGNED = 16
 """Bytes of which tensors within a buffer take a multiple, so that each begins where numbers of any dtype may."""
 
 
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[False] = ...,
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> Tensor: ...
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[False] = ...,
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_report: Literal[True],
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> tuple[Tensor, Report]: ...
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_report: Literal[True],
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> tuple[Tensor, Tensor, Report]: ...
+@overload
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_report: bool = ...,
+    group: Any = ...,
+    **kdecore_options: Any,
+) -> Any: ...
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def ulysses_attention(
     q: Tensor,
