@@ -1,11 +1,12 @@
-"""The command `kdecore`: `compare` measures methods on the user's data, `info` says what is installed and runs where."""
+"""The command `kdecore`: `compare` measures methods, `info` says what runs where, `warmup` compiles kernels ahead."""
 
 import argparse
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from kdecore.compare.output import OUTPUTS, output_folder, to_json, write_togeth
 from kdecore.compare.rows import Row
 from kdecore.compare.table import print_table
 from kdecore.compare.verdict import Verdict, largest_error, verdict
+from kdecore.compare.warmup import DTYPES, kept_in, warm_up
 from kdecore.core.problem import canonicalise
 from kdecore.methods import METHODS
 
@@ -131,6 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show versions, devices, and which kernels run where")
     info.set_defaults(run=lambda arguments: print("\n".join(info_lines())))
 
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile the kernels ahead of the first call",
+        description="Compile the kernels of all methods, for NumPy and PyTorch, and keep them for all later processes.",
+    )
+    warmup.add_argument("--dtypes", nargs="+", type=_names, action=_Flatten, default=["float32"], metavar="DTYPE",
+        help=f"{' or '.join(DTYPES)}; default: float32")  # fmt: skip
+    warmup.set_defaults(run=_warm_up)
+
     compare = commands.add_parser(
         "compare",
         usage="kdecore compare [FILE ...] [OPTION ...]   (kdecore compare --help lists the options)",
@@ -163,6 +174,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("kdecore-compare"), metavar="DIR", help="default: kdecore-compare")
     compare.set_defaults(run=_compare)
     return parser
+
+
+def _warm_up(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    bar = _progress() if importlib.util.find_spec("rich") else nullcontext(lambda done, total, label: None)
+    with bar as progress:
+        for line in warm_up(arguments.dtypes, progress):
+            print(line, flush=True)
+    print(f"{time.perf_counter() - started:.1f} s in all. {kept_in()}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
