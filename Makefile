@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What the command needs is there; what development needs.
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test quick fuzz lint bench docs clean
 
-demo: $(READY)
+demo: $(RUNS)
 	@echo "Measuring treecode, sortlsh and hyper against exact attention on 8,192 words of GloVe: about a minute."
-	$(BIN)/kdecore compare --out demo
+	@$(BIN)/kdecore compare --out demo
 	@echo "The same as a page: demo/compare.html"
 
 # In a process for each core: libraries that start a thread for each core would wait for each other.
@@ -33,17 +36,25 @@ bench: $(READY)
 	$(BIN)/python -m bench.run --out bench/results
 
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-$(READY): pyproject.toml constraints-dev.txt
-	@echo "Setting up $(VENV): some minutes, and a few hundred megabytes."
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "kdecore needs Python 3.11 or newer; set PYTHON=")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-dev.txt --editable '.[dev]'
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "kdecore needs Python 3.11 or newer; set PYTHON=")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(RUNS): pyproject.toml | $(BIN)/python
+	@echo "Installing kdecore into $(VENV), with NumPy, Numba, Rich, Matplotlib and Plotly: half a minute."
+# Python compiles what is imported; of Plotly that is little, and all of it takes as long as the rest.
+	@$(INSTALL) --no-compile --editable '.[cli]'
+	@touch $(RUNS)
+
+$(READY): pyproject.toml constraints-dev.txt | $(BIN)/python
+	@echo "Installing all that development needs into $(VENV), PyTorch among it: some minutes, and a few hundred megabytes."
+	$(INSTALL) --constraint constraints-dev.txt --editable '.[dev]'
 # Without torchvision, which timm asks for: a build of it fits one build of PyTorch, and any other breaks transformers too.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'timm>=1.0.31'
-	touch $(READY)
+	$(INSTALL) --no-deps 'timm>=1.0.31'
+	touch $(RUNS) $(READY)
 
 clean:
 	rm -rf $(VENV) demo site

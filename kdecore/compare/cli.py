@@ -1,4 +1,4 @@
-"""The command `kdecore`: `compare` measures methods on the user's data, `verify` checks them, `info` says what runs."""
+"""The command `kdecore`: it measures methods, checks them, says what runs where, and compiles kernels ahead."""
 
 import argparse
 import importlib.util
@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +24,7 @@ from kdecore.compare.output import OUTPUTS, output_folder, to_json, write_togeth
 from kdecore.compare.rows import Row
 from kdecore.compare.table import print_table
 from kdecore.compare.verdict import Verdict, largest_error, verdict
+from kdecore.compare.warmup import DTYPES, kept_in, warm_up
 from kdecore.core.problem import canonicalise
 from kdecore.methods import METHODS
 
@@ -147,6 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print JSON in place of the table")
     verify.set_defaults(run=_verify)
 
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile the kernels ahead of the first call",
+        description="Compile the kernels of all methods, for NumPy and PyTorch, and keep them for all later processes.",
+    )
+    warmup.add_argument("--dtypes", nargs="+", type=_names, action=_Flatten, default=["float32"], metavar="DTYPE",
+        help=f"{' or '.join(DTYPES)}; default: float32")  # fmt: skip
+    warmup.set_defaults(run=_warm_up)
+
     compare = commands.add_parser(
         "compare",
         usage="kdecore compare [FILE ...] [OPTION ...]   (kdecore compare --help lists the options)",
@@ -205,6 +215,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         verify.print_table(arguments.library, arguments.device, seconds, verdicts)
     return 0 if all(one.passed for one in verdicts) else 1
+
+
+def _warm_up(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    bar = _progress() if importlib.util.find_spec("rich") else nullcontext(lambda done, total, label: None)
+    with bar as progress:
+        for line in warm_up(arguments.dtypes, progress):
+            print(line, flush=True)
+    print(f"{time.perf_counter() - started:.1f} s in all. {kept_in()}")
+    return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:

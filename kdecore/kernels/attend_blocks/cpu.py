@@ -14,7 +14,7 @@ from kdecore.arrays.memory import from_host_like, host_memory, host_view
 from kdecore.arrays.namespace import Array, Namespace, host
 from kdecore.arrays.rows import of_all_groups
 from kdecore.core.state import AttentionState
-from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.jit import helper, kernel
 from kdecore.kernels.runtime.simd import (
     SHORT_TILE_ROWS,
     TILE_ROWS,
@@ -22,6 +22,7 @@ from kdecore.kernels.runtime.simd import (
     column_max,
     columns_from_rows,
     copy_rows,
+    copy_vector,
     exp2_columns,
     multiply_short_tile,
     multiply_tile,
@@ -155,7 +156,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
                 if added.shape[0] > 0:
                     add_bias(flat_added, added_rows, lane, slots, start, used, square, logits)
                     logits[used * lanes : width * lanes] = -np.inf
-                before[:] = tops[lane : lane + lanes]
+                copy_vector(tops, lane, before, 0)
                 column_max(logits, 0, width, tops, lane)
                 for i in range(lanes):
                     shifts[i] = tops[lane + i] if tops[lane + i] > -np.inf else 0.0
@@ -187,7 +188,7 @@ def attend_tasks(q, k, v, query_index, key_index, log_weight, added, factor, par
                 write_panel(chunk_sums, tops, totals, query_rows, lane, again, merging, d_v, work, lse, flat_out)
 
 
-@kernel()
+@helper()
 def load_queries(q, query_rows, lane, d, factor, queries):
     """Write the queries of one panel down its lanes, scaled."""
     lanes = VECTOR_BYTES // q.itemsize
@@ -199,7 +200,7 @@ def load_queries(q, query_rows, lane, d, factor, queries):
             queries[lane * d + t * lanes + r] = q[query_rows[lane + r] * d + t] * factor
 
 
-@kernel()
+@helper()
 def add_bias(bias, rows, lane, slots, start, used, square, logits):
     """Add the bias of slots start … start + used − 1 of a panel's queries to their logits; −∞ whatever they are for −∞."""
     lanes = VECTOR_BYTES // bias.itemsize
@@ -216,7 +217,7 @@ def add_bias(bias, rows, lane, slots, start, used, square, logits):
             logits[t * lanes + r] = logits[t * lanes + r] + extra if extra > -np.inf else -np.inf
 
 
-@kernel()
+@helper()
 def write_panel(panel, tops, totals, query_rows, lane, again, merging, d_v, work, lse, out):
     """Write the results of a panel of queries, or merge them with what lse and out hold."""
     inverses, rows, kept, places = work
@@ -228,7 +229,7 @@ def write_panel(panel, tops, totals, query_rows, lane, again, merging, d_v, work
         store_queries(panel, query_rows, lane, d_v, inverses, out)
 
 
-@kernel()
+@helper()
 def finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kept, lse):
     """Write lse, what a panel's sums are multiplied by, and, merging, what the rows of out are kept times.
 
@@ -256,7 +257,7 @@ def finish_queries(tops, totals, query_rows, lane, again, merging, inverses, kep
             inverses[i] *= new_weight / both
 
 
-@kernel()
+@helper()
 def add_rows(rows, kept, query_rows, lane, again, d_v, out):
     """Merge a panel's rows into those of out."""
     for r in range(lane, lane + VECTOR_BYTES // out.itemsize):
@@ -267,7 +268,7 @@ def add_rows(rows, kept, query_rows, lane, again, d_v, out):
             out[target + t] = out[target + t] * kept[r] + rows[source + t]
 
 
-@kernel()
+@helper()
 def store_queries(panel, query_rows, lane, d_v, inverses, out):
     """Write a panel's sums, times ``inverses``, into the rows of out."""
     lanes = inverses.shape[0]
@@ -279,7 +280,7 @@ def store_queries(panel, query_rows, lane, d_v, inverses, out):
             out[query_rows[lane + r] * d_v + t] = panel[t * lanes + r] * inverses[r]
 
 
-@kernel()
+@helper()
 def add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, columns, fresh):
     """Add a chunk's sums to a panel's, after bringing those from the maximum before it to the new one."""
     lanes = np.uintp(before.shape[0])
@@ -299,7 +300,7 @@ def add_chunk(before, shifts, chunk_totals, chunk_sums, totals, sums, lane, colu
             sums[base + at] = old + chunk_sums[at]
 
 
-@kernel()
+@helper()
 def round_up(number, step):
     """Return the least multiple of step that is at least number."""
     return -(-number // step) * step

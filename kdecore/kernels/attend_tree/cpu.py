@@ -21,7 +21,7 @@ from kdecore.kernels.runtime.descent import (
     load_block,
     memory,
 )
-from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.jit import helper, kernel
 from kdecore.kernels.runtime.simd import (
     SHORT_TILE_ROWS,
     TILE_ROWS,
@@ -142,14 +142,14 @@ def attend_some(queries, tree, values, more, opening, merging, results, first, l
             write_panel(panel, work.tops, totals, work.rows, lane, again, merging, d_v, writing, lse.reshape(-1), flat_out)
 
 
-@kernel()
+@helper()
 def columns_of(wide):
     """Return the columns of values in whole tiles, of which the last may be a short one."""
     tiled = wide // TILE_ROWS * TILE_ROWS
     return tiled + SHORT_TILE_ROWS if 0 < wide - tiled <= SHORT_TILE_ROWS else round_up(wide, TILE_ROWS)
 
 
-@kernel()
+@helper()
 def unlisted_own(position, leaves, opened, n, last_level):
     """Return the position of a query's own key, −1 where it has none or its leaf is among those opened, which ascend."""
     if not 0 <= position < n:
@@ -159,7 +159,7 @@ def unlisted_own(position, leaves, opened, n, last_level):
     return -1 if place < opened and leaves[place] == leaf else position
 
 
-@kernel()
+@helper()
 def row_product(a, a0, b, b0, d):
     """Return the product of two rows of d numbers."""
     vectors = d // (VECTOR_BYTES // a.itemsize)
@@ -169,7 +169,7 @@ def row_product(a, a0, b, b0, d):
     return total
 
 
-@kernel()
+@helper()
 def add_values(values, top_row, step, wide, slots, work, tile, none, sums):
     """Write the sums of weights times values over a block's list, panel by panel: (panels, columns, lanes)."""
     lanes, filled, width = VECTOR_BYTES // work.bias.itemsize, work.rows.shape[0], work.bias.shape[0]
@@ -190,7 +190,7 @@ def add_values(values, top_row, step, wide, slots, work, tile, none, sums):
                 multiply_short_tile(tile, tiled, 1, columns, work.kept, weight, depth, none, 0, sums, target, fresh)
 
 
-@kernel()
+@helper()
 def add_first_order(matrix, d, d_v, lane, base, work, change, none, sums):
     """Add to a panel's sums what their last column, of spreads, makes of queries times a matrix."""
     lanes = VECTOR_BYTES // sums.itemsize
@@ -203,7 +203,7 @@ def add_first_order(matrix, d, d_v, lane, base, work, change, none, sums):
             sums[target + i] += change[source + i] * sums[spreads + i]
 
 
-@kernel()
+@helper()
 def add_own(values, d_v, own_rows, own_logits, lane, base, work, square, totals, sums):
     """Add to a panel's totals and sums what its queries' own keys weigh."""
     lanes, some = VECTOR_BYTES // sums.itemsize, False
@@ -223,7 +223,7 @@ def add_own(values, d_v, own_rows, own_logits, lane, base, work, square, totals,
             sums[base + t * lanes + i] += values[own_rows[lane + i] * (d_v + 1) + t] * work.factors[i]
 
 
-@kernel()
+@helper()
 def hold(limits, group, d_v, lane, base, totals, sums):
     """Bring a panel's sums over totals within limits."""
     lanes = VECTOR_BYTES // sums.itemsize

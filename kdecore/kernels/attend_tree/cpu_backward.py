@@ -30,7 +30,7 @@ from kdecore.kernels.runtime.descent import (
     load_block,
     memory,
 )
-from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.jit import helper, kernel
 from kdecore.kernels.runtime.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
@@ -146,7 +146,7 @@ class Panels(NamedTuple):
     tile: Any
 
 
-@kernel()
+@helper()
 def panels_of(filled, width, d, wide, like):
     """Return `Panels` for these sizes."""
     dtype, lanes = like.dtype, VECTOR_BYTES // like.itemsize
@@ -264,14 +264,14 @@ def add_gradients(queries, tree, values, more, opening, back, found, first, last
                 add_slope(of_slopes[part, group, matrix], d, d_v, filled, held, none)
 
 
-@kernel()
+@helper()
 def add_row(target, target0, row, row0, width, factor):
     """Add to a row another one times a factor."""
     for t in range(width):
         target[target0 + t] += factor * row[row0 + t]
 
 
-@kernel()
+@helper()
 def load_rows(of_out, d_v, work, counts, held):
     """Load the gradients of a block's results; 0 where a row doesn't count, and for spreads."""
     lanes, wide, filled = VECTOR_BYTES // of_out.itemsize, d_v + 1, work.rows.shape[0]
@@ -283,7 +283,7 @@ def load_rows(of_out, d_v, work, counts, held):
                 held.of_rows[lane * wide + t * lanes + r - lane] = of_out[source + t]
 
 
-@kernel()
+@helper()
 def follow_first_order(matrix, d, d_v, lane, work, held, none):
     """Write ⟨g, c⟩ of a panel's queries, c = scale · q @ slope, where the gradients of spreads are."""
     lanes = VECTOR_BYTES // none.itemsize
@@ -312,7 +312,7 @@ def weigh(slots, wide, lane, width, filled, work, held, along, spreads):
         copy_vector(work.kept, at + j * lanes, held.weights, j * filled + lane)
 
 
-@kernel()
+@helper()
 def follow_logits(slots, lane, width, filled, work, held, along):
     """Turn a panel's products into gradients of logits, and copy them by slots; ``along`` is ∂lse − Σ w ⟨g', v'⟩."""
     lanes = VECTOR_BYTES // along.itemsize
@@ -324,7 +324,7 @@ def follow_logits(slots, lane, width, filled, work, held, along):
         copy_vector(held.products, at + j * lanes, held.of_logits, j * filled + lane)
 
 
-@kernel()
+@helper()
 def of_queries(slots, d, lane, width, held, none):
     """Write Σ ∂logit k of a panel's queries: (d, lanes)."""
     lanes = VECTOR_BYTES // none.itemsize
@@ -337,7 +337,7 @@ def of_queries(slots, d, lane, width, held, none):
             )
 
 
-@kernel()
+@helper()
 def turn_first_order(matrix, d, d_v, lane, spreads, work, held, none):
     """Add (Σ w σ) slope @ g to the gradients of a panel's queries."""
     lanes = VECTOR_BYTES // none.itemsize
@@ -349,7 +349,7 @@ def turn_first_order(matrix, d, d_v, lane, spreads, work, held, none):
             held.of_queries[t * lanes + i] += spreads[lane + i] * held.change[t * lanes + i]
 
 
-@kernel()
+@helper()
 def spread_rows(d, wide, scale, spreads, work, held):
     """Write a block's scaled queries and g' by columns, and queries times Σ w σ."""
     filled = work.rows.shape[0]
@@ -366,7 +366,7 @@ def spread_rows(d, wide, scale, spreads, work, held):
             held.of_results[(t // lanes * filled + r) * lanes + t % lanes] = value
 
 
-@kernel()
+@helper()
 def add_list(slots, columns, factors, rows, added_row, filled, work, held, none, found):
     """Add to the gradients of a list's keys, or values, the sums of rows times factors (slots, filled)."""
     lanes = VECTOR_BYTES // none.itemsize
@@ -381,7 +381,7 @@ def add_list(slots, columns, factors, rows, added_row, filled, work, held, none,
                     found[target + i] += held.tile[source + i]
 
 
-@kernel()
+@helper()
 def add_slope(found, d, d_v, filled, held, none):
     """Add (Σ w σ) · scale q gᵀ of a block's queries to the gradient of its first-order matrix (d, d_v)."""
     lanes = VECTOR_BYTES // none.itemsize

@@ -14,7 +14,7 @@ from kdecore.arrays.namespace import Array, Namespace, host
 from kdecore.kernels.balanced_view.contract import ORTHOGONAL_ITERATIONS, RIDGE, SMALLEST_SQUARE, View
 from kdecore.kernels.balanced_view.reference import view
 from kdecore.kernels.project_rows.cpu import project_rows
-from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.jit import helper, kernel
 from kdecore.kernels.runtime.threads import run_tasks
 
 SWEEPS = 12
@@ -37,7 +37,7 @@ def balanced_view(
     return View(*(from_host_like(xp, x, query_moment) for x in found))
 
 
-@kernel()
+@helper()
 def normalised(moment, out):
     """Write a moment in units of its mean eigenvalue, with the ridge; return the unit, 1 where it is 0."""
     d = moment.shape[0]
@@ -52,7 +52,7 @@ def normalised(moment, out):
     return unit
 
 
-@kernel()
+@helper()
 def product(matrix, basis, out):
     """Write a symmetric matrix (d, d) times each row of the basis (p, d)."""
     p, d = basis.shape
@@ -65,7 +65,7 @@ def product(matrix, basis, out):
                 out[j, i] += factor * matrix[t, i]
 
 
-@kernel(fastmath={"reassoc", "contract", "nsz"})
+@helper(fastmath={"reassoc", "contract", "nsz"})
 def inner(x, y):
     """Return the inner product of two rows."""
     total = 0.0
@@ -74,7 +74,7 @@ def inner(x, y):
     return total
 
 
-@kernel()
+@helper()
 def orthonormalise(basis, image):
     """Make rows orthonormal in the inner product xᵀ M y, where ``image`` (p, d) is M times the basis, and stays so."""
     p, d = basis.shape
@@ -92,7 +92,7 @@ def orthonormalise(basis, image):
             image[j, t] /= length
 
 
-@kernel()
+@helper()
 def diagonalise(matrix, axes):
     """Turn a symmetric matrix into a diagonal one of its eigenvalues; write its eigenvectors to the columns of ``axes``."""
     p = matrix.shape[0]
@@ -125,7 +125,7 @@ def diagonalise(matrix, axes):
                     axes[t, a], axes[t, b] = cosine * first - sine * second, sine * first + cosine * second
 
 
-@kernel()
+@helper()
 def largest_columns(c, s, basis):
     """Write the unit vectors where the product of two diagonals is largest, of equal ones the first, the largest first."""
     p, d = basis.shape
@@ -153,7 +153,9 @@ def balance(query_moments, key_moments, queries, keys, first, last):
         for _ in range(ORTHOGONAL_ITERATIONS if p < d else 0):
             product(c, basis, seen)
             product(s, seen, basis)
-            seen[:] = basis
+            for j in range(p):
+                for t in range(d):
+                    seen[j, t] = basis[j, t]
             orthonormalise(basis, seen)
         product(c, basis, seen)
         orthonormalise(basis, seen)

@@ -7,7 +7,7 @@ from kdecore.arrays.namespace import Array, Namespace, host
 from kdecore.kernels.draw_indices.contract import Weights
 from kdecore.kernels.draw_indices.reference import shares_in_order
 from kdecore.kernels.draw_uniform.reference import draw_uniform
-from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.jit import helper, kernel
 from kdecore.kernels.runtime.threads import run_tasks, small_tasks
 
 
@@ -88,7 +88,7 @@ def fill_guide(cumulative, guide, first, last):
             guide[group, j] = place
 
 
-@kernel()
+@helper()
 def last_at_most(ascending, near, value):
     """Return the last index whose element is at most ``value``, step by step from one ``near`` it; 0 if there is none."""
     place = near

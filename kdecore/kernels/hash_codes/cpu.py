@@ -5,7 +5,7 @@ import numpy as np
 from kdecore.arrays.memory import from_host_like, host_view
 from kdecore.arrays.namespace import Array, Namespace
 from kdecore.kernels.runtime.jit import kernel
-from kdecore.kernels.runtime.simd import TILE_ROWS, VECTOR_BYTES, add_finite, greater, multiply_tile
+from kdecore.kernels.runtime.simd import TILE_ROWS, VECTOR_BYTES, add_finite, copy_rows, greater, multiply_tile
 from kdecore.kernels.runtime.threads import run_tasks, small_tasks
 
 TASK_ROWS = 2046
@@ -70,9 +70,9 @@ def project(rows, normals, projected, sums, counts, first, last):
             rest = (end - begin) % TILE_ROWS
             if rest:
                 source = (group * n + end - rest) * d
-                spare_rows[: rest * d] = flat_rows[source : source + rest * d]
+                copy_rows(flat_rows, source, spare_rows, 0, rest * d)
                 multiply_tile(spare_rows, 0, d, 1, flat_normals, plane, d, zeros, 0, spare, 0, True)
-                projected[panel, group, end - rest : end] = spare[: rest * lanes].reshape(rest, lanes)
+                copy_rows(spare, 0, flat_projected, target + (end - rest) * lanes, rest * lanes)
             add_finite(
                 flat_projected,
                 target + begin * lanes,

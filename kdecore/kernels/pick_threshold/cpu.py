@@ -68,14 +68,17 @@ def weigh(queries, tree, level, state, first, last):
     q, (blocks, b) = queries.q, queries.index.shape[1:]
     filled, width = tops.shape[1], current.shape[1]
     work, flat_weights = memory(filled, q.shape[2], tree.variances.shape[2], width, q), weights.reshape(-1)
+    flat_current, flat_tops, flat_totals = current.reshape(-1), tops.reshape(-1), closed_totals.reshape(-1)
     lanes = VECTOR_BYTES // q.itemsize
     for task in range(first, last):
         load_block(queries, task, work)
         m = held[task]
-        work.current[:m] = current[task, :m]
-        work.tops[:], work.closed_totals[:] = tops[task], closed_totals[task]
+        copy_rows(flat_current, task * width, work.current, 0, m)
+        copy_rows(flat_tops, task * filled, work.tops, 0, filled)
+        copy_rows(flat_totals, task * filled, work.closed_totals, 0, filled)
         weigh_level(tree, task // blocks, level, m, b, queries.apart, work)
-        tops[task], closed_totals[task] = work.tops, work.closed_totals
+        copy_rows(work.tops, 0, flat_tops, task * filled, filled)
+        copy_rows(work.closed_totals, 0, flat_totals, task * filled, filled)
         for lane in range(0, filled, lanes):
             copy_rows(work.weights, lane * width, flat_weights, (task * filled + lane) * width, m * lanes)
         for c in range(m):
@@ -104,4 +107,5 @@ def part(state, limit, step, most, first, last):
                     for i in range(np.uintp(lanes)):
                         flat_totals[target + i] += flat_weights[source + i]
         held[task] = found
-        current[task, :found], bounds[task, :found] = below[:found], above[:found]
+        for c in range(found):
+            current[task, c], bounds[task, c] = below[c], above[c]

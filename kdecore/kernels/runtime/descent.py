@@ -13,7 +13,7 @@ from kdecore.arrays.memory import host_view
 from kdecore.core.tree import BlockQueries, Tree
 from kdecore.kernels.attend_blocks.cpu import load_queries, round_up
 from kdecore.kernels.open_tree.contract import ALONG, LEAST, SHORT, STEP
-from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.jit import helper
 from kdecore.kernels.runtime.simd import (
     TILE_ROWS,
     VECTOR_BYTES,
@@ -93,7 +93,7 @@ class Work(NamedTuple):
     factors: Any
 
 
-@kernel()
+@helper()
 def memory(filled, d, p, width, like):
     """Return `Work` for blocks and lists of these sizes."""
     dtype, lanes = like.dtype, VECTOR_BYTES // like.itemsize
@@ -139,7 +139,7 @@ def host_tree(tree: Tree) -> Tree:
     return Tree(*map(host_view, tree))
 
 
-@kernel()
+@helper()
 def load_block(block_queries, task, work):
     """Load a block's queries, those that are not finite as 0, and what half variances follow from."""
     q, scale, coordinates, query_index, apart = block_queries
@@ -182,7 +182,7 @@ def load_block(block_queries, task, work):
         work.ratios[r] = work.ratios[r] * b / norm if norm > 0 and not apart else 1.0
 
 
-@kernel()
+@helper()
 def frozen(half_variance, log_count):
     """Return ln of the mean of exp over so many normal numbers, as `open_tree`'s contract has it."""
     if half_variance > log_count:
@@ -190,7 +190,7 @@ def frozen(half_variance, log_count):
     return half_variance
 
 
-@kernel()
+@helper()
 def listed_as(sigma, log_count):
     """Return what a closed node is listed with for its half variance, frozen or not, as `open_tree`'s contract has it."""
     reached = log_count * log_count / (log_count + SHORT)
@@ -200,7 +200,7 @@ def listed_as(sigma, log_count):
     return root * np.sqrt(log_count / (log_count + SHORT)) - reached
 
 
-@kernel()
+@helper()
 def weigh_level(tree, group, level, m, b, apart, work):
     """Weigh the m current nodes of a level for a block's queries, and estimate the errors of leaving them closed."""
     keys, spread, variances, sizes = tree.keys, tree.spread, tree.variances, tree.sizes
@@ -263,7 +263,7 @@ def weigh_level(tree, group, level, m, b, apart, work):
             fourth_powers(work.weights, at, m, work.factors, 0, work.error, lane == 0)
 
 
-@kernel()
+@helper()
 def descend(tree, group, start, threshold, most, b, apart, work):
     """Open the tree for a block; return how many nodes stay closed, how many leaves are opened, and the slots that takes.
 
@@ -321,7 +321,7 @@ def descend(tree, group, start, threshold, most, b, apart, work):
         limit = np.float64(max(limit, LEAST**4) * 2.0**4)
 
 
-@kernel()
+@helper()
 def leaf_level(nodes):
     """Return the level of the leaves of a tree of so many nodes."""
     level = 0
@@ -330,7 +330,7 @@ def leaf_level(nodes):
     return level
 
 
-@kernel()
+@helper()
 def list_leaves(n, last, nodes, closed, opened, work):
     """Write the keys of the leaves opened to the list, after the closed nodes."""
     at = closed
@@ -341,7 +341,7 @@ def list_leaves(n, last, nodes, closed, opened, work):
             at += 1
 
 
-@kernel()
+@helper()
 def first_at_least(ascending, count, value):
     """Return the first place of the first ``count`` whose number is at least ``value``, or ``count``."""
     low, high = 0, count

@@ -1,4 +1,4 @@
-"""`kernel`: Numba's njit as every CPU kernel uses it."""
+"""`kernel` and `helper`: Numba's njit as every CPU kernel uses it, and what kernels call."""
 
 import hashlib
 import threading
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.extending import register_jitable
+
+from kdecore.kernels.runtime.notice import notice
 
 
 def _sources_digest() -> str:
@@ -18,6 +21,9 @@ def _sources_digest() -> str:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
+
+FOLDERS: set[str] = set()
+"""Where compiled kernels are kept."""
 
 _DIGEST = _sources_digest()
 _CLOCK = threading.local()
@@ -36,7 +42,8 @@ def _timed(compile_for: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return compile_for(signature)
         started, _CLOCK.counting = time.perf_counter(), True
         try:
-            return compile_for(signature)
+            with notice():
+                return compile_for(signature)
         finally:
             _CLOCK.counting = False
             _CLOCK.seconds = compile_seconds() + time.perf_counter() - started
@@ -52,14 +59,27 @@ def kernel(*, fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]
     """
 
     def compile_lazily(function: Callable[..., Any]) -> Any:
-        dispatcher = njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+        dispatcher = njit(nogil=True, error_model="numpy", fastmath=fastmath, no_cfunc_wrapper=True)(function)
         if not hasattr(dispatcher, "compile"):  # compilation is switched off
             return dispatcher
         dispatcher.compile = _timed(dispatcher.compile)
         with suppress(RuntimeError):  # no folder can be written
             dispatcher.enable_caching()
+            FOLDERS.add(dispatcher._cache.cache_path)
             cache_file = dispatcher._cache._cache_file
             cache_file._source_stamp = (cache_file._source_stamp, _DIGEST)
         return dispatcher
 
     return compile_lazily
+
+
+def helper(*, fastmath: bool | set[str] = False) -> Callable[[Callable[..., Any]], Any]:
+    """Let kernels call a function, which is compiled into them.
+
+    Without an entry from Python, compiling which takes about as long as a small function, and a file of its own. Called from
+    Python it is plain Python.
+    """
+    callable_from_kernels: Callable[[Callable[..., Any]], Any] = register_jitable(
+        error_model="numpy", fastmath=fastmath, no_cfunc_wrapper=True
+    )
+    return callable_from_kernels

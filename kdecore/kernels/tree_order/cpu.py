@@ -168,7 +168,9 @@ def nth_smallest(values, size, nth, work):
         below = count_less(values, size, low)
         inside = count_less(values, size, high) - below
     if size < FEW or not below <= nth < below + inside:
-        work[:size] = values[:size]
+        # Assigned as a slice, it would take seconds more to compile.
+        for j in range(size):
+            work[j] = values[j]
         return select(work, size, nth)
     for step in range(PASSES):
         if inside <= FEW:
