@@ -7,7 +7,7 @@ RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test quick fuzz lint bench docs clean
+.PHONY: demo test kernels quick fuzz lint bench docs clean
 
 demo: $(RUNS)
 	@echo "Measuring treecode, sortlsh and hyper against exact attention on 8,192 words of GloVe: about a minute."
@@ -20,7 +20,12 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist work
 test: $(READY)
 	$(TESTS)
 
-# Every tenth test of each file, in a minute.
+# All tests of kernels for devices, of which `make test` runs every third: for changes of these kernels, a quarter of an hour.
+kernels: $(READY)
+	TRITON_INTERPRET=1 $(TESTS) tests/interpreted
+	NUMBA_ENABLE_CUDASIM=1 $(TESTS) tests/simulated
+
+# Every tenth test of each file.
 quick: $(READY)
 	$(TESTS) --quick
 

@@ -43,18 +43,21 @@ def _command(item: pytest.Item) -> Any:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--quick", action="store_true", help="every tenth test of each file, and none with processes of its own"
+        "--every", type=int, default=1, metavar="N", help="every N-th test of each file, and those that start others"
     )
+    parser.addoption("--quick", action="store_true", help="every tenth test of each file, and none that starts others")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # What takes longest first: the other processes of `make test` take over what is left behind it.
     items.sort(key=lambda item: _command(item) is None)
-    if config.getoption("quick"):
-        few = [item for item in items if _command(item) is None]
-        kept = {item for path in {item.path for item in few} for item in [one for one in few if one.path == path][::10]}
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in few if item in kept]
+    quick = config.getoption("quick")
+    step = 10 if quick else config.getoption("every")
+    alone = [item for item in items if _command(item) is None]
+    kept = {item for path in {item.path for item in alone} for item in [one for one in alone if one.path == path][::step]}
+    kept |= set() if quick else {item for item in items if _command(item) is not None}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_collection_finish() -> None:

@@ -5,12 +5,12 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.processes import Command, run
+from tests.processes import THINNED, Command, run
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-INTERPRETED = Command(("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted"), "TRITON_INTERPRET")
+INTERPRETED = Command(("-m", "pytest", "-q", "-p", "no:cacheprovider", *THINNED, "tests/interpreted"), "TRITON_INTERPRET")
 
 
 @pytest.mark.parametrize("command", [INTERPRETED], ids=str)
