@@ -20,10 +20,12 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist work
 test: $(READY)
 	$(TESTS)
 
-# All tests of kernels for devices, of which `make test` runs every third: for changes of these kernels, a quarter of an hour.
+# All tests of kernels for devices, of which `make test` runs every fifth: for changes of these kernels, a quarter of an hour.
 kernels: $(READY)
 	TRITON_INTERPRET=1 $(TESTS) tests/interpreted
 	NUMBA_ENABLE_CUDASIM=1 $(TESTS) tests/simulated
+	$(BIN)/python -m tests.triton_compile
+	$(BIN)/python -m tests.cuda_compile
 
 # Every tenth test of each file.
 quick: $(READY)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-THINNED = ("--every", "3")
+THINNED = ("--every", "5")
 """Of the tests that simulate or interpret kernels for devices, which take as long as all others: `make kernels` runs all."""
 
 

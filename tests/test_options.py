@@ -189,22 +189,23 @@ def test_an_option_is_honoured(option, way, kind):
 def used(monkeypatch):
     """Return what is used from here on, where it is used: threads, and what a search for a budget goes by."""
     found, function, index = {}, sys.modules["kdecore.api.attention"], sys.modules["kdecore.api.key_index"]
-    find, to_tolerance = function.find, KeyIndex._to_tolerance
+    find, doubled = function.find, index.doubled
 
     def search(share, settings, tried, rtol, rtol_norm, limit):
         found.update(rtol=rtol, rtol_norm=rtol_norm)
         return find(share, settings, tried, rtol, rtol_norm, limit)
 
-    def search_in_index(self, problem, rtol, norm):
+    def search_in_index(*arguments):
+        *_, rtol, norm = arguments
         found.update(rtol=rtol, rtol_norm=norm)
-        return to_tolerance(self, problem, rtol, norm)
+        return doubled(*arguments)
 
     def team(threads):
         found.update(threads=threads)
         return threads_module.team(threads)
 
     monkeypatch.setattr(function, "find", search)
-    monkeypatch.setattr(KeyIndex, "_to_tolerance", search_in_index)
+    monkeypatch.setattr(index, "doubled", search_in_index)
     for module in (function, index):
         monkeypatch.setattr(module, "team", team)
     return found
