@@ -1,4 +1,4 @@
-"""Numba CUDA kernels on a machine without a device: some tests in the simulator, compiled for sm_80; `make kernels` does all."""
+"""Numba CUDA kernels without a device: some tests in the simulator, and compiled for sm_80; `make kernels` does all."""
 
 import re
 from importlib.util import find_spec

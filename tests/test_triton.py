@@ -1,4 +1,4 @@
-"""Triton kernels on a machine without a device: some tests interpreted, compiled for sm_90; `make kernels` does all."""
+"""Triton kernels without a device: some tests interpreted, and compiled for sm_90; `make kernels` does all."""
 
 import re
 from importlib.util import find_spec
