@@ -818,7 +818,7 @@ def test_a_model_with_a_softmax_of_its_own_is_warned_of():
     replacement = replace_attention(found, min_keys=1, **SMALL)
     with pytest.warns(NothingReplaced, match="no attention was met"):
         found(x)
-    assert str(replacement) == "no attention was met"
+    assert str(replacement) == repr(replacement) == "no attention was met"
     with pytest.warns(NothingReplaced, match="no attention was met"), reroute(min_keys=1, **SMALL):
         OwnSoftmax()(x)
 

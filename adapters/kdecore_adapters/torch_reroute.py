@@ -196,6 +196,8 @@ class reroute(TorchFunctionMode):  # noqa: N801 - called as a function
     def __str__(self) -> str:
         return str(self.calls)
 
+    __repr__ = __str__
+
     def __getstate__(self) -> dict[str, Any]:
         return {"min_keys": self.min_keys, "options": self._options, "calls": self.calls}
 
