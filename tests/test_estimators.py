@@ -16,7 +16,7 @@ import kdecore
 from kdecore import OptionError
 from kdecore.arrays.namespace import host
 from kdecore.methods.gaussian_tree import gaussian_keys, gaussian_queries
-from kdecore.neighbors import KernelClassifier, KernelRegressor, estimators
+from kdecore.neighbors import KernelClassifier, KernelDensity, KernelRegressor, estimators
 from kdecore.neighbors import index as index_module
 from kdecore.neighbors.index import GaussianIndex
 from tests import oracles
@@ -182,6 +182,8 @@ def test_what_no_dtype_holds_is_refused_by_name(rng):
         KernelRegressor(0.1).fit(1e200 * X, y)
     with pytest.raises(ValueError, match="X must have rows whose squares float64 can hold"):
         KernelRegressor(0.1).fit(X, y).predict(1e200 * X)
+    with pytest.raises(ValueError, match="X must have rows whose squares float64 can hold"):
+        KernelDensity(0.1).fit(X).score_samples(1e160 * X)
     with pytest.raises(ValueError, match="y must have numbers whose squares float64 can hold"):
         KernelRegressor(0.1).fit(X, 1e200 * y)
     with pytest.raises(

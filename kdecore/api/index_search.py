@@ -138,10 +138,9 @@ def doubled(
     certified = max(FEWEST_ROWS, n_q // CERTIFIED_SHARE)
     numbers = {"pilot": (FEWEST_ROWS, PILOT_STREAM), "certified": (certified, CERTIFIED_STREAM)}
 
-    def compare(found: IndexResult, kind: str) -> Certificate:
-        of = sampled(problem, found)
-        # Which queries are estimated changes with the budget, and the sample with them.
-        if kind not in samples or found.estimated is not None:
+    def compare(of: Sampled, kind: str) -> Certificate:
+        # Which queries are estimated may change with the budget, and the sample with them.
+        if kind not in samples or of.problem is not problem:
             count, stream = numbers[kind]
             places = stratified(xp, problem.groups, min(count, of.problem.n_q), seed, stream, problem.device)
             rows = xp.astype(places * of.problem.n_q, xp.int64)
@@ -155,12 +154,12 @@ def doubled(
     budget = first
     while n_q > 2 * FEWEST_ROWS and 2 * budget < n_k and problem.groups * problem.d_v > 0:
         found = attend(budget)
-        if found.estimated is not None and found.estimated.shape[1] == 0:
+        if (of := sampled(problem, found)).problem.n_q == 0:
             break
         cost, row_cost = costs(found.plans)
         spent, exact_cost = spent + cost, row_cost * n_q
         for kind in numbers:
-            bound = compare(found, kind)
+            bound = compare(of, kind)
             error, upper = float(getattr(bound, norm)), bound.upper(norm)
             rounds.append(SearchStep("treecode", budget, kind, bound.rows, error, upper, spent / exact_cost))
             if upper > rtol:

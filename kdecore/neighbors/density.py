@@ -18,6 +18,7 @@ from kdecore.core.options import DEFAULT_BUDGET
 from kdecore.methods.gaussian_tree import gaussian_queries
 from kdecore.neighbors.estimators import BATCH, KernelEstimator, weights_of
 from kdecore.neighbors.index import SPARSEST, GaussianIndex
+from kdecore.neighbors.scaling import lengths
 
 
 class KernelDensity(DensityMixin, KernelEstimator):  # type: ignore[misc]
@@ -131,11 +132,12 @@ class KernelDensity(DensityMixin, KernelEstimator):  # type: ignore[misc]
         Raises
         ------
         ValueError, TypeError
-            From scikit-learn's own checks, and its ``NotFittedError``.
+            From scikit-learn's own checks, and its ``NotFittedError``; of numbers whose squares overflow.
         """
         check_boolean("return_report", return_report)
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=host.float64)
+        lengths(X / self.bandwidth_)  # raises where squares overflow
         queries = (gaussian_queries(host, self._scaling.points(X[i : i + BATCH])) for i in range(0, len(X), BATCH))
         how = self.budget or DEFAULT_BUDGET, self.rtol, check_seed(self.random_state, "random_state"), return_report
         sums, reports = zip(*(log_sums(self.index_, some, *how) for some in queries), strict=True)

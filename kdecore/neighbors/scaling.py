@@ -82,7 +82,6 @@ def scaling_of(rows: Array, weights: Array, bandwidth: float | str) -> Scaling:
     if furthest / width <= found.reach:
         raise ValueError(f"sample_weight must differ by less than float64 can hold, got {lightest:.3g} of the largest")
     made = "" if bandwidth == width else f", which makes {width:.3g}"
-    made = "" if bandwidth == width else f", which makes {width:.3g}"
     raise OptionError(
         f"bandwidth must be at least {furthest / found.reach:.3g}, since a row of X lies {furthest:.3g} from the mean, "
         f"got {bandwidth!r}{made}"

@@ -11,7 +11,7 @@ import numpy as np
 from kdecore.arrays.memory import from_host_like, host_view
 from kdecore.arrays.namespace import Array, Namespace
 from kdecore.core.tree import cuts, depth
-from kdecore.kernels.runtime.jit import kernel
+from kdecore.kernels.runtime.jit import helper, kernel
 from kdecore.kernels.runtime.simd import VECTOR_BYTES, add_multiples, add_squared_gaps, copy_rows, inner_product
 from kdecore.kernels.runtime.threads import run_tasks, small_tasks
 from kdecore.kernels.tree_order.contract import ITERATIONS, SAMPLE
@@ -99,7 +99,7 @@ def split_subtrees(rows, order, parts, largest, top, end_level, first, last):
                     copy_rows(flat_order, begin, flat_order, target + start, size)
 
 
-@kernel()
+@helper()
 def part(flat, flat_order, source, target, size, low, along, threshold, width):
     """Copy the ``low`` rows of least projection to ``target`` and the others behind them, each part in its order."""
     less = 0
@@ -123,7 +123,7 @@ def part(flat, flat_order, source, target, size, low, along, threshold, width):
         flat_order[to] = flat_order[source + j]
 
 
-@kernel()
+@helper()
 def lead(sample, samples, width, factors, direction, sums):
     """Write the leading principal direction of a sample of rows."""
     vectors = width * sample.itemsize // VECTOR_BYTES
@@ -193,7 +193,7 @@ def nth_smallest(values, size, nth, work):
     return select(work, found, nth - below)
 
 
-@kernel(fastmath={"reassoc", "contract", "nsz"})
+@helper(fastmath={"reassoc", "contract", "nsz"})
 def mean_and_deviation(values, size):
     """Return the mean of the first ``size`` numbers, and a little more than their standard deviation."""
     total = values.dtype.type(0.0)
@@ -207,7 +207,7 @@ def mean_and_deviation(values, size):
     return mean, np.sqrt(square / values.dtype.type(size)) * values.dtype.type(1.01)
 
 
-@kernel(fastmath={"reassoc", "contract", "nsz"})
+@helper(fastmath={"reassoc", "contract", "nsz"})
 def count_less(values, size, bound):
     """Return how many of the first ``size`` numbers are less than a bound."""
     found, one, zero = 0, values.dtype.type(1.0), values.dtype.type(0.0)
@@ -220,7 +220,7 @@ def count_less(values, size, bound):
     return found
 
 
-@kernel()
+@helper()
 def select(values, size, nth):
     """Return the number that ``nth`` (from 0) of the first ``size`` are below, reordering them (Hoare's selection)."""
     low, high = 0, size - 1
