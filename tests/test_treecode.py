@@ -94,6 +94,20 @@ def test_tree_order_whose_first_levels_stay(backend, rng, implementation, n, par
         np.testing.assert_array_equal(np.sort(found[:, begin:end]), np.tile(np.arange(begin, end), (2, 1)))
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_blocks_of_queries_lie_on_one_side_of_every_cut(rng, chunks):
+    """Three clusters of a block each: cut at medians, two would share a block. Of every chunk by itself, in order."""
+    rows, clusters = 64, 3
+    cluster = np.concatenate([rng.permuted(np.repeat(np.arange(clusters), rows)) for _ in range(chunks)])
+    x = 10.0 * cluster[:, None] * np.ones(6) + 0.1 * rng.standard_normal((len(cluster), 6))
+    problem = canonicalise(x, x, x)
+    plan = make_plan(problem, method=Treecode(block_size=rows), budget=32)
+    order = treecode.order_queries(problem, plan, problem.q, chunks.bit_length() - 1)
+    for of_chunk in np.split(order[0], chunks):
+        blocks = equal_blocks(host, of_chunk[None], rows).index[0]
+        assert [len(set(cluster[block])) for block in blocks] == [1] * clusters
+
+
 @on_host("tree_order")
 def test_equal_rows_keep_their_order(implementation):
     found = implementation.function(host, np.ones((1, 77, 3)), 77)
